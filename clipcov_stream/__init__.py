@@ -1,0 +1,20 @@
+"""Online, cross-covariance-preserving data selection for CLIP pretraining."""
+
+from typing import TYPE_CHECKING, Any
+
+from clipcov_stream.selection import SELECTORS, Pool, Selector, Settings
+from clipcov_stream.sketch import CrossCovSketch
+
+if TYPE_CHECKING:
+    from clipcov_stream.algorithm import ClipCov
+
+__all__ = ["SELECTORS", "ClipCov", "CrossCovSketch", "Pool", "Selector", "Settings"]
+
+
+def __getattr__(name: str) -> Any:
+    # Composer takes seconds to import; a loop that only wants a Selector needs torch alone.
+    if name == "ClipCov":
+        from clipcov_stream.algorithm import ClipCov
+
+        return ClipCov
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,420 @@
+"""ClipCov: online selection as a Composer Algorithm.
+
+Only wiring and metrics: what is chosen is decided in `selection`, on embeddings from `embed`. It acts at
+AFTER_DATALOADER, the last moment at which Composer still trains what it is given; at BEFORE_TRAIN_BATCH the batch is
+already split and a selection would be ignored in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
+from clipcov_stream.selection import (
+    NEEDS_NO_EMBEDDING,
+    Pool,
+    SelectionState,
+    SelectorFn,
+    Settings,
+    mix,
+    random_survivors,
+    resolve,
+    select,
+)
+
+NOT_TRAINED_ON = ("valid", "id", "image_embedding", "text_embedding")
+"""Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
+
+
+class ClipCov(Algorithm):
+    """Trains on the survivors of every candidate pool: the samples that preserve the stream's cross-covariance.
+
+    The loader's batch is the pool; the model sees `num_survivors` of it. Composer's clock, and so `max_duration` in
+    samples or epochs, counts candidates (samples_streamed); use `ba` durations. `device_train_microbatch_size` must be
+    the number of survivors per rank, because a contrastive loss is wrong on parts of a batch.
+
+    Args:
+        filter_ratio: fraction of every pool that is discarded, in [0, 1).
+        embed: where embeddings come from: "teacher" (moving average of the model in training, nothing to download),
+            "proxy" (a frozen model) or "columns" (they come with the pool: no forward pass).
+        selector: a name in SELECTORS, or a function of that signature.
+        warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
+        half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
+            embeddings do not change, and 20 pools for the teacher, whose do.
+        coverage, gate, quality, overshoot, ridge: see `selection.Settings`.
+        learnability: weight of the lag. None is the default weight for the teacher, whose own logits show what is
+            learned, and 0 for columns and proxy, where any other value costs a forward pass of the learner per pool.
+        seed: of everything random in selection.
+        proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
+        teacher_momentum: of the moving average, per step.
+        logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
+        embed_chunk: rows per forward pass of the embedder; None is the number of survivors.
+        max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings before
+            the run stops.
+        image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding` and, as a bool mask, `valid` are
+            read where they exist.
+
+    Raises:
+        ValueError: a value outside its range, here or at the start of training.
+    """
+
+    def __init__(
+        self,
+        filter_ratio: float = 0.8,
+        embed: str = "teacher",
+        selector: str | SelectorFn = "clipcov",
+        warmup: str | int = "100ba",
+        half_life: float | None = None,
+        coverage: float = Settings.coverage,
+        learnability: float | None = None,
+        seed: int = 0,
+        *,
+        gate: float = Settings.gate,
+        quality: float = Settings.quality,
+        overshoot: float = Settings.overshoot,
+        ridge: float = Settings.ridge,
+        proxy: nn.Module | None = None,
+        teacher_momentum: float = 0.99,
+        logit_scale: float = 100.0,
+        embed_chunk: int | None = None,
+        max_invalid_ratio: float = 0.05,
+        image_key: str = "image",
+        text_key: str = "text",
+    ) -> None:
+        check_ratio("filter_ratio", filter_ratio)
+        check_ratio("max_invalid_ratio", max_invalid_ratio)
+        check_ratio("teacher_momentum", teacher_momentum)
+        if embed not in EMBED_SOURCES:
+            raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
+        if (embed == "proxy") != (proxy is not None):
+            raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
+        if proxy is not None:
+            check_towers(proxy, "proxy")
+        if not (logit_scale > 0 and math.isfinite(logit_scale)):
+            raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
+        if embed_chunk is not None and embed_chunk < 1:
+            raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
+        self.function = resolve(selector)
+        self.selector = selector if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
+        self.filter_ratio = filter_ratio
+        self.embed = embed
+        self.warmup = parse_warmup(warmup)
+        self.half_life = half_life
+        self.own_learnability = Settings.learnability if embed == "teacher" else 0.0
+        self.settings = Settings(
+            half_life=math.inf if half_life is None else half_life,
+            gate=gate,
+            quality=quality,
+            learnability=self.own_learnability if learnability is None else learnability,
+            coverage=coverage,
+            overshoot=overshoot,
+            ridge=ridge,
+            seed=seed,
+        )
+        self.proxy = proxy
+        self.teacher_momentum = teacher_momentum
+        self.logit_scale = logit_scale
+        self.embed_chunk = embed_chunk
+        self.max_invalid_ratio = max_invalid_ratio
+        self.image_key, self.text_key = image_key, text_key
+        self.teacher: Teacher | None = None
+        self.selection: SelectionState | None = None
+        self.samples_seen = 0
+        self.num_invalid = 0
+        self._pending: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"ClipCov(filter_ratio={self.filter_ratio}, embed={self.embed!r}, selector={self.selector!r}, "
+            f"warmup={self.warmup.to_timestring()!r}, settings={self.settings})"
+        )
+
+    @property
+    def uses_embeddings(self) -> bool:
+        return self.selector not in NEEDS_NO_EMBEDDING
+
+    def num_survivors(self, pool_size: int) -> int:
+        """Survivors of a pool per rank.
+
+        Raises:
+            ValueError: not a whole number, or fewer than 2, which leaves a contrastive loss no negatives.
+        """
+        return count_survivors(pool_size, self.filter_ratio)
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.FIT_START, Event.AFTER_DATALOADER, Event.BATCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._start(state)
+        elif event == Event.AFTER_DATALOADER:
+            self._keep_survivors(state, logger)
+        elif self.teacher is not None:
+            self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
+        return {
+            **super().state_dict(),
+            "samples_seen": self.samples_seen,
+            "num_invalid": self.num_invalid,
+            "selection": {} if self.selection is None else self.selection.state_dict(),
+            "teacher": {} if self.teacher is None else self.teacher.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Called by Composer before training; the models to restore into exist only at its start."""
+        self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
+        self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
+        self.selection, self.teacher = None, None
+
+    def _start(self, state: State) -> None:
+        """Check what can be checked before the first step, and make the embedder."""
+        pool_size = getattr(state.dataloader, "batch_size", None)
+        if pool_size is not None:
+            self._check_microbatch(state, pool_size)
+            if self.half_life is None and self.embed == "teacher":
+                self.settings = replace(self.settings, half_life=20.0 * pool_size * dist.get_world_size())
+        if not self.uses_embeddings:
+            return
+        if self.embed == "teacher" or (self.embed == "proxy" and self.settings.learnability > 0):
+            check_towers(unwrap(state.model), "the Trainer's model")
+        if self.embed == "teacher" and self.teacher is None:
+            if state.fsdp_enabled:
+                raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use embed='proxy' or 'columns'")
+            self.teacher = Teacher(unwrap(state.model), self.teacher_momentum)
+            if self._pending.get("teacher"):
+                self.teacher.load_state_dict(self._pending.pop("teacher"))
+        if self.proxy is not None:
+            state.device.module_to_device(self.proxy)
+
+    def _check_microbatch(self, state: State, pool_size: int) -> None:
+        survivors = self.num_survivors(pool_size)
+        if state.auto_microbatching:
+            raise ValueError(
+                "device_train_microbatch_size='auto' changes a contrastive loss's negatives; set it to the survivors "
+                f"per rank, {survivors}"
+            )
+        if state.device_train_microbatch_size in (None, pool_size):
+            state.device_train_microbatch_size = survivors  # Composer's default is the loader's batch, our pool
+        elif state.device_train_microbatch_size != survivors:
+            raise ValueError(
+                f"device_train_microbatch_size={state.device_train_microbatch_size} must be the survivors per rank: "
+                f"pool_size={pool_size} * (1 - filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss over "
+                "parts of a batch has other negatives; to save memory use ClipModel's activation_chunk"
+            )
+
+    def _keep_survivors(self, state: State, logger: Logger) -> None:
+        """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
+        batch = check_batch(state.batch, self.image_key)
+        pool_size = len(batch[self.image_key])
+        num_survivors = self.num_survivors(pool_size)
+        step = int(state.timestamp.batch)
+        valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
+        figures: dict[str, float] = {}
+        if self._selects(state):
+            pool, embed_ms = self._embed(batch, state, num_survivors, valid)
+            with Stopwatch(state) as watch:
+                report, survivors = self._select(pool, num_survivors, step)
+            figures = {name: float(value) for name, value in report.items()}
+            num_invalid = int(figures.pop("num_invalid"))
+            figures |= {"embed_ms": embed_ms(), "select_ms": watch.milliseconds()}
+        else:
+            generator = torch.Generator().manual_seed(mix(self.settings.seed, step, dist.get_global_rank()))
+            survivors = random_survivors(valid, num_survivors, generator)
+            num_invalid = pool_size - int(valid.sum())
+        self._count(state, pool_size, num_survivors, num_invalid)
+        state.batch = {key: rows_of(value, survivors) for key, value in batch.items() if key not in NOT_TRAINED_ON}
+        streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
+        figures |= {
+            "samples_streamed": streamed,
+            "samples_seen": self.samples_seen,
+            "filter_ratio": 1 - num_survivors / pool_size,
+            "num_invalid": self.num_invalid,
+        }
+        logger.log_metrics({f"selection/{name}": value for name, value in figures.items()})
+
+    def _selects(self, state: State) -> bool:
+        """Whether this step selects; if not, survivors are random and nothing is embedded."""
+        return self.uses_embeddings and not in_warmup(self.warmup, state)
+
+    def _embed(self, batch: Mapping[str, Any], state: State, chunk: int, valid: Tensor) -> tuple[Pool, Any]:
+        """The pool's embeddings, and a function that tells how many milliseconds they took."""
+        chunk = self.embed_chunk or chunk
+
+        def towers(model: nn.Module) -> Embeddings:
+            inputs = [state.device.tensor_to_device(batch[key]) for key in (self.image_key, self.text_key)]
+            precision = get_precision_context(state.precision, state.precision_config)
+            return embed_with_towers(model, inputs[0], inputs[1], chunk, precision)
+
+        with Stopwatch(state) as watch:
+            if self.embed == "columns":
+                image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
+                image, text = state.device.tensor_to_device(image), state.device.tensor_to_device(text)
+            else:
+                embedder = self.teacher.model if self.teacher is not None else self.proxy
+                if embedder is None:
+                    raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
+                image, text, scale = towers(embedder)
+            pool = Pool(image, text, scale, valid=state.device.tensor_to_device(valid))
+            if self.embed != "teacher" and self.settings.learnability > 0:
+                learner_image, learner_text, learner_scale = towers(unwrap(state.model))
+                pool = replace(
+                    pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
+                )
+        return pool, watch.milliseconds
+
+    def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        if self.selection is None:
+            rank, width = dist.get_global_rank(), pool.image.shape[1]
+            self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
+            if self._pending.get("selection"):
+                self.selection = self.selection.restored(self._pending.pop("selection"))
+        several = dist.get_world_size() > 1
+        state = replace(self.selection, step=step)
+        self.selection, survivors, report = select(
+            state, pool, num_survivors, self.function, sum_over_ranks if several else None
+        )
+        return report, survivors
+
+    def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
+        """Count what was seen and what could not be used.
+
+        Raises:
+            RuntimeError: too many unusable samples, or too few left in a pool; on every rank alike, so none waits.
+        """
+        world_size = dist.get_world_size()
+        counts = torch.tensor([num_invalid, pool_size - num_invalid < num_survivors], dtype=torch.int64)
+        if world_size > 1:
+            counts = state.device.tensor_to_device(counts)
+            sum_over_ranks(counts)
+        self.samples_seen += num_survivors * world_size
+        self.num_invalid += int(counts[0])
+        streamed = int(state.timestamp.sample) + pool_size * world_size
+        if int(counts[1]):
+            raise RuntimeError(
+                f"step {int(state.timestamp.batch)}: {num_survivors} survivors are needed, but {num_invalid} of the "
+                f"pool's {pool_size} samples cannot be used (undecodable image, NaN or inf embedding)"
+            )
+        if self.num_invalid > self.max_invalid_ratio * streamed:
+            raise RuntimeError(
+                f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
+                f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
+            )
+
+
+class Stopwatch:
+    """Time of a block, on the device's own clock where it has one."""
+
+    def __init__(self, state: State) -> None:
+        self.cuda = state.device.name == "gpu"
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda else []
+        self.start = self.stop = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        if self.cuda:
+            self.events[0].record()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop = time.perf_counter()
+        if self.cuda:
+            self.events[1].record()
+
+    def milliseconds(self) -> float:
+        """Waits for the device; call it where figures are read anyway."""
+        if self.cuda:
+            self.events[1].synchronize()
+            return self.events[0].elapsed_time(self.events[1])
+        return 1e3 * (self.stop - self.start)
+
+
+def check_ratio(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"selection.{name}={value} must be in [0, 1)")
+
+
+def count_survivors(pool_size: int, filter_ratio: float) -> int:
+    """pool_size * (1 - filter_ratio), checked; see `ClipCov.num_survivors`."""
+    check_ratio("filter_ratio", filter_ratio)
+    exact = pool_size * (1 - filter_ratio)
+    count = round(exact)
+    if abs(exact - count) > 1e-6 * pool_size:
+        raise ValueError(
+            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {exact:.1f} survivors; it must be "
+            "a whole number"
+        )
+    if count < 2:
+        raise ValueError(
+            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {count} survivors per rank; a "
+            "contrastive loss needs at least 2"
+        )
+    return count
+
+
+def parse_warmup(warmup: str | int) -> Time:
+    """Composer time from a string or a number of batches.
+
+    Raises:
+        ValueError: not a Composer time, or one in tokens, seconds or samples.
+    """
+    try:
+        time_ = Time.from_input(warmup, TimeUnit.BATCH)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"selection.warmup={warmup!r} is not a Composer time such as '100ba' or '0.1dur'") from error
+    if time_.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.DURATION):
+        raise ValueError(f"selection.warmup={warmup!r} must be in batches (ba), epochs (ep) or duration (dur)")
+    return time_
+
+
+def in_warmup(warmup: Time, state: State) -> bool:
+    if warmup.unit == TimeUnit.DURATION:
+        elapsed = state.get_elapsed_duration()
+        return elapsed is not None and elapsed.value < warmup.value
+    return state.timestamp.get(warmup.unit).value < warmup.value
+
+
+def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
+    """The batch, if it is a dict whose entries all have one row per candidate.
+
+    Raises:
+        ValueError: anything else; Composer would train on misaligned rows in silence.
+    """
+    if not isinstance(batch, Mapping) or image_key not in batch:
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"ClipCov reads a dict with the key {image_key!r} (image_key); the batch is {found}")
+    sizes = {key: len(value) for key, value in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"entries of the batch differ in length: {sizes}")
+    return dict(batch)
+
+
+def rows_of(value: Any, survivors: Tensor) -> Any:
+    """The survivors' rows of a tensor or a list."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, survivors.to(value.device))
+    return [value[i] for i in survivors.tolist()]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Sum over ranks, in place."""
+    dist.all_reduce(tensor, reduce_operation="SUM")

@@ -1,0 +1,307 @@
+"""Config section -> object. Every function takes plain arguments and raises ValueError for what cannot work."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import open_clip
+import torch
+from composer import algorithms as composer_algorithms
+from composer import callbacks as composer_callbacks
+from composer import loggers as composer_loggers
+from composer import optim
+from composer.core import Evaluator, TimeUnit
+from composer.optim import ComposerScheduler
+from composer.utils import dist
+from streaming import StreamingDataLoader
+from torch import Tensor, nn
+
+from clipcov_stream.algorithm import ClipCov, count_survivors
+from clipcov_stream.config import (
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    SelectionConfig,
+    StreamConfig,
+    given,
+)
+from clipcov_stream.embed import Proxy
+from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform
+from clipcov_stream.model import ClipModel, build_towers, parameter_groups
+from clipcov_stream.stream import Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
+from clipcov_stream.zeroshot import metrics_for, tokenize_prompts
+
+TASKS = ("zeroshot", "retrieval")
+SCHEDULERS: dict[str, type[ComposerScheduler]] = {
+    "cosine": optim.CosineAnnealingWithWarmupScheduler,
+    "linear": optim.LinearWithWarmupScheduler,
+    "constant": optim.ConstantWithWarmupScheduler,
+}
+
+
+def image_size_of(towers: Any) -> int:
+    """Side of the square images a model reads."""
+    size = towers.visual.image_size
+    return int(size[0] if isinstance(size, (tuple, list)) else size)
+
+
+def tokenizer_of(towers: Any, name: str | None) -> Tokenizer:
+    """open_clip's tokenizer of a model, as str -> (context,) token ids.
+
+    Raises:
+        ValueError: a tokenizer that cannot be had, or a vocabulary smaller than its own.
+    """
+    context = int(getattr(towers, "context_length", 77))
+    try:
+        if name is None:
+            tokenizer = open_clip.SimpleTokenizer(context_length=context)
+        else:
+            tokenizer = open_clip.get_tokenizer(name, context_length=context)
+    except Exception as error:  # Hugging Face tokenizers raise their own kinds when they cannot be fetched
+        raise ValueError(f"no tokenizer for model.name={name!r}: {error}") from error
+    vocab_size = getattr(towers, "vocab_size", None)
+    own_size = getattr(tokenizer, "vocab_size", None)
+    if isinstance(vocab_size, int) and isinstance(own_size, int) and vocab_size < own_size:
+        raise ValueError(f"model text_cfg.vocab_size={vocab_size} is smaller than the tokenizer's, {own_size}")
+    return partial(first_of, tokenizer)
+
+
+def first_of(tokenizer: Callable[[str], Tensor], caption: str) -> Tensor:
+    # A function of the module, not a lambda: worker processes may have to pickle it.
+    return tokenizer(caption)[0]
+
+
+def transform_of(towers: nn.Module, min_scale: float = 1.0) -> ImageTransform:
+    """The image transform a model was made for: its size, mean and std."""
+    if not 0 < min_scale <= 1:
+        raise ValueError(f"stream.min_scale={min_scale} must be in (0, 1]; 1 turns augmentation off")
+    config = getattr(getattr(towers, "visual", None), "preprocess_cfg", None) or {}
+    mean, std = config.get("mean", OPENAI_MEAN), config.get("std", OPENAI_STD)
+    return ImageTransform(image_size_of(towers), tuple(mean), tuple(std), min_scale)
+
+
+def build_model(config: ModelConfig, num_survivors: int | None, tasks: set[str]) -> ClipModel:
+    """Towers, loss and the metrics of the evaluation tasks."""
+    towers = build_towers(config.name, config.config, config.pretrained, config.loss)
+    metrics = {name: metric for task in sorted(tasks) for name, metric in metrics_for(task).items()}
+    return ClipModel(towers, config.loss, config.activation_chunk, num_survivors, metrics)
+
+
+def pool_size_per_rank(global_pool_size: int) -> int:
+    """Candidates of one step on this rank.
+
+    Raises:
+        ValueError: not a multiple of the number of ranks.
+    """
+    ranks = dist.get_world_size()
+    if global_pool_size < 1 or global_pool_size % ranks:
+        raise ValueError(
+            f"stream.global_pool_size={global_pool_size} must be a positive multiple of the number of ranks, {ranks}"
+        )
+    return global_pool_size // ranks
+
+
+def build_stream(
+    config: StreamConfig, towers: nn.Module, tokenizer: Tokenizer, with_embeddings: bool, seed: int
+) -> StreamingDataLoader:
+    """The training loader, whose batch is this rank's pool."""
+    pool_size = pool_size_per_rank(config.global_pool_size)
+    columns = Columns(
+        image=config.columns.image,
+        caption=config.columns.caption,
+        image_embedding=config.columns.image_embedding if with_embeddings else None,
+        text_embedding=config.columns.text_embedding if with_embeddings else None,
+    )
+    try:
+        dataset = PairDataset(
+            **given(config, "local", "remote", "split", "predownload", "cache_limit", "validate_hash"),
+            **{name: getattr(config, name) for name in ("download_retry", "download_timeout", "num_canonical_nodes")},
+            **({} if config.local else {"local": None}),
+            columns=columns,
+            transform=transform_of(towers, config.min_scale),
+            tokenizer=tokenizer,
+            batch_size=pool_size,
+            shuffle=config.shuffle,
+            shuffle_seed=config.shuffle_seed,
+            seed=seed,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        if config.how_to_get:
+            raise ValueError(f"{error}\n{config.how_to_get.strip()}") from error
+        raise
+    return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, timeout=config.worker_timeout)
+
+
+def build_evaluators(
+    configs: Mapping[str, EvalConfig], towers: nn.Module, tokenizer: Tokenizer
+) -> tuple[list[Evaluator], dict[str, Tensor]]:
+    """Evaluators by label, and the tokenized prompts of those that classify.
+
+    Raises:
+        ValueError: an unknown task, a folder without what its tasks need.
+    """
+    evaluators, prompts = [], {}
+    for label, config in configs.items():
+        unknown = set(config.tasks) - set(TASKS)
+        if unknown or not config.tasks:
+            raise ValueError(f"eval.{label}.tasks={list(config.tasks)} must be some of {list(TASKS)}")
+        zeroshot, retrieval = "zeroshot" in config.tasks, "retrieval" in config.tasks
+        dataset = PairDataset(
+            local=config.local,
+            remote=config.remote,
+            split=config.split,
+            columns=Columns(
+                image=config.columns.image,
+                caption=config.columns.caption if retrieval else None,
+                label=config.columns.label if zeroshot else None,
+            ),
+            transform=transform_of(towers),
+            tokenizer=tokenizer if retrieval else None,
+            batch_size=config.batch_size,
+        )
+        if zeroshot:
+            classes = read_json_beside(config.local, config.remote, config.split, "classes.json")
+            prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
+        loader = pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False)
+        names = [name for task in config.tasks for name in metrics_for(task)]
+        evaluators.append(Evaluator(label=label, dataloader=loader, metric_names=names))
+    return evaluators, prompts
+
+
+def build_proxy(config: ModelConfig, learner: ImageTransform) -> Proxy:
+    """A frozen embedder that takes the learner's images.
+
+    Raises:
+        ValueError: a model that cannot be built, or one whose weights nobody gave.
+    """
+    if config.pretrained is None:
+        raise ValueError("selection.proxy.pretrained is missing: a proxy with random weights selects nothing")
+    try:
+        towers = build_towers(config.name, config.config, config.pretrained, config.loss)
+    except ValueError as error:
+        raise ValueError(f"selection.proxy cannot be loaded: {error}") from error
+    own = transform_of(towers)
+    context = int(getattr(towers, "context_length", 77))
+    return Proxy(towers, own.size, own.mean, own.std, learner.mean, learner.std, context)
+
+
+def build_selection(config: SelectionConfig, learner: ImageTransform) -> ClipCov:
+    """The algorithm of a selection section."""
+    proxy = None if config.proxy is None else build_proxy(config.proxy, learner)
+    optional = given(
+        config, "coverage", "learnability", "gate", "quality", "overshoot", "ridge", "teacher_momentum", "embed_chunk"
+    )
+    return ClipCov(
+        filter_ratio=config.filter_ratio,
+        embed=config.embed,
+        selector=config.selector,
+        warmup=config.warmup,
+        half_life=config.half_life,
+        seed=config.seed,
+        proxy=proxy,
+        logit_scale=config.logit_scale,
+        max_invalid_ratio=config.max_invalid_ratio,
+        **optional,
+    )
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD over the two weight-decay groups.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range.
+    """
+    for name in ("lr", "weight_decay"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"optimizer.{name}={value} must be a finite number, at least 0")
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    if config.name == "decoupled_adamw":
+        return optim.DecoupledAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    raise ValueError(f"optimizer.name={config.name!r} is not one of ['adamw', 'decoupled_adamw', 'sgd']")
+
+
+def build_scheduler(config: SchedulerConfig) -> ComposerScheduler:
+    """A learning-rate schedule with linear warm-up.
+
+    Raises:
+        ValueError: an unknown name, or a warm-up that is not a Composer time.
+    """
+    if config.name not in SCHEDULERS:
+        raise ValueError(f"scheduler.name={config.name!r} is not one of {sorted(SCHEDULERS)}")
+    end = {"alpha_f": config.alpha_f} if config.name != "constant" else {}
+    try:
+        return SCHEDULERS[config.name](t_warmup=config.t_warmup, **end)  # pyright: ignore[reportCallIssue]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"scheduler.t_warmup={config.t_warmup!r}: {error}") from error
+
+
+def build_named(section: str, configs: Mapping[str, Mapping[str, Any] | None]) -> list[Any]:
+    """Composer's own algorithms, callbacks or loggers, by snake_case class name with keyword arguments.
+
+    Raises:
+        ValueError: an unknown name, or arguments its constructor does not take.
+    """
+    module = {"algorithms": composer_algorithms, "callbacks": composer_callbacks, "loggers": composer_loggers}[section]
+    found = []
+    known = classes_of(module)
+    for name, kwargs in configs.items():
+        plain = name.replace("_", "").lower()
+        kind = known.get(plain) or known.get(plain + "logger")
+        if kind is None:
+            near = difflib.get_close_matches(plain, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{section}.{name} is not one of Composer's {section}{hint}")
+        try:
+            found.append(kind(**(kwargs or {})))
+        except TypeError as error:
+            raise ValueError(f"{section}.{name}: {error}") from error
+    return found
+
+
+def classes_of(module: ModuleType) -> dict[str, type]:
+    """Public classes of a module, by name without case."""
+    return {name.lower(): kind for name, kind in vars(module).items() if inspect.isclass(kind)}
+
+
+def check_microbatch(value: int | str | None, num_survivors: int) -> int:
+    """Survivors per rank, unless the recipe asks for something else, which is an error."""
+    if value is None or value == num_survivors:
+        return num_survivors
+    if value == "auto":
+        raise ValueError(
+            "device_train_microbatch_size='auto' changes a contrastive loss's negatives; leave it out (it is the "
+            f"survivors per rank, {num_survivors}) and save memory with model.activation_chunk"
+        )
+    raise ValueError(
+        f"device_train_microbatch_size={value!r} must be the survivors per rank, {num_survivors}: a contrastive loss "
+        "over parts of a batch has other negatives. Leave it out, and save memory with model.activation_chunk"
+    )
+
+
+def survivors_per_rank(stream: StreamConfig, selection: SelectionConfig) -> int:
+    """Rows per rank that the model trains on."""
+    return count_survivors(pool_size_per_rank(stream.global_pool_size), selection.filter_ratio)
+
+
+def check_duration(value: str, key: str) -> None:
+    """Raise ValueError unless a duration is in batches: Composer's samples and epochs count candidates."""
+    from composer.core import Time
+
+    try:
+        unit = Time.from_timestring(value).unit
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}={value!r} is not a Composer time such as '1000ba'") from error
+    if unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
+        raise ValueError(f"{key}={value!r} must be in batches (ba) or epochs of the stream (ep)")

@@ -1,0 +1,256 @@
+"""A recipe: YAML and `key.sub=value` overrides, checked into one frozen dataclass per section.
+
+Keys are constructor arguments. There is no interpolation and there are no Python paths: a recipe cannot run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An open_clip model, by name or inline; see `model.build_towers` and `model.ClipModel`."""
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    pretrained: str | None = None
+    loss: str = "clip"
+    activation_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of the MDS columns; see `stream.Columns`."""
+
+    image: str = "image"
+    caption: str = "caption"
+    image_embedding: str = "image_embedding"
+    text_embedding: str = "text_embedding"
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The training stream. `global_pool_size` is the candidates of one step over all ranks."""
+
+    global_pool_size: int
+    local: str | None = None
+    remote: str | None = None
+    split: str | None = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    min_scale: float = 0.9
+    shuffle: bool = True
+    shuffle_seed: int = 9176
+    num_workers: int = 2
+    prefetch_factor: int = 2
+    worker_timeout: float = 0
+    num_canonical_nodes: int = 1
+    predownload: int | None = None
+    cache_limit: str | int | None = None
+    download_retry: int = 2
+    download_timeout: float = 60
+    validate_hash: str | None = None
+    how_to_get: str = ""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Online selection; see `algorithm.ClipCov`. `proxy` is a model section of its own."""
+
+    selector: str = "clipcov"
+    filter_ratio: float = 0.8
+    embed: str = "teacher"
+    warmup: str | int = "100ba"
+    half_life: float | None = None
+    coverage: float | None = None
+    learnability: float | None = None
+    gate: float | None = None
+    quality: float | None = None
+    overshoot: float | None = None
+    ridge: float | None = None
+    seed: int = 0
+    proxy: ModelConfig | None = None
+    teacher_momentum: float | None = None
+    logit_scale: float = 100.0
+    embed_chunk: int | None = None
+    max_invalid_ratio: float = 0.05
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """adamw, decoupled_adamw or sgd. Gains, biases and the logit scale never decay."""
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """cosine, linear or constant, after a linear warm-up of `t_warmup` (Composer time); ends at lr * alpha_f."""
+
+    name: str = "cosine"
+    t_warmup: str = "0.05dur"
+    alpha_f: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation split, a Composer Evaluator. Tasks: zeroshot (needs labels and classes.json), retrieval."""
+
+    tasks: tuple[str, ...] = ("zeroshot",)
+    local: str | None = None
+    remote: str | None = None
+    split: str | None = None
+    batch_size: int = 256
+    num_workers: int = 0
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole recipe; keys without a section of ours are the Composer Trainer's own."""
+
+    model: ModelConfig
+    stream: StreamConfig
+    max_duration: str
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    eval: dict[str, EvalConfig] = field(default_factory=dict)
+    algorithms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    loggers: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    run_name: str | None = None
+    seed: int = 0
+    device: str | None = None
+    precision: str | None = None
+    device_train_microbatch_size: int | str | None = None
+    eval_interval: str | int = "1ep"
+    eval_first: bool = False
+    save_folder: str | None = None
+    save_interval: str = "1ep"
+    save_num_checkpoints_to_keep: int = -1
+    save_overwrite: bool = False
+    load_path: str | None = None
+    load_weights_only: bool = False
+    autoresume: bool = False
+    progress_bar: bool = True
+    log_to_console: bool = False
+    console_log_interval: str = "10ba"
+    fsdp_config: dict[str, Any] | None = None
+    compile_config: dict[str, Any] | None = None
+    dist_timeout: float = 600
+    metrics_file: str | None = None
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe in a YAML file, with overrides of the form `key.sub=value`.
+
+    Raises:
+        ValueError: not YAML, an unknown key (with a suggestion), a value of another type, a key that is missing.
+    """
+    for item in overrides:
+        if "=" not in item:
+            raise ValueError(f"override {item!r} is not of the form key.sub=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"no recipe at {path!r}") from error
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ValueError(f"cannot read recipe {path!r} with overrides {list(overrides)}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ValueError(f"recipe {path!r} is not YAML: {error}") from error
+        raise
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {path!r} is not a mapping of keys to values")
+    tree.pop("launch", None)  # the line that lets `composer recipe.yaml` run the file as Python
+    return parse(TrainConfig, tree, "")
+
+
+def parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`: dataclasses by key, containers by element, numbers without loss.
+
+    Raises:
+        ValueError: with the full key, the value and the type wanted.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return parse_union(args, value, where)
+    if dataclasses.is_dataclass(kind):
+        return parse_section(kind, value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        element = args[0]
+        if origin is tuple and args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{where}={value!r} must have {len(args)} entries")
+        return origin(parse(element, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string: a float needs the dot.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind in (int, str, bool, types.NoneType) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__
+    raise ValueError(f"{where}={value!r} must be of type {name}")
+
+
+def parse_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The first alternative that fits; for sections, the section's own error."""
+    if value is None and types.NoneType in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not types.NoneType]
+    if len(others) == 1:
+        return parse(others[0], value, where)
+    for kind in others:
+        try:
+            return parse(kind, value, where)
+        except ValueError:
+            continue
+    raise ValueError(f"{where}={value!r} must be one of {', '.join(kind.__name__ for kind in others)}")
+
+
+def parse_section(kind: Any, value: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields."""
+    title = where or "the recipe"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{title}={value!r} must be a section of keys")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(sorted(hints))}"
+            raise ValueError(f"{prefix}{key} is not a config key; {hint}")
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in value:
+            raise ValueError(f"{prefix}{item.name} is missing")
+    return kind(**{key: parse(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def given(section: Any, *names: str) -> dict[str, Any]:
+    """The named fields of a section that are not None: for arguments whose default stands elsewhere."""
+    return {name: getattr(section, name) for name in names if getattr(section, name) is not None}

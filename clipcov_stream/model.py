@@ -1,0 +1,238 @@
+"""ClipModel: an open_clip model as a ComposerModel, with a contrastive loss that is exact over ranks.
+
+Two traps make a contrastive loss silently wrong, and both are closed here. Splitting a batch into microbatches drops
+negatives (a microbatch of 4 in 16 leaves a gradient of cosine 0.80 with the right one), so memory is saved inside
+`forward`, by recomputing chunks of the towers, and the loss always sees the whole batch. And gathering without
+gradients scales them by the number of ranks, so the loss gathers with gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.distributed as torch_dist
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.models import ComposerModel
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import Metric
+
+MAX_LOG_SCALE = math.log(100)
+LOSSES = ("clip", "siglip")
+
+
+def build_towers(
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    pretrained: str | None = None,
+    loss: str = "clip",
+) -> nn.Module:
+    """An open_clip model with both towers.
+
+    Args:
+        name: a name from `open_clip.list_models()`, or one of open_clip's schemas (`local-dir:...`, `hf-hub:...`).
+        config: instead of a name, an open_clip model config: embed_dim, vision_cfg, text_cfg.
+        pretrained: a tag of open_clip's for that name, or the path of a checkpoint: open_clip's, or one of Composer's
+            written by this project.
+        loss: "siglip" starts from SigLIP's logit scale and bias (Zhai et al., ICCV 2023, sec. 3.3) unless the config
+            gives its own.
+
+    Raises:
+        ValueError: an unknown name, a config open_clip does not accept, a checkpoint that cannot be loaded.
+    """
+    if (name is None) == (config is None):
+        raise ValueError(f"model: give either a name or a config; got name={name!r}, config={config!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"model.loss={loss!r} is not one of {list(LOSSES)}")
+    bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if loss == "siglip" else {}
+    try:
+        if config is not None:
+            kwargs = {**bias, **config, "output_dict": True}
+            custom = kwargs.pop("custom_text", False)
+            towers: nn.Module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**kwargs)
+        else:
+            assert name is not None
+            check_name(name)
+            tag = None if pretrained is None or Path(pretrained).exists() else pretrained
+            towers = open_clip.create_model(name, pretrained=tag, output_dict=True, **bias)  # pyright: ignore
+    except (TypeError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {error}") from error
+    if pretrained is not None and (config is not None or Path(pretrained).exists()):
+        load_towers(towers, pretrained)
+    return towers
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless open_clip knows the model, with near names as a suggestion."""
+    import difflib
+
+    if ":" in name or name in open_clip.list_models():
+        return
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; see open_clip.list_models()"
+    raise ValueError(f"model.name={name!r} is not an open_clip model{hint}")
+
+
+def load_towers(towers: nn.Module, path: str) -> None:
+    """Load weights from an open_clip checkpoint or from a Composer checkpoint of a ClipModel.
+
+    Raises:
+        ValueError: no such file, or weights of another model.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=not is_composer_checkpoint(path))
+        if "state" in saved:
+            weights = {
+                key.removeprefix("module.").removeprefix("towers."): value
+                for key, value in saved["state"]["model"].items()
+            }
+        else:
+            weights = saved.get("state_dict", saved)
+            weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        towers.load_state_dict(weights)
+    except Exception as error:  # torch.load raises a dozen types; all mean the same to the user
+        raise ValueError(f"checkpoint {path!r} cannot be loaded into this model: {error}") from error
+
+
+class ClipModel(ComposerModel):
+    """Two towers and a contrastive loss, for the Composer Trainer.
+
+    A batch is a dict with `image` (n, 3, s, s) and `text` (n, context). Evaluation batches may lack `text`.
+
+    Args:
+        towers: an open_clip CLIP model made with `output_dict=True`; see `build_towers`.
+        loss: "clip" (softmax) or "siglip".
+        activation_chunk: rows per chunk whose activations are recomputed in the backward pass instead of kept; None
+            keeps all. The gradient is the same, the forward runs twice.
+        num_survivors: rows per rank that every training batch must have. The loss refuses any other number, so a run
+            that lost its selection algorithm stops instead of training on whole pools.
+        metrics: evaluation metrics by name, each with `update(outputs, batch)`.
+
+    Raises:
+        ValueError: an unknown loss, a chunk below 1, or chunks with batch norm, which would see other statistics.
+    """
+
+    def __init__(
+        self,
+        towers: nn.Module,
+        loss: str = "clip",
+        activation_chunk: int | None = None,
+        num_survivors: int | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"model.loss={loss!r} is not one of {list(LOSSES)}")
+        if activation_chunk is not None:
+            if activation_chunk < 1:
+                raise ValueError(f"model.activation_chunk={activation_chunk} must be at least 1, or null")
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in towers.modules()):
+                raise ValueError("model.activation_chunk is not exact with batch norm; set it to null for this model")
+        self.towers = towers
+        self.loss_name = loss
+        self.activation_chunk = activation_chunk
+        self.num_survivors = num_survivors
+        self._metrics = dict(metrics or {})
+        self._criterion: nn.Module | None = None
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Logarithm of the logit scale, as open_clip keeps it."""
+        scale = self.towers.logit_scale
+        assert isinstance(scale, Tensor)
+        return scale
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(n, dim) unit-norm image embeddings."""
+        # Through forward, not through towers.encode_image: FSDP gathers weights in forward hooks.
+        return self.towers(image=image)["image_features"]
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """(n, dim) unit-norm caption embeddings."""
+        return self.towers(text=text)["text_features"]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`image_features`, `text_features` (unit-norm), `logit_scale` and, for SigLIP, `logit_bias`."""
+        image, text = batch["image"], batch.get("text")
+        chunk = self.activation_chunk
+        if chunk is None or not torch.is_grad_enabled() or text is None or len(image) <= chunk:
+            outputs = self.towers(image=image, text=text)
+        else:
+            parts = [
+                checkpoint(self.towers, i, t, use_reentrant=False)
+                for i, t in zip(image.split(chunk), text.split(chunk), strict=True)
+            ]
+            outputs = dict(parts[0])
+            for key in ("image_features", "text_features"):
+                outputs[key] = torch.cat([part[key] for part in parts])
+        return {key: value for key, value in outputs.items() if value is not None}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Contrastive loss over the survivors of all ranks, in float32.
+
+        Raises:
+            RuntimeError: a batch that is not `num_survivors` rows long.
+        """
+        num_rows = len(outputs["image_features"])
+        if self.num_survivors is not None and num_rows != self.num_survivors:
+            raise RuntimeError(
+                f"the loss got {num_rows} samples where {self.num_survivors} survivors were expected: is ClipCov among "
+                "the Trainer's algorithms, and device_train_microbatch_size equal to the survivors per rank?"
+            )
+        # Autocast would run the logits' matmul in bf16, whose 8 bits blur similarities times a scale of 100.
+        with torch.autocast(outputs["image_features"].device.type, enabled=False):
+            return self._loss_module()(**{key: value.float() for key, value in outputs.items()})
+
+    def _loss_module(self) -> nn.Module:
+        if self._criterion is None:
+            several = torch_dist.is_available() and torch_dist.is_initialized()
+            rank = torch_dist.get_rank() if several else 0
+            world_size = torch_dist.get_world_size() if several else 1
+            if self.loss_name == "siglip":
+                self._criterion = SigLipLoss(rank=rank, world_size=world_size)
+            else:
+                self._criterion = ClipLoss(
+                    local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size
+                )
+        return self._criterion
+
+    def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
+        return self.forward(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        return {} if is_train else dict(self._metrics)
+
+    def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
+        metric.update(outputs, batch)
+
+
+class ClampLogitScale(Callback):
+    """Keeps the logit scale in [1, 100] after every step (Radford et al., ICML 2021, sec. 2.5)."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        for name, parameter in state.model.named_parameters():
+            if name.endswith("logit_scale"):
+                with torch.no_grad():
+                    parameter.clamp_(0, MAX_LOG_SCALE)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters in two groups: matrices decay; gains, biases, logit scale and bias do not."""
+
+    def named() -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.endswith(("logit_scale", "logit_bias"))
+
+    return [
+        {"params": [p for name, p in named() if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named() if not decays(name, p)], "weight_decay": 0.0},
+    ]

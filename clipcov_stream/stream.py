@@ -1,0 +1,232 @@
+"""MDS shards -> candidate pools: a loader whose batch IS one pool.
+
+Composer resumes a StreamingDataset by the number of samples its clock has counted, and that clock counts what the
+loader yields. So the pool is the loader's batch, and selection happens after it (research in mosaicml/streaming #800:
+filtering inside the dataset breaks resumption).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.storage import CloudDownloader
+from torch import Tensor
+
+from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
+from clipcov_stream.selection import mix
+
+Tokenizer = Callable[[str], Tensor]
+IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil", "jpeg_array")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the MDS columns that are read; all others are ignored.
+
+    Args:
+        image: encoded bytes, or one of Streaming's image encodings.
+        caption: str.
+        image_embedding, text_embedding: ndarray, read only if selection runs on precomputed embeddings.
+        label: int class index, read only by zero-shot evaluation.
+    """
+
+    image: str = "image"
+    caption: str | None = "caption"
+    image_embedding: str | None = None
+    text_embedding: str | None = None
+    label: str | None = None
+
+    def names(self) -> dict[str, str]:
+        """Role -> column name of those in use."""
+        return {role: name for role, name in vars(self).items() if name is not None}
+
+
+class PairDataset(StreamingDataset):
+    """Image-caption pairs, decoded and tokenized.
+
+    A sample is a dict of `image` (3, s, s) float32, `text` (context,) int64, `id` its index in the folder, `valid`, and
+    the embedding or label columns asked for. An image that cannot be decoded becomes zeros with `valid` False: it is
+    counted and never selected, and one bad file does not end a run.
+
+    Args:
+        local, remote, split: as Streaming's. At least one of local and remote.
+        columns: what to read.
+        transform: of images.
+        tokenizer: str -> (context,) token ids.
+        seed: of augmentation, mixed with the epoch and the sample's id.
+        allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
+        kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
+
+    Raises:
+        ValueError: a folder without index.json, without samples, or without a column that is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        local: str | None,
+        remote: str | None = None,
+        split: str | None = None,
+        columns: Columns,
+        transform: ImageTransform,
+        tokenizer: Tokenizer | None,
+        seed: int = 0,
+        allow_unsafe_types: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_folder(local, remote, split)
+        try:
+            super().__init__(local=local, remote=remote, split=split, allow_unsafe_types=allow_unsafe_types, **kwargs)
+        except RuntimeError as error:
+            if "contains no samples" not in str(error):
+                raise
+            raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
+        self.columns = columns
+        self.transform = transform.build()
+        self.augment = transform.min_scale < 1
+        self.image_size = transform.size
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self._check_columns(remote or local or "")
+
+    def _check_columns(self, where: str) -> None:
+        shard = self.shards[0]
+        present = dict(zip(shard.column_names, shard.column_encodings, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+        for role, name in self.columns.names().items():
+            if name not in present:
+                raise ValueError(
+                    f"stream {where!r} has no column {name!r} (stream.columns.{role}); it has {sorted(present)}"
+                )
+        for shard in self.shards:
+            # Streaming decodes these two inside its reader, where one bad file would be an error of the whole epoch.
+            encodings = ["bytes" if e in ("jpeg", "png") else e for e in shard.column_encodings]  # pyright: ignore
+            shard.column_encodings = encodings  # pyright: ignore[reportAttributeAccessIssue]
+        encoding = present[self.columns.image]
+        if encoding not in IMAGE_ENCODINGS:
+            raise ValueError(
+                f"column {self.columns.image!r} of {where!r} is encoded as {encoding!r}; an image column is one of "
+                f"{', '.join(IMAGE_ENCODINGS)}"
+            )
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        sample = super().get_item(sample_id, retry)
+        columns = self.columns
+        item: dict[str, Any] = {"id": int(sample_id), "valid": True}
+        try:
+            image = as_image(sample[columns.image])
+            if self.augment:
+                item["image"] = augmented(self.transform, image, mix(self.seed, self.next_epoch, int(sample_id)))
+            else:
+                item["image"] = self.transform(image)
+        except UndecodableImage:
+            item["image"] = torch.zeros(3, self.image_size, self.image_size)
+            item["valid"] = False
+        if columns.caption is not None and self.tokenizer is not None:
+            item["text"] = self.tokenizer(sample[columns.caption])
+        for role in ("image_embedding", "text_embedding"):
+            name = getattr(columns, role)
+            if name is not None:
+                # MDS arrays are read-only views; torch wants to own what it may write to.
+                item[role] = torch.from_numpy(np.array(sample[name], dtype=np.float32))
+        if columns.label is not None:
+            item["label"] = int(sample[columns.label])
+        return item
+
+
+def as_image(value: Any) -> Image.Image:
+    """RGB image from any of Streaming's image encodings."""
+    if isinstance(value, np.ndarray):
+        value = Image.fromarray(value)
+    return decode_image(value)
+
+
+def check_folder(local: str | None, remote: str | None, split: str | None) -> None:
+    """Raise ValueError unless the folder has an index.json; remote folders are left to the downloader's own error."""
+    if not local and not remote:
+        raise ValueError("stream: neither local nor remote is set; stream.local names an MDS folder")
+    if remote and "://" in remote:
+        return
+    folder = Path(remote or local or "") / (split or "")
+    if not (folder / "index.json").is_file():
+        key = "remote" if remote else "local"
+        raise ValueError(
+            f"stream.{key} {str(folder)!r} has no index.json (checked {folder / 'index.json'}); is it an MDS folder? "
+            "tools/make_mds.py writes one"
+        )
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A pool: each key stacked into one tensor."""
+    first = samples[0]
+    return {
+        key: torch.stack([s[key] for s in samples])
+        if isinstance(first[key], Tensor)
+        else torch.tensor([s[key] for s in samples])
+        for key in first
+    }
+
+
+def pool_loader(
+    dataset: PairDataset,
+    pool_size: int,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    drop_last: bool = True,
+    timeout: float = 0,
+) -> StreamingDataLoader:
+    """Batches of `pool_size` samples of this rank.
+
+    Args:
+        pool_size: must be the dataset's batch_size, or shards are assigned for other batches than are read.
+        timeout: seconds after which a stuck worker is an error; 0 waits for ever.
+
+    Raises:
+        ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank.
+    """
+    if dataset.batch_size != pool_size:
+        raise ValueError(f"pool_size={pool_size} differs from the dataset's batch_size={dataset.batch_size}")
+    if drop_last and len(dataset) < pool_size:
+        raise ValueError(
+            f"the stream has {len(dataset)} samples per rank, one pool needs {pool_size}; lower stream.pool_size"
+        )
+    workers: dict[str, Any] = {}
+    if num_workers > 0:
+        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
+    return StreamingDataLoader(
+        dataset,
+        batch_size=pool_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        **workers,
+    )
+
+
+def read_json_beside(local: str | None, remote: str | None, split: str | None, name: str) -> Any:
+    """A JSON file that lies in an MDS folder, local or remote.
+
+    Raises:
+        ValueError: no such file, or not JSON.
+    """
+    folder = os.path.join(remote or local or "", split or "")
+    where = f"{folder.rstrip('/')}/{name}"
+    try:
+        if remote and "://" in remote:
+            with tempfile.TemporaryDirectory() as scratch:
+                target = os.path.join(scratch, name)
+                CloudDownloader.direct_download(where, target)
+                return json.loads(Path(target).read_text(encoding="utf-8"))
+        return json.loads(Path(where).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {where}: {error}") from error

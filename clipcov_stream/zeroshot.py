@@ -1,0 +1,191 @@
+"""Zero-shot classification and image-text retrieval, as Composer Evaluators.
+
+Both are torchmetrics that keep one small row per sample and drop repeats by sample id before they compute: Streaming
+pads ranks with repeated samples, and a metric that only summed would count those twice. The figures are therefore the
+same at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.core import Callback, State
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+ZEROSHOT_METRICS = ("top1", "top5", "mean_per_class")
+RETRIEVAL_METRICS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+
+
+class ZeroShotAccuracy(Metric):
+    """Accuracy of the nearest class embedding.
+
+    Args:
+        kind: "top1", "top5" or "mean_per_class" (top-1 averaged over the classes that occur, so that a long tail
+            weighs as much as the head).
+    """
+
+    full_state_update = False
+    ids: list[Tensor]
+    labels: list[Tensor]
+    ranks: list[Tensor]
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in ZEROSHOT_METRICS:
+            raise ValueError(f"kind={kind!r} is not one of {list(ZEROSHOT_METRICS)}")
+        self.kind = kind
+        self.class_embeddings: Tensor | None = None  # set by ZeroShotHead for the length of one evaluation
+        for name in ("ids", "labels", "ranks"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        if self.class_embeddings is None:
+            raise RuntimeError("no class embeddings: add ZeroShotHead to the Trainer's callbacks")
+        image = outputs["image_features"].float()
+        scores = image @ self.class_embeddings.to(image).T
+        labels = batch["label"].to(image.device)
+        if int(labels.max()) >= scores.shape[1] or int(labels.min()) < 0:
+            raise ValueError(
+                f"labels from {int(labels.min())} to {int(labels.max())}, but classes.json names {scores.shape[1]}"
+            )
+        own = scores.gather(1, labels[:, None])
+        # Half of the ties rank before the true class: a collapsed model scores as chance, not as perfect.
+        rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+        # An image that cannot be decoded is a miss, not a hole in the average.
+        rank = torch.where(batch["valid"].to(image.device), rank, torch.inf)
+        self.ids.append(batch["id"].to(image.device))
+        self.labels.append(labels)
+        self.ranks.append(rank)
+
+    def compute(self) -> Tensor:
+        keep = first_of_each(dim_zero_cat(self.ids))
+        labels, ranks = dim_zero_cat(self.labels)[keep], dim_zero_cat(self.ranks)[keep]
+        hit = (ranks < (5 if self.kind == "top5" else 1)).double()
+        if self.kind != "mean_per_class":
+            return hit.mean()
+        classes, where = labels.unique(return_inverse=True)
+        hits = torch.zeros(len(classes), dtype=torch.float64, device=hit.device).index_add_(0, where, hit)
+        return (hits / where.bincount(minlength=len(classes))).mean()
+
+
+class RetrievalRecall(Metric):
+    """Share of samples whose own counterpart is among the k nearest; one caption per image.
+
+    Args:
+        kind: one of RETRIEVAL_METRICS.
+    """
+
+    full_state_update = False
+    ids: list[Tensor]
+    image: list[Tensor]
+    text: list[Tensor]
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in RETRIEVAL_METRICS:
+            raise ValueError(f"kind={kind!r} is not one of {list(RETRIEVAL_METRICS)}")
+        way, self.k = kind.rsplit("_r", 1)[0], int(kind.rsplit("_r", 1)[1])
+        self.by_image = way == "image_to_text"
+        for name in ("ids", "image", "text"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        image = outputs["image_features"].float()
+        # NaN compares false with everything and so ranks last in `compute`.
+        image = image.masked_fill(~batch["valid"].to(image.device)[:, None], torch.nan)
+        self.ids.append(batch["id"].to(image.device))
+        self.image.append(image)
+        self.text.append(outputs["text_features"].float())
+
+    def compute(self) -> Tensor:
+        keep = first_of_each(dim_zero_cat(self.ids))
+        image, text = dim_zero_cat(self.image)[keep], dim_zero_cat(self.text)[keep]
+        query, target = (image, text) if self.by_image else (text, image)
+        hits = torch.zeros((), dtype=torch.float64, device=image.device)
+        for start in range(0, len(query), 1024):
+            scores = query[start : start + 1024] @ target.T
+            rows = torch.arange(len(scores), device=scores.device)
+            own = scores[rows, rows + start][:, None]
+            rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+            hits += ((rank < self.k) & own[:, 0].isfinite()).double().sum()
+        return hits / len(query)
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """Positions of the first occurrence of every distinct id, in order of the ids."""
+    _, where = ids.unique(return_inverse=True)
+    order = where.argsort(stable=True)
+    starts = torch.ones_like(order, dtype=torch.bool)
+    starts[1:] = where[order][1:] != where[order][:-1]
+    return order[starts]
+
+
+def metrics_for(kind: str) -> dict[str, Metric]:
+    """Metrics of one evaluation: "zeroshot" or "retrieval"."""
+    if kind == "zeroshot":
+        return {name: ZeroShotAccuracy(name) for name in ZEROSHOT_METRICS}
+    return {name: RetrievalRecall(name) for name in RETRIEVAL_METRICS}
+
+
+class ZeroShotHead(Callback):
+    """Builds the class embeddings of an evaluator when it starts, and drops them when it ends.
+
+    Args:
+        prompts: evaluator label -> (classes, templates, context) token ids: each class name in each template.
+        chunk: prompts embedded at a time.
+    """
+
+    def __init__(self, prompts: Mapping[str, Tensor], chunk: int = 1024) -> None:
+        self.prompts = dict(prompts)
+        self.chunk = chunk
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        prompts = self.prompts.get(str(state.dataloader_label))
+        if prompts is None:
+            return
+        model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
+            embeddings = class_embeddings(model, state.device.tensor_to_device(prompts), self.chunk)
+        for metric in state.eval_metrics[str(state.dataloader_label)].values():
+            if isinstance(metric, ZeroShotAccuracy):
+                metric.class_embeddings = embeddings
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        for metric in state.eval_metrics.get(str(state.dataloader_label), {}).values():
+            if isinstance(metric, ZeroShotAccuracy):
+                metric.class_embeddings = None
+
+
+def class_embeddings(model: Any, prompts: Tensor, chunk: int = 1024) -> Tensor:
+    """(classes, dim) mean of each class's unit-norm prompt embeddings, normalized again (Radford et al., sec. 3.1.4).
+
+    Args:
+        model: has `encode_text`.
+        prompts: (classes, templates, context) token ids.
+    """
+    num_classes, num_templates, _ = prompts.shape
+    flat = prompts.flatten(0, 1)
+    text = torch.cat([model.encode_text(part).float() for part in flat.split(chunk)])
+    return F.normalize(F.normalize(text, dim=1).view(num_classes, num_templates, -1).mean(1), dim=1)
+
+
+def tokenize_prompts(classnames: Sequence[str], templates: Sequence[str], tokenizer: Any) -> Tensor:
+    """(classes, templates, context) token ids of every class name in every template.
+
+    Raises:
+        ValueError: no classes, no templates, or a template without `{}`.
+    """
+    if not classnames or not templates:
+        raise ValueError(f"zero-shot needs classes and templates; got {len(classnames)} and {len(templates)}")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"prompt template {template!r} must contain {{}} exactly once")
+    return torch.stack([torch.stack([tokenizer(t.replace("{}", name)) for t in templates]) for name in classnames])
