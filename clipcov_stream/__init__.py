@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from clipcov_stream.selection import SELECTORS, Pool, Selector, Settings
+from clipcov_stream.objective import Settings
+from clipcov_stream.pool import Pool
+from clipcov_stream.selection import SELECTORS, Selector
 from clipcov_stream.sketch import CrossCovSketch
 
 if TYPE_CHECKING:

@@ -23,17 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
-from clipcov_stream.selection import (
-    NEEDS_NO_EMBEDDING,
-    Pool,
-    SelectionState,
-    SelectorFn,
-    Settings,
-    mix,
-    random_survivors,
-    resolve,
-    select,
-)
+from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
+from clipcov_stream.pool import Pool
+from clipcov_stream.selection import NEEDS_NO_EMBEDDING, SelectorFn, resolve, select
 
 NOT_TRAINED_ON = ("valid", "id", "image_embedding", "text_embedding")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""

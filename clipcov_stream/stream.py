@@ -23,7 +23,7 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
-from clipcov_stream.selection import mix
+from clipcov_stream.objective import mix
 
 Tokenizer = Callable[[str], Tensor]
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil", "jpeg_array")

@@ -12,7 +12,6 @@ import argparse
 import functools
 import io
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from classes import write_classes_json
 from mds_folder import mds_split, staged_folder
 from numpy.typing import NDArray
 from PIL import Image
@@ -346,11 +346,9 @@ def run(args: argparse.Namespace) -> None:
         with mds_split(folder / "eval", EVAL_COLUMNS, source=source) as writer:
             for index in tqdm(range(args.eval_per_class * len(classes)), desc="eval", unit="sample"):
                 writer.write(corpus.eval_sample(index))
-        (folder / "eval" / "classes.json").write_text(
-            json.dumps({"classnames": [class_name(kind) for kind in classes], "templates": list(TEMPLATES)})
-        )
+        write_classes_json(folder / "eval", [class_name(kind) for kind in classes], TEMPLATES)
     print(
         f"{Path(args.out)}: {args.samples} training samples of {len(classes)} classes "
-        f"({args.mismatched:.0%} mismatched, {args.duplicates:.0%} near-duplicates, {args.generic:.0%} generic captions), "
+        f"({args.mismatched:.0%} mismatched, {args.duplicates:.0%} near-duplicates, {args.generic:.0%} generic), "
         f"{args.eval_per_class * len(classes)} for evaluation"
     )

@@ -1,0 +1,87 @@
+"""Pool: the candidates of one step, as embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates of one step, as embeddings; rows need not be unit-norm, `select` normalizes them.
+
+    Args:
+        image, text: (pool, dim) embeddings from the embedder: the teacher, a proxy or columns. Same width.
+        logit_scale: the embedder's, exponentiated (CLIP's is near 100 after training).
+        learner_image, learner_text, learner_logit_scale: the same pool seen by the model in training. Without them the
+            embedder stands in for the learner, which is what it is when it is the learner's moving average.
+        valid: (pool,) bool, False for samples that must not be chosen (an undecodable image, say).
+
+    Raises:
+        ValueError: rows or widths that do not match.
+    """
+
+    image: Float[Tensor, "pool dim"]
+    text: Float[Tensor, "pool dim"]
+    logit_scale: float | Tensor = 100.0
+    learner_image: Float[Tensor, "pool learner_dim"] | None = None
+    learner_text: Float[Tensor, "pool learner_dim"] | None = None
+    learner_logit_scale: float | Tensor | None = None
+    valid: Bool[Tensor, " pool"] | None = None
+
+    def __post_init__(self) -> None:
+        check_pair(self.image, self.text, "embeddings")
+        if (self.learner_image is None) != (self.learner_text is None):
+            raise ValueError("a pool needs both learner_image and learner_text, or neither")
+        if self.learner_image is not None and self.learner_text is not None:
+            check_pair(self.learner_image, self.learner_text, "learner embeddings")
+            if len(self.learner_image) != len(self.image):
+                raise ValueError(f"learner embeddings of {len(self.learner_image)} samples in a pool of {len(self)}")
+        if self.valid is not None and self.valid.shape != (len(self.image),):
+            raise ValueError(f"valid has shape {tuple(self.valid.shape)}, the pool has {len(self)} samples")
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def check_pair(image: Tensor, text: Tensor, what: str) -> None:
+    """Raise ValueError unless image and text are (n, dim) of one shape."""
+    if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
+        raise ValueError(f"{what} must be (pool, dim) each; got {tuple(image.shape)} and {tuple(text.shape)}")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"{what} have different widths: image {image.shape[1]}, text {text.shape[1]}; "
+            "are the two columns from one model?"
+        )
+
+
+def prepared(pool: Pool) -> Pool:
+    """The pool with unit-norm float32 rows, zeros where a row is not valid, and `valid` set."""
+    finite = torch.isfinite(pool.image).all(1) & torch.isfinite(pool.text).all(1)
+    if pool.learner_image is not None and pool.learner_text is not None:
+        finite &= torch.isfinite(pool.learner_image).all(1) & torch.isfinite(pool.learner_text).all(1)
+    valid = finite if pool.valid is None else finite & pool.valid.to(finite.device)
+
+    def unit(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else F.normalize(rows.float().masked_fill(~valid[:, None], 0.0), dim=1)
+
+    return replace(
+        pool,
+        image=unit(pool.image),
+        text=unit(pool.text),
+        learner_image=unit(pool.learner_image),
+        learner_text=unit(pool.learner_text),
+        valid=valid,
+    )
+
+
+def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:
+    """Which samples may be chosen."""
+    return torch.ones(len(pool), dtype=torch.bool, device=pool.image.device) if pool.valid is None else pool.valid
