@@ -81,13 +81,32 @@ def check_name(name: str) -> None:
 
 
 def load_towers(towers: nn.Module, path: str) -> None:
-    """Load weights from an open_clip checkpoint or from a Composer checkpoint of a ClipModel.
+    """Load weights from an open_clip checkpoint or from a Composer checkpoint of a ClipModel; runs no code of either.
 
     Raises:
-        ValueError: no such file, or weights of another model.
+        ValueError: no such file, weights of another model, or a file that holds anything but data.
     """
+
+    class Inert:
+        """Stands for what Composer keeps beside the weights; takes any arguments and keeps none."""
+
+        def __init__(self, *args: Any) -> None: ...
+
+        def __setstate__(self, state: Any) -> None: ...
+
+    # The generators' states, the version of torch and the clock. Their own types are not needed to read weights, and
+    # NumPy's trust what they are given. NumPy 2 renamed its core.
+    beside = [
+        "datetime.timedelta",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "torch.torch_version.TorchVersion",
+    ]
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=not is_composer_checkpoint(path))
+        with torch.serialization.safe_globals([(Inert, name) for name in beside]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         if "state" in saved:
             weights = {
                 key.removeprefix("module.").removeprefix("towers."): value

@@ -8,8 +8,8 @@ The method, `clipcov`, lowers the distance between the survivors' whitened cross
 
     ||C_S - T||_F^2 = const - (2/K) sum_{i in S} <T, z_i> + (1/K^2) sum_{i,j in S} <z_i, z_j>,    z_i = x_i y_i^T
 
-greedily, beside a quality term for each sample (`objective` has the terms). This replaces the per-class sums of the paper's
-offline algorithm (CLIPCov: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which needs a partition
+greedily, beside a quality term for each sample (`objective` has the terms). This replaces the per-class sums of the
+paper's offline algorithm (CLIPCov: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which needs a partition
 of the whole data set.
 """
 
@@ -189,7 +189,7 @@ class Selector:
         num_valid = len(pool) - int(report["num_invalid"])
         if num_valid < num_survivors:
             raise RuntimeError(
-                f"only {num_valid} of the pool's {len(pool)} samples can be used, {num_survivors} survivors are needed: "
+                f"only {num_valid} of the pool's {len(pool)} samples can be used, {num_survivors} are needed: "
                 f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding"
             )
         self.state, self.report = state, report

@@ -26,8 +26,8 @@ from clipcov_stream.zeroshot import ZeroShotHead
 class MetricsFile(LoggerDestination):
     """Appends every step's metrics to a JSON-lines file, on rank 0.
 
-    Each line has `step` and the metrics logged since the last. A resumed run appends; the later of two lines for one
-    step is the true one.
+    Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Evaluation adds a second
+    line for its step. A resumed run appends; of two lines for one step the later is the true one.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,7 +38,7 @@ class MetricsFile(LoggerDestination):
         self.pending.update({key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()})
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.flush(int(state.timestamp.batch) - 1)
+        self.flush(int(state.timestamp.batch))
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.pending.update({"samples_streamed": int(state.timestamp.sample)})
@@ -163,8 +163,8 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise SystemExit("usage: composer [-n RANKS] [-m clipcov_stream] RECIPE.yaml [key.sub=value ...]")
         path = arguments.pop(0)
-    # Two notices of the libraries that a user can do nothing about.
-    warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+    # The last batch of an evaluation split is shorter than the others; Composer warns of it every time.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     try:
         config = load_config(path, arguments)
         trainer = build_trainer(config)

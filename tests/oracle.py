@@ -1,0 +1,113 @@
+"""What the maths should give, written from the formulas: float64 NumPy, slow, nothing of the package imported."""
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Moments(NamedTuple):
+    weight: float
+    effective_size: float
+    image_mean: np.ndarray
+    text_mean: np.ndarray
+    image_cov: np.ndarray
+    text_cov: np.ndarray
+    cross_cov: np.ndarray
+
+
+def moments(image, text, weights=None) -> Moments:
+    """Weighted means and covariances, in two passes over all samples."""
+    image, text = as64(image), as64(text)
+    weights = np.ones(len(image)) if weights is None else as64(weights)
+    total = weights.sum()
+    image_mean, text_mean = weights @ image / total, weights @ text / total
+    x, y = image - image_mean, text - text_mean
+    weighted = weights[:, None] / total
+    return Moments(
+        weight=total,
+        effective_size=total**2 / (weights**2).sum(),
+        image_mean=image_mean,
+        text_mean=text_mean,
+        image_cov=x.T @ (weighted * x),
+        text_cov=y.T @ (weighted * y),
+        cross_cov=x.T @ (weighted * y),
+    )
+
+
+def half_life_weights(batch_sizes, half_life, clock=None) -> np.ndarray:
+    """Weight of every sample once the last batch is in; `clock[b]` is how far batch b ages the ones before it."""
+    clock = batch_sizes if clock is None else clock
+    ages = [sum(clock[b + 1 :]) for b in range(len(batch_sizes))]
+    return np.concatenate([np.full(n, 0.5 ** (age / half_life)) for n, age in zip(batch_sizes, ages, strict=True)])
+
+
+def unit(rows) -> np.ndarray:
+    rows = as64(rows)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def inverse_root(cov, ridge) -> np.ndarray:
+    """The symmetric root of (cov + ridge * mean variance * I)^-1."""
+    cov = as64(cov)
+    values, vectors = np.linalg.eigh(cov + ridge * np.trace(cov) / len(cov) * np.eye(len(cov)))
+    return vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+def atoms(image, text) -> np.ndarray:
+    """(n, d, d) explicit outer products x_i y_i^T."""
+    return np.einsum("na,nb->nab", as64(image), as64(text))
+
+
+def margin(image, text, scale) -> np.ndarray:
+    """Minus the symmetric contrastive loss of each sample, the pool as the batch."""
+    probs = np.exp(scale * as64(image) @ as64(text).T)
+    own = np.diag(probs)
+    return 0.5 * np.log(own / probs.sum(1)) + 0.5 * np.log(own / probs.sum(0))
+
+
+def lag_sum(image, text, learner_image, learner_text, scale) -> np.ndarray:
+    """sum_i x_i y_i^T - 1/2 sum_ij (p_ij + q_ij) x_i y_j^T, term by term; image and text already centred."""
+    image, text = as64(image), as64(text)
+    probs = np.exp(scale * as64(learner_image) @ as64(learner_text).T)
+    by_row, by_column = probs / probs.sum(1, keepdims=True), probs / probs.sum(0, keepdims=True)
+    total = np.zeros((image.shape[1], text.shape[1]))
+    for i in range(len(image)):
+        total += np.outer(image[i], text[i])
+        for j in range(len(text)):
+            total -= 0.5 * (by_row[i, j] + by_column[i, j]) * np.outer(image[i], text[j])
+    return total
+
+
+def objective(chosen, all_atoms, gain, redundancy) -> float:
+    """sum_i gain_i - redundancy * sum_{i<j} <z_i, z_j>."""
+    pairs = sum((all_atoms[i] * all_atoms[j]).sum() for i, j in combinations(chosen, 2))
+    return sum(gain[i] for i in chosen) - redundancy * pairs
+
+
+def greedy(all_atoms, gain, redundancy, valid, num_survivors) -> list[int]:
+    """The objective evaluated from scratch for every candidate at every pick."""
+    chosen: list[int] = []
+    for _ in range(num_survivors):
+        rest = [i for i in range(len(gain)) if valid[i] and i not in chosen]
+        chosen.append(max(rest, key=lambda i: objective([*chosen, i], all_atoms, gain, redundancy)))
+    return chosen
+
+
+def residual(image, text, image_center, text_center, target) -> float:
+    """||C_S - C||_F / ||C||_F, C_S about the given centres."""
+    own = (as64(image) - image_center).T @ (as64(text) - text_center) / len(image)
+    return float(np.linalg.norm(own - target) / np.linalg.norm(target))
+
+
+def random_residual(image, text, image_center, text_center, target, num_survivors) -> float:
+    """Root mean square of `residual` over every subset of that size."""
+    squares = [
+        residual(image[list(subset)], text[list(subset)], image_center, text_center, target) ** 2
+        for subset in combinations(range(len(image)), num_survivors)
+    ]
+    return float(np.sqrt(np.mean(squares)))
+
+
+def as64(values) -> np.ndarray:
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,428 @@
+"""ClipCov in the real Composer Trainer, on real MDS shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback, Trainer
+from composer.core import Algorithm, Event
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+from streaming import MDSWriter
+from torch.utils.data import DataLoader
+
+from clipcov_stream import ClipCov
+from clipcov_stream.algorithm import count_survivors
+from clipcov_stream.config import load_config
+from clipcov_stream.model import ClipModel, build_towers
+from clipcov_stream.train import build_trainer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+class Recorder(Callback):
+    """The token ids that every step trains on, which name the survivors."""
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+        self.keys: set[str] = set()
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        self.batches.append(state.batch["text"].clone())
+        self.keys |= set(state.batch)
+
+
+class MemoryLog(LoggerDestination):
+    """Every value logged, by metric."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, list[float]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.data.setdefault(name, []).append(float(value))
+
+
+def trainer_of(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
+    recorder, memory = Recorder(), MemoryLog()
+    trainer.state.callbacks.append(recorder)
+    trainer.logger.destinations = (*trainer.logger.destinations, memory)
+    return trainer, recorder, memory
+
+
+def algorithm_of(trainer: Trainer) -> ClipCov:
+    return next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+
+
+def values(memory: MemoryLog, name: str) -> list[float]:
+    return memory.data[name]
+
+
+def test_survivors_alone_are_trained_on_and_counted(tmp_path: Path, corpus: Path) -> None:
+    trainer, recorder, memory = trainer_of(tmp_path, recipe(corpus))
+    trainer.fit()
+    assert [len(batch) for batch in recorder.batches] == [8] * 6
+    assert recorder.keys == {"image", "text"}
+    assert values(memory, "selection/samples_streamed") == [32 * n for n in range(1, 7)]
+    assert values(memory, "selection/samples_seen") == [8 * n for n in range(1, 7)]
+    assert set(values(memory, "selection/filter_ratio")) == {0.75}
+    assert int(trainer.state.timestamp.sample) == 6 * 32
+    for name in ("residual", "residual_random", "residual_total", "residual_total_random", "alignment_pool"):
+        # Four of six steps select; the other two are warm-up.
+        assert len(values(memory, f"selection/{name}")) == 4
+        assert all(np.isfinite(values(memory, f"selection/{name}")))
+    assert len(values(memory, "selection/embed_ms")) == len(values(memory, "selection/select_ms")) == 4
+
+
+def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: Path) -> None:
+    _, ours, _ = run(tmp_path, recipe(corpus))
+    _, twin, _ = run(tmp_path, recipe(corpus, selection={"selector": "random"}))
+    same = [torch.equal(a, b) for a, b in zip(ours.batches, twin.batches, strict=True)]
+    assert same[:2] == [True, True]
+    assert not any(same[2:])
+
+
+def run(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
+    trainer, recorder, memory = trainer_of(tmp_path, tree)
+    trainer.fit()
+    return trainer, recorder, memory
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, stop: int) -> None:
+    # One step, inside the warm-up, and four: two steps after selection has begun, in the middle of the epoch.
+    tree = recipe(corpus, max_duration="9ba", save_interval=f"{stop}ba")
+    straight, expected, metrics = run(tmp_path, tree)
+    first, _, _ = trainer_of(tmp_path, {**tree, "save_folder": str(tmp_path / "checkpoints")})
+    first.fit(duration=f"{stop}ba")
+    first.close()
+    resumed, rest, resumed_metrics = trainer_of(
+        tmp_path, {**tree, "load_path": str(tmp_path / "checkpoints" / "latest-rank0.pt")}
+    )
+    assert int(resumed.state.timestamp.batch) == stop
+    resumed.fit()
+    assert len(rest.batches) == 9 - stop
+    for ours, theirs in zip(rest.batches, expected.batches[stop:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(expected.batches[-1], expected.batches[-2])
+    for (name, ours), theirs in zip(
+        resumed.state.model.state_dict().items(), straight.state.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert_same(algorithm_of(resumed).state_dict(), algorithm_of(straight).state_dict())
+    for name in ("selection/residual_total", "selection/samples_seen", "loss/train/total"):
+        assert values(resumed_metrics, name) == values(metrics, name)[-len(values(resumed_metrics, name)) :]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_state_is_tensors_and_primitives(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
+    path = tmp_path / "state.pt"
+    torch.save(algorithm_of(trainer).state_dict(), path)
+    assert_same(torch.load(path, weights_only=True), algorithm_of(trainer).state_dict())
+
+
+RANKS = """
+import sys, torch
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+trainer = build_trainer(load_config(sys.argv[1]))
+trainer.fit()
+clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+torch.save({"algorithm": clipcov.state_dict(), "model": trainer.state.model.module.state_dict()},
+           f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+trainer.close()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_agree(tmp_path: Path, corpus: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS, encoding="utf-8")
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(corpus))
+    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path)])
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(ranks[0], ranks[1])
+    assert ranks[0]["algorithm"]["samples_seen"] == 6 * 8
+    # Four steps selected, from the pools of both ranks.
+    assert int(ranks[0]["algorithm"]["selection"]["stream"]["num_samples"]) == 4 * 32
+    assert int(ranks[0]["algorithm"]["selection"]["kept"]["num_samples"]) == 4 * 8
+
+
+def composer() -> list[str]:
+    return [str(Path(sys.executable).with_name("composer"))]
+
+
+def launch(command: list[str]) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+class OwnModel(ComposerModel):
+    """Somebody else's model: two linear towers, another loss, no logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_tower = torch.nn.Linear(6, 4)
+        self.text_tower = torch.nn.Linear(5, 4)
+        self.rows: list[int] = []
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.image_tower(image)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.text_tower(text)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.rows.append(len(batch["pixels"]))
+        return self.encode_image(batch["pixels"]) @ self.encode_text(batch["words"]).T
+
+    def loss(self, outputs: torch.Tensor, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs, torch.arange(len(outputs)))
+
+
+def own_trainer(algorithms: list[Algorithm], rows: int = 32, **kwargs: Any) -> Trainer:
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"pixels": torch.randn(6, generator=generator), "words": torch.randn(5, generator=generator)} for _ in range(64)
+    ]
+    return Trainer(
+        model=OwnModel(),
+        train_dataloader=DataLoader(data, batch_size=rows),  # pyright: ignore[reportArgumentType]
+        optimizers=None,
+        max_duration="4ba",
+        device="cpu",
+        algorithms=algorithms,
+        progress_bar=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+class TestOwnTrainer:
+    def test_three_lines_are_enough(self) -> None:
+        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov])
+        trainer.fit()
+        assert set(trainer.state.model.rows) == {8}
+        assert clipcov.samples_seen == 32
+
+    def test_a_function_is_a_selector(self) -> None:
+        def first(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            return torch.arange(num_survivors)
+
+        clipcov = ClipCov(0.75, selector=first, warmup=0, image_key="pixels", text_key="words")
+        own_trainer([clipcov]).fit()
+        assert clipcov.selector == "first"
+        assert clipcov.selection is not None
+        assert int(clipcov.selection.stream.num_samples) == 128
+
+    def test_a_model_without_towers_is_refused(self) -> None:
+        class Blind(OwnModel):
+            encode_text = None  # pyright: ignore[reportAssignmentType]
+
+        trainer = own_trainer([ClipCov(0.75, image_key="pixels", text_key="words")])
+        trainer.state.model = Blind()
+        with pytest.raises(ValueError, match="has no encode_text; selection needs both towers"):
+            trainer.fit()
+
+    def test_microbatch_that_splits_survivors_is_refused(self) -> None:
+        clipcov = ClipCov(0.75, image_key="pixels", text_key="words")
+        with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be the survivors per rank.*= 8"):
+            own_trainer([clipcov], device_train_microbatch_size=4).fit()
+
+    def test_pool_that_does_not_divide_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="must be a\nwhole number|must be a whole number"):
+            own_trainer([ClipCov(0.8, image_key="pixels", text_key="words")]).fit()
+
+    def test_wrong_key_names_what_is_there(self) -> None:
+        with pytest.raises(ValueError, match=r"key 'image' \(image_key\); the batch is \['pixels', 'words'\]"):
+            own_trainer([ClipCov(0.75)]).fit()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"filter_ratio": 1.0}, r"selection.filter_ratio=1.0 must be in \[0, 1\)"),
+        ({"filter_ratio": -0.1}, r"selection.filter_ratio=-0.1 must be in \[0, 1\)"),
+        ({"filter_ratio": float("nan")}, r"selection.filter_ratio=nan"),
+        ({"embed": "magic"}, r"selection.embed='magic' is not one of \['teacher', 'proxy', 'columns'\]"),
+        ({"embed": "proxy"}, "embed='proxy' needs proxy model"),
+        ({"selector": "best"}, r"selection.selector='best' is not one of \['clip_score', 'clipcov', 'random'\]"),
+        ({"warmup": "soon"}, "selection.warmup='soon' is not a Composer time"),
+        ({"warmup": "10sp"}, "must be in batches"),
+        ({"half_life": 0.0}, "selection.half_life=0.0 must be a positive number"),
+        ({"coverage": -1.0}, "selection.coverage=-1.0 must be a finite number"),
+        ({"gate": 1.0}, r"selection.gate=1.0 must be in \[0, 1\)"),
+        ({"logit_scale": 0.0}, "selection.logit_scale=0.0"),
+    ],
+)
+def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipCov(**kwargs)
+
+
+def test_survivors_must_be_a_whole_number_of_at_least_two() -> None:
+    assert count_survivors(640, 0.8) == 128
+    assert count_survivors(100, 0.0) == 100
+    with pytest.raises(ValueError, match=r"pool_size=100 \* \(1 - filter_ratio=0.333\) = 66.7 survivors"):
+        count_survivors(100, 0.333)
+    with pytest.raises(ValueError, match="at least 2"):
+        count_survivors(10, 0.9)
+
+
+def test_forgotten_algorithm_stops_the_run(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus))
+    trainer.state.algorithms = []
+    with pytest.raises(RuntimeError, match=r"is ClipCov among\s+the Trainer's algorithms"):
+        trainer.fit()
+
+
+def test_ours_runs_before_other_algorithms(tmp_path: Path, corpus: Path) -> None:
+    class Witness(Algorithm):
+        rows: list[int]
+
+        def match(self, event: Event, state: Any) -> bool:
+            return event == Event.AFTER_DATALOADER
+
+        def apply(self, event: Event, state: Any, logger: Any) -> None:
+            self.rows = [len(state.batch["image"])]
+
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="1ba"))
+    before, after = Witness(), Witness()
+    trainer.state.algorithms = [before, *trainer.state.algorithms, after]
+    trainer.fit()
+    assert before.rows == after.rows == [8]
+
+
+def write_columns(folder: Path, rows: int, spoil: int = 0, text_dim: int = 8, bad_images: int = 0) -> Path:
+    """An MDS folder with embedding columns; the first rows are spoilt by NaN and inf, or hold no image."""
+    rng = np.random.default_rng(0)
+    corpus = synthetic_bytes(rows)
+    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for row in range(rows):
+            image = rng.normal(size=8).astype(np.float16)
+            text = rng.normal(size=text_dim).astype(np.float16)
+            if row < spoil:
+                (image if row % 2 else text)[0] = (np.nan, np.inf)[row // 2 % 2]
+            data = b"no image" if row < bad_images else corpus[row]
+            writer.write({"image": data, "caption": f"{row}", "image_embedding": image, "text_embedding": text})
+    return folder
+
+
+def synthetic_bytes(rows: int) -> list[bytes]:
+    import synthetic
+
+    corpus = synthetic.Corpus(synthetic.draw_classes(4, 0), 1.0, 0.0, 0.0, 0.0, 4, 16, 0)
+    return [corpus.sample(index)["image"] for index in range(rows)]
+
+
+def columns_recipe(folder: Path, **selection: Any) -> dict[str, Any]:
+    tree = recipe(folder, selection={"embed": "columns", "warmup": "0ba", **selection})
+    tree["stream"] = {"local": str(folder), "global_pool_size": 32, "num_workers": 0, "shuffle": False}
+    return {**tree, "max_duration": "2ba"}
+
+
+def test_non_finite_embeddings_are_never_selected_and_are_counted(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64, spoil=6)
+    trainer, recorder, memory = run(tmp_path, columns_recipe(folder, max_invalid_ratio=0.5))
+    assert values(memory, "selection/num_invalid") == [6, 6]
+    tokenize = trainer.state.dataloader.dataset.tokenizer  # pyright: ignore
+    spoilt = {tuple(tokenize(str(row)).tolist()) for row in range(6)}
+    assert not spoilt & {tuple(row) for row in recorder.batches[0].tolist()}
+    stream = algorithm_of(trainer).selection.stream  # pyright: ignore
+    assert int(stream.num_samples) == 58
+    assert torch.isfinite(stream.cross_cov).all()
+
+
+@pytest.mark.parametrize("selector", ["clipcov", "random"])
+def test_too_many_bad_images_stop_the_run(tmp_path: Path, selector: str) -> None:
+    folder = write_columns(tmp_path / "mds", 64, bad_images=4)
+    with pytest.raises(RuntimeError, match=r"4 of 32 samples streamed cannot be used.*max_invalid_ratio=0.05"):
+        run(tmp_path, columns_recipe(folder, selector=selector))
+    _, _, memory = run(tmp_path, columns_recipe(folder, selector=selector, max_invalid_ratio=0.2))
+    assert values(memory, "selection/num_invalid") == [4, 4]
+
+
+def test_too_few_good_samples_stop_the_run(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64, bad_images=30)
+    with pytest.raises(RuntimeError, match="8 survivors are needed, but 30 of the pool's 32 samples cannot be used"):
+        run(tmp_path, columns_recipe(folder, max_invalid_ratio=0.99))
+
+
+def test_columns_of_two_widths_are_refused(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64, text_dim=6)
+    with pytest.raises(ValueError, match="different widths: image 8, text 6"):
+        run(tmp_path, columns_recipe(folder))
+
+
+def test_missing_embedding_columns_are_named(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, selection={"embed": "columns"})
+    with pytest.raises(ValueError, match=r"no column 'image_embedding' \(stream.columns.image_embedding\)"):
+        trainer_of(tmp_path, tree)
+
+
+def test_learnability_on_columns_uses_the_learner(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64)
+    trainer, _, _ = run(tmp_path, columns_recipe(folder, learnability=1.0))
+    selection = algorithm_of(trainer).selection
+    assert selection is not None
+    assert float(selection.lag_weight) > 0
+    assert float(selection.lag.abs().sum()) > 0
+
+
+def test_proxy_selects_without_changing_itself(tmp_path: Path, corpus: Path) -> None:
+    torch.manual_seed(1)
+    proxy = ClipModel(build_towers(config=TINY_MODEL))
+    torch.save(proxy.towers.state_dict(), tmp_path / "proxy.pt")
+    section = {"config": TINY_MODEL, "pretrained": str(tmp_path / "proxy.pt")}
+    trainer, _, memory = run(tmp_path, recipe(corpus, selection={"embed": "proxy", "proxy": section}))
+    frozen = algorithm_of(trainer).proxy
+    assert frozen is not None
+    for ours, theirs in zip(frozen.towers.state_dict().values(), proxy.towers.state_dict().values(), strict=True):  # pyright: ignore
+        assert torch.equal(ours, theirs)
+    assert len(values(memory, "selection/residual")) == 4
+
+
+@pytest.mark.parametrize("pretrained", [None, "nowhere.pt"])
+def test_proxy_that_cannot_be_loaded_is_refused(tmp_path: Path, corpus: Path, pretrained: str | None) -> None:
+    section = {"config": TINY_MODEL, "pretrained": pretrained}
+    with pytest.raises(ValueError, match="selection.proxy"):
+        trainer_of(tmp_path, recipe(corpus, selection={"embed": "proxy", "proxy": section}))
+
+
+def test_metrics_file_has_one_record_per_step(tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run(tmp_path, recipe(corpus, metrics_file=str(path)))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    seen = {row["step"]: row["selection/samples_seen"] for row in rows if "selection/samples_seen" in row}
+    assert seen == {step: 8 * step for step in range(1, 7)}

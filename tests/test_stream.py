@@ -1,0 +1,349 @@
+"""MDS folders of real image files -> pools."""
+
+import io
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from streaming import MDSWriter
+from streaming.base.util import clean_stale_shared_memory
+from torch import Tensor
+
+from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
+from clipcov_stream.stream import Columns, PairDataset, check_folder, pool_loader, read_json_beside
+
+SIZE = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_memory() -> Iterator[None]:
+    # A run that was killed leaves segments behind, which the next one would take for a live dataset's.
+    clean_stale_shared_memory()
+    yield
+    clean_stale_shared_memory()
+
+
+def tokenize(caption: str) -> Tensor:
+    """Eight bytes of a caption."""
+    return torch.tensor(list(caption.encode()[:8].ljust(8)), dtype=torch.int64)
+
+
+def picture(seed: int, side: int = 12) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    # Smooth, so that JPEG keeps it.
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    return coarse.resize((side, side + seed % 3), Image.Resampling.BILINEAR)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write(folder: Path, samples: list[dict[str, Any]], columns: dict[str, str]) -> Path:
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return folder
+
+
+def pairs(folder: Path, num_samples: int = 8, images: list[Any] | None = None, encoding: str = "bytes") -> Path:
+    images = [encoded(picture(i)) for i in range(num_samples)] if images is None else images
+    samples = [{"image": image, "caption": f"caption {i}"} for i, image in enumerate(images)]
+    return write(folder, samples, {"image": encoding, "caption": "str"})
+
+
+def dataset(folder: Path | None, pool_size: int = 4, min_scale: float = 1.0, **options: Any) -> PairDataset:
+    options = {"columns": Columns(), "tokenizer": tokenize, "num_canonical_nodes": 1, **options}
+    local = None if folder is None else str(folder)
+    transform = ImageTransform(SIZE, min_scale=min_scale)
+    return PairDataset(**{"local": local, "batch_size": pool_size, "transform": transform, **options})
+
+
+def test_a_batch_is_a_pool(tmp_path: Path) -> None:
+    pools = list(pool_loader(dataset(pairs(tmp_path / "mds", 11)), 4))
+    assert len(pools) == 2
+    for pool in pools:
+        assert {key: (tuple(value.shape), value.dtype) for key, value in pool.items()} == {
+            "id": ((4,), torch.int64),
+            "valid": ((4,), torch.bool),
+            "image": ((4, 3, SIZE, SIZE), torch.float32),
+            "text": ((4, 8), torch.int64),
+        }
+    assert torch.cat([pool["id"] for pool in pools]).tolist() == list(range(8))
+    for pool in pools:
+        for row, sample in enumerate(pool["id"].tolist()):
+            assert torch.equal(pool["text"][row], tokenize(f"caption {sample}"))
+
+
+def test_evaluation_keeps_the_last_partial_pool(tmp_path: Path) -> None:
+    pools = list(pool_loader(dataset(pairs(tmp_path / "mds", 11)), 4, drop_last=False))
+    assert [len(pool["id"]) for pool in pools] == [4, 4, 3]
+
+
+def test_columns_have_the_names_they_are_given(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((4, 5)).astype(np.float16)
+    samples = [
+        {"jpg": encoded(picture(i)), "txt": f"t{i}", "v": vectors[i], "w": -vectors[i], "y": i % 3, "extra": "ignored"}
+        for i in range(4)
+    ]
+    kinds = {"jpg": "bytes", "txt": "str", "v": "ndarray:float16", "w": "ndarray", "y": "int", "extra": "str"}
+    columns = Columns(image="jpg", caption="txt", image_embedding="v", text_embedding="w", label="y")
+    pool = next(iter(pool_loader(dataset(write(tmp_path / "mds", samples, kinds), columns=columns), 4)))
+    assert set(pool) == {"id", "valid", "image", "text", "image_embedding", "text_embedding", "label"}
+    # float16 in the shard, and writable float32 in the pool: the suite turns torch's warning on views into an error.
+    assert pool["image_embedding"].dtype == pool["text_embedding"].dtype == torch.float32
+    np.testing.assert_array_equal(pool["image_embedding"].numpy(), vectors.astype(np.float32))
+    np.testing.assert_array_equal(pool["text_embedding"].numpy(), -vectors.astype(np.float32))
+    assert pool["label"].tolist() == [0, 1, 2, 0]
+
+
+def test_captions_are_not_read_where_none_is_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mds", [{"image": encoded(picture(0))}] * 4, {"image": "bytes"})
+    pool = next(iter(pool_loader(dataset(folder, columns=Columns(caption=None), tokenizer=None), 4)))
+    assert set(pool) == {"id", "valid", "image"}
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "png", "pil", "jpeg"])
+def test_every_image_encoding_gives_the_same_pixels(tmp_path: Path, encoding: str) -> None:
+    images = [picture(i) for i in range(4)]
+    if encoding == "jpeg":
+        images = [Image.open(io.BytesIO(encoded(image, "JPEG"))) for image in images]
+    # MDSWriter would compress a JPEG anew; bytes it takes as they are.
+    kept = {"bytes": encoded, "jpeg": lambda image: image.fp.getvalue()}.get(encoding, lambda image: image)
+    stream = dataset(pairs(tmp_path / "mds", images=[kept(image) for image in images], encoding=encoding))
+    for i, image in enumerate(images):
+        assert stream[i]["valid"]
+        torch.testing.assert_close(stream[i]["image"], ImageTransform(SIZE).build()(image))
+
+
+def test_a_jpeg_array_is_refused_or_read(tmp_path: Path) -> None:
+    # Streaming's jpeg_array is a list of pictures; reading it as one must not make every sample undecodable.
+    images = [[encoded(picture(i), "JPEG")] for i in range(4)]
+    folder = pairs(tmp_path / "mds", images=images, encoding="jpeg_array")
+    try:
+        stream = dataset(folder)
+    except ValueError as error:
+        assert "jpeg_array" in str(error)
+    else:
+        assert all(stream[i]["valid"] for i in range(4))
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png"])
+def test_an_undecodable_image_spoils_itself_alone(tmp_path: Path, encoding: str) -> None:
+    kind = "JPEG" if encoding == "jpeg" else "PNG"
+    good = encoded(picture(1, side=16), kind)
+    folder = pairs(tmp_path / "mds", images=[good, b"", good[: len(good) // 2], b"text", good], encoding=encoding)
+    pool = next(iter(pool_loader(dataset(folder, 5), 5)))
+    assert pool["valid"].tolist() == [True, False, False, False, True]
+    assert pool["image"][1:4].eq(0).all()
+    assert torch.equal(pool["image"][0], pool["image"][4]) and pool["image"][0].ne(0).any()
+    assert torch.equal(pool["text"][2], tokenize("caption 2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local": "{tmp}/none"}, r"stream\.local '.*none' has no index\.json \(checked .*index\.json\).*make_mds"),
+        ({"remote": "{tmp}/none"}, r"stream\.remote '.*none' has no index\.json"),
+        ({"local": None}, r"neither local nor remote is set; stream\.local"),
+        ({"split": "val"}, r"'.*mds/val' has no index\.json"),
+        (
+            {"columns": Columns(image="jpg")},
+            r"no column 'jpg' \(stream\.columns\.image\); it has \['caption', 'image'\]",
+        ),
+        ({"columns": Columns(label="y")}, r"no column 'y' \(stream\.columns\.label\)"),
+        ({"columns": Columns(image="caption")}, r"'caption' of '.*mds' is encoded as 'str'; an image column is one of"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_says_which_knob(tmp_path: Path, options: dict, message: str) -> None:
+    folder = pairs(tmp_path / "mds")
+    options = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        dataset(**{"folder": folder, **options})
+
+
+def test_a_folder_without_samples_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": []}))
+    with pytest.raises(ValueError, match=r"is an MDS folder without samples"):
+        dataset(tmp_path)
+
+
+def test_pool_size_must_be_the_datasets(tmp_path: Path) -> None:
+    stream = dataset(pairs(tmp_path / "mds"), 4)
+    with pytest.raises(ValueError, match="pool_size=8 differs from the dataset's batch_size=4"):
+        pool_loader(stream, 8)
+
+
+def test_a_stream_smaller_than_a_pool_is_an_error(tmp_path: Path) -> None:
+    stream = dataset(pairs(tmp_path / "mds", 3), 4)
+    with pytest.raises(
+        ValueError, match=r"has 3 samples per rank, one pool needs 4; lower stream\.(global_)?pool_size"
+    ):
+        pool_loader(stream, 4)
+    assert [len(pool["id"]) for pool in pool_loader(stream, 4, drop_last=False)] == [3]
+
+
+def pixels(loader: Any) -> dict[int, Tensor]:
+    """Image by sample id of one epoch."""
+    return {int(i): image for pool in loader for i, image in zip(pool["id"], pool["image"], strict=True)}
+
+
+def test_augmentation_depends_on_seed_epoch_and_id_alone(tmp_path: Path) -> None:
+    source = pairs(tmp_path / "mds", 12)
+    epochs: dict[int, list[dict[int, Tensor]]] = {}
+    for num_workers in (0, 1, 2):
+        folder = shutil.copytree(source, tmp_path / f"copy{num_workers}")
+        torch.manual_seed(num_workers)
+        # Shuffled by another seed each time: neither the order nor the worker may matter.
+        stream = dataset(folder, 4, min_scale=0.3, seed=5, shuffle=True, shuffle_seed=num_workers)
+        loader = pool_loader(stream, 4, num_workers)
+        epochs[num_workers] = [pixels(loader) for _ in range(2)]
+        del loader, stream
+    for epoch in range(2):
+        assert len(epochs[0][epoch]) == 12
+        for num_workers in (1, 2):
+            assert epochs[num_workers][epoch].keys() == epochs[0][epoch].keys()
+            for i, image in epochs[0][epoch].items():
+                assert torch.equal(epochs[num_workers][epoch][i], image), (num_workers, epoch, i)
+    assert not any(torch.equal(epochs[0][0][i], epochs[0][1][i]) for i in range(12)), "epochs repeat their crops"
+    other = dataset(shutil.copytree(source, tmp_path / "other"), 4, min_scale=0.3, seed=6)
+    assert not any(torch.equal(epochs[0][0][i], image) for i, image in pixels(pool_loader(other, 4)).items())
+
+
+def test_augmentation_leaves_the_global_generators_alone(tmp_path: Path) -> None:
+    stream = dataset(pairs(tmp_path / "mds"), min_scale=0.3)
+    torch.manual_seed(0)
+    random.seed(0)
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    first = stream[3]["image"]
+    after = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    torch.rand(5)
+    assert torch.equal(stream[3]["image"], first)
+
+
+def test_crops_keep_the_share_of_the_area_they_promise() -> None:
+    # A ramp along each axis shows where a crop begins and ends.
+    ramp = np.zeros((64, 64, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(64) * 4, (np.arange(64) * 4)[:, None]
+    image, transform = Image.fromarray(ramp), ImageTransform(64, (0, 0, 0), (1, 1, 1), min_scale=0.5).build()
+    shares = []
+    for seed in range(50):
+        out = augmented(transform, image, seed) * 255 / 4
+        shares.append(float((out[0].max() - out[0].min() + 1) * (out[1].max() - out[1].min() + 1)) / 64**2)
+    assert 0.47 < min(shares) < 0.65 and max(shares) <= 1.01
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (20, 12), (9, 31), (5, 6)])
+def test_transform_equals_that_of_open_clip(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    wanted = open_clip.transform.image_transform(SIZE, is_train=False)(image)
+    torch.testing.assert_close(ImageTransform(SIZE).build()(image), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.paste((40, 40, 40, 255), (0, 0, 2, 4))
+    decoded = np.asarray(decode_image(encoded(image.convert(mode))))
+    assert (decoded[:, 2:] == 255).all() and (decoded[:, :2] == 40).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_a_transparent_colour_is_laid_on_white(mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        data = encoded(image, "GIF", transparency=1)
+    else:
+        data = encoded(Image.new("RGB", (4, 4), (0, 0, 255)), transparency=(0, 0, 255))
+    assert (np.asarray(decode_image(data)) == 255).all()
+
+
+GREYS = (np.arange(64) * 4).astype(np.uint8).reshape(8, 8)
+
+
+def grey_file(kind: str) -> bytes:
+    image = Image.fromarray(GREYS)
+    if kind == "16-bit PNG":
+        return encoded(Image.fromarray(GREYS.astype(np.uint16) * 257))
+    if kind == "16-bit TIFF":
+        return encoded(Image.fromarray(GREYS.astype(np.uint16) * 257), "TIFF")
+    if kind == "grey PNG":
+        return encoded(image)
+    if kind == "palette PNG":
+        return encoded(image.convert("RGB").quantize(64, kmeans=2))
+    if kind == "CMYK TIFF":
+        return encoded(image.convert("RGB").convert("CMYK"), "TIFF")
+    return encoded(image.convert("RGB").convert("CMYK"), "JPEG", quality=100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("grey PNG", 0),
+        ("palette PNG", 4),
+        ("CMYK TIFF", 1),
+        ("CMYK JPEG", 12),
+        ("16-bit PNG", 1),
+        ("16-bit TIFF", 1),
+    ],
+)
+def test_grey_palette_deep_and_cmyk_images_keep_their_tones(kind: str, tolerance: int) -> None:
+    image = decode_image(grey_file(kind))
+    assert image.mode == "RGB"
+    off = np.abs(np.asarray(image).astype(int) - GREYS[..., None])
+    assert off.max() <= tolerance
+
+
+@pytest.mark.parametrize("limit", [16, 40])
+def test_a_decompression_bomb_is_undecodable(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (8, 8)))
+    decode_image(data)
+    # Pillow raises above twice its limit, and only warns above the limit.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UndecodableImage, match="DecompressionBomb"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", encoded(picture(1))[:40], None, 3])
+def test_what_is_no_image_is_undecodable(data: Any) -> None:
+    with pytest.raises(UndecodableImage):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_a_remote_folder_is_cached(tmp_path: Path, split: str | None) -> None:
+    pairs(tmp_path / "remote" / (split or ""))
+    cache = tmp_path / "cache"
+    pool = next(iter(pool_loader(dataset(cache, remote=str(tmp_path / "remote"), split=split), 4)))
+    assert pool["valid"].all() and pool["id"].tolist() == [0, 1, 2, 3]
+    assert (cache / (split or "") / "index.json").exists() and list(cache.rglob("*.mds"))
+
+
+def test_cloud_folders_are_left_to_the_downloader() -> None:
+    check_folder(None, "s3://bucket/pairs", None)
+
+
+def test_json_beside_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "classes.json").write_text('{"classnames": ["été"]}', encoding="utf-8")
+    assert read_json_beside(str(tmp_path), None, "eval", "classes.json") == {"classnames": ["été"]}
+    assert read_json_beside("elsewhere", str(tmp_path / "eval"), None, "classes.json") == {"classnames": ["été"]}
+    with pytest.raises(ValueError, match=r"cannot read .*/classes\.json: .*No such file"):
+        read_json_beside(str(tmp_path), None, None, "classes.json")
+    (tmp_path / "eval" / "classes.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*/eval/classes\.json: "):
+        read_json_beside(str(tmp_path), None, "eval", "classes.json")

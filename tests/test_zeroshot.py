@@ -1,0 +1,349 @@
+"""Zero-shot and retrieval figures against NumPy, open_clip's own classifier, and any number of ranks."""
+
+import io
+import json
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from streaming import MDSWriter
+from torch import Tensor
+
+with warnings.catch_warnings():
+    # Composer imports mcli, which imports what websockets has deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from composer import Trainer
+    from composer.core import Callback, Evaluator
+    from composer.utils import dist
+
+    from clipcov_stream.build import build_evaluators, tokenizer_of
+    from clipcov_stream.config import EvalConfig
+    from clipcov_stream.model import ClipModel, build_towers
+    from clipcov_stream.zeroshot import (
+        RETRIEVAL_METRICS,
+        ZEROSHOT_METRICS,
+        RetrievalRecall,
+        ZeroShotAccuracy,
+        ZeroShotHead,
+        class_embeddings,
+        metrics_for,
+        tokenize_prompts,
+    )
+
+pytestmark = [
+    # Composer leaves a TemporaryDirectory of its console logger to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+    # Composer says so of every last batch that is not a full one.
+    pytest.mark.filterwarnings("ignore:Cannot split tensor of length . into batches of size .:UserWarning"),
+]
+
+CONFIG = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+CLASSES = ["red cat", "blue dog", "green {bird}", "fish", "tall tree", "old house", "ship"]
+TEMPLATES = ["a photo of a {}.", "{}", "many {} here"]
+
+
+def accuracy(kind: str, image: Tensor, classes: Tensor, batch: dict[str, Tensor]) -> float:
+    metric = ZeroShotAccuracy(kind)
+    metric.class_embeddings = classes
+    for part in torch.arange(len(image)).split(5):
+        metric.update({"image_features": image[part]}, {key: value[part] for key, value in batch.items()})
+    return metric.compute().item()
+
+
+def hit_probability(scores: np.ndarray, own: int, k: int) -> float:
+    """Chance that entry `own` is in the top k when ties are broken at random; NaN is last."""
+    if np.isnan(scores[own]):
+        return 0.0
+    better, tied = (scores > scores[own]).sum(), (scores == scores[own]).sum()
+    return float(np.clip((k - better) / tied, 0, 1))
+
+
+def expected_accuracy(kind: str, image: Tensor, classes: Tensor, batch: dict[str, Tensor]) -> float:
+    scores = (image @ classes.T).numpy()
+    seen: dict[int, tuple[int, float]] = {}
+    for row, (sample, label, valid) in enumerate(zip(*(batch[k].tolist() for k in ("id", "label", "valid")))):
+        hit = hit_probability(scores[row], label, 5 if kind == "top5" else 1) if valid else 0.0
+        seen.setdefault(sample, (label, hit))
+    hits: dict[int, list[float]] = {}
+    for label, hit in seen.values():
+        hits.setdefault(label, []).append(hit)
+    if kind == "mean_per_class":
+        return float(np.mean([np.mean(each) for each in hits.values()]))
+    return float(np.mean([hit for each in hits.values() for hit in each]))
+
+
+def drawn(num_samples: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Embeddings on a coarse grid, so that ties occur, with repeated ids, rare classes and undecodable images."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(-1, 2, (num_samples, 3), generator=generator).float()
+    classes = torch.randint(-1, 2, (num_classes, 3), generator=generator).float()
+    labels = (torch.rand(num_samples, generator=generator) ** 3 * num_classes).long()
+    ids = torch.randperm(num_samples, generator=generator)
+    valid = torch.rand(num_samples, generator=generator) > 0.2
+    image, labels, ids, valid = (torch.cat([x, x[: num_samples // 4]]) for x in (image, labels, ids, valid))
+    return image, classes, {"id": ids, "label": labels, "valid": valid}
+
+
+@pytest.mark.parametrize("kind", ZEROSHOT_METRICS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_accuracy_equals_numpy_without_ties(kind: str, seed: int) -> None:
+    image, classes, batch = drawn(60, 9, seed)
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randn(classes.shape, generator=generator)
+    image = torch.randn(60, 3, generator=generator)[batch["id"]]
+    wanted = expected_accuracy(kind, image, classes, batch)
+    assert 0 < wanted < 1
+    assert accuracy(kind, image, classes, batch) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ZEROSHOT_METRICS)
+def test_ties_count_by_the_chance_of_winning_them(kind: str) -> None:
+    image, classes, batch = drawn(60, 9)
+    wanted = expected_accuracy(kind, image, classes, batch)
+    assert accuracy(kind, image, classes, batch) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 40])
+def test_a_collapsed_model_scores_as_chance(num_classes: int) -> None:
+    labels = torch.arange(80) % num_classes
+    batch = {"id": torch.arange(80), "label": labels, "valid": torch.ones(80, dtype=torch.bool)}
+    image, classes = torch.ones(80, 4), torch.ones(num_classes, 4)
+    found = {kind: accuracy(kind, image, classes, batch) for kind in ZEROSHOT_METRICS}
+    chance = 1 / num_classes
+    assert found == pytest.approx({"top1": chance, "top5": min(1, 5 * chance), "mean_per_class": chance})
+
+
+def test_a_diverged_model_scores_zero() -> None:
+    batch = {"id": torch.arange(6), "label": torch.arange(6), "valid": torch.ones(6, dtype=torch.bool)}
+    image = torch.full((6, 4), torch.nan)
+    assert {kind: accuracy(kind, image, torch.eye(6, 4), batch) for kind in ZEROSHOT_METRICS} == dict.fromkeys(
+        ZEROSHOT_METRICS, 0.0
+    )
+
+
+def test_repeated_samples_count_once_and_undecodable_ones_as_misses() -> None:
+    image, classes = torch.eye(3)[[0, 1, 0, 0, 0]], torch.eye(3)
+    batch = {
+        "id": torch.tensor([7, 8, 9, 7, 7]),
+        "label": torch.tensor([0, 1, 2, 0, 0]),
+        "valid": torch.ones(5, dtype=torch.bool),
+    }
+    assert accuracy("top1", image, classes, batch) == pytest.approx(2 / 3)
+    batch["valid"][1] = False
+    assert accuracy("top1", image, classes, batch) == pytest.approx(1 / 3)
+    assert accuracy("top5", image, classes, batch) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_without_a_class_is_an_error(label: int) -> None:
+    batch = {"id": torch.arange(2), "label": torch.tensor([0, label]), "valid": torch.ones(2, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=rf"{label}.*classes\.json names 3"):
+        accuracy("top1", torch.eye(2, 4), torch.eye(3, 4), batch)
+
+
+def recall(kind: str, image: Tensor, text: Tensor, ids: Tensor, valid: Tensor) -> float:
+    metric = RetrievalRecall(kind)
+    for part in torch.arange(len(image)).split(7):
+        metric.update(
+            {"image_features": image[part], "text_features": text[part]}, {"id": ids[part], "valid": valid[part]}
+        )
+    return metric.compute().item()
+
+
+def expected_recall(kind: str, image: Tensor, text: Tensor, ids: Tensor, valid: Tensor) -> float:
+    way, k = kind.rsplit("_r", 1)
+    rows = [ids.tolist().index(sample) for sample in sorted(set(ids.tolist()))]
+    scores = (image[rows].double() @ text[rows].double().T).numpy()
+    scores[~valid[rows].numpy()] = -np.inf
+    hits = []
+    for own in range(len(rows)):
+        line = scores[own] if way == "image_to_text" else scores[:, own]
+        hits.append(hit_probability(line, own, int(k)) if valid[rows[own]] else 0.0)
+    return float(np.mean(hits))
+
+
+@pytest.mark.parametrize("kind", RETRIEVAL_METRICS)
+def test_recall_equals_numpy(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.nn.functional.normalize(torch.randn(1100, 4, generator=generator), dim=1)
+    image = torch.nn.functional.normalize(text + 0.05 * torch.randn(1100, 4, generator=generator), dim=1)
+    ids = torch.randperm(1100, generator=generator)
+    valid = torch.rand(1100, generator=generator) > 0.1
+    repeat = torch.cat([torch.arange(1100), torch.arange(40)])
+    arguments = (image[repeat], text[repeat], ids[repeat], valid[repeat])
+    wanted = expected_recall(kind, *arguments)
+    assert 0.1 < wanted < 0.9
+    assert recall(kind, *arguments) == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", RETRIEVAL_METRICS)
+@pytest.mark.parametrize("num_samples", [2, 8, 60])
+def test_a_collapsed_model_retrieves_as_chance(kind: str, num_samples: int) -> None:
+    same = torch.ones(num_samples, 4)
+    found = recall(kind, same, same, torch.arange(num_samples), torch.ones(num_samples, dtype=torch.bool))
+    assert found == pytest.approx(min(1, int(kind.split("_r")[-1]) / num_samples))
+
+
+def test_a_diverged_model_retrieves_nothing() -> None:
+    image, text = torch.full((6, 4), torch.nan), torch.eye(6, 4)
+    for kind in RETRIEVAL_METRICS:
+        assert recall(kind, image, text, torch.arange(6), torch.ones(6, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("metric", [ZeroShotAccuracy, RetrievalRecall])
+def test_an_unknown_kind_names_the_known_ones(metric: type) -> None:
+    with pytest.raises(ValueError, match="kind='top2' is not one of"):
+        metric("top2")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_class_embeddings_equal_those_of_open_clip(chunk: int) -> None:
+    torch.manual_seed(0)
+    towers = build_towers(config=CONFIG).eval()
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    wanted = open_clip.build_zero_shot_classifier(towers, tokenizer, CLASSES, TEMPLATES).T
+    prompts = tokenize_prompts(CLASSES, TEMPLATES, tokenizer_of(towers, None))
+    assert prompts.shape == (len(CLASSES), len(TEMPLATES), 8)
+    with torch.no_grad():
+        found = class_embeddings(ClipModel(towers), prompts, chunk)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("classnames", "templates", "message"),
+    [
+        ([], TEMPLATES, "got 0 and 3"),
+        (CLASSES, [], "got 7 and 0"),
+        (CLASSES, ["a photo"], r"'a photo' must contain \{\} exactly once"),
+        (CLASSES, ["{} and {}"], "exactly once"),
+    ],
+)
+def test_prompts_need_classes_and_templates(classnames: list[str], templates: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenize_prompts(classnames, templates, lambda text: torch.zeros(8, dtype=torch.long))
+
+
+NUM_SAMPLES = 11  # not divisible by 2: with two ranks, Streaming repeats one
+
+
+def write_split(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
+    """An evaluation split of noise, whose image 4 is no image."""
+    rng = np.random.default_rng(0)
+    with MDSWriter(out=str(folder), columns={"image": "bytes", "caption": "str", "label": "int"}) as writer:
+        for index in range(num_samples):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+            image = b"no image" if index == 4 else buffer.getvalue()
+            caption = f"{CLASSES[index % 5]} number {index}"
+            writer.write({"image": image, "caption": caption, "label": index % 5})
+    (folder / "classes.json").write_text(json.dumps({"classnames": CLASSES, "templates": TEMPLATES}))
+    return folder
+
+
+def trainer_of(model: ClipModel, evaluators: list[Evaluator], callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        model=model,
+        eval_dataloader=evaluators,
+        # Unused, but Composer warns where there is none.
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        callbacks=callbacks,
+        device="cpu",
+        progress_bar=False,
+    )
+
+
+def evaluate(folder: Path, head: bool = True) -> dict[str, float]:
+    """Every figure of a split, through Composer."""
+    torch.manual_seed(0)
+    towers = build_towers(config=CONFIG)
+    metrics = metrics_for("zeroshot") | metrics_for("retrieval")
+    section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)
+    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    trainer = trainer_of(ClipModel(towers, metrics=metrics), evaluators, [ZeroShotHead(prompts)] if head else [])
+    try:
+        trainer.eval()
+        return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["noise"].items()}
+    finally:
+        trainer.close()
+
+
+def evaluate_on_rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    dist.initialize_dist("cpu", timeout=60)
+    found = evaluate(Path(folder))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_ranks_report_what_one_reports(tmp_path: Path) -> None:
+    one = evaluate(write_split(tmp_path / "one"))
+    two = write_split(tmp_path / "two")
+    processes = mp.spawn(evaluate_on_rank, (free_port(), str(two)), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not processes.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("two gloo ranks did not finish within 120 s")
+    for rank in range(2):
+        assert json.loads((two / f"rank{rank}.json").read_text()) == one
+
+
+def test_figures_through_composer_equal_numpy(tmp_path: Path) -> None:
+    found = evaluate(write_split(tmp_path / "split"))
+    torch.manual_seed(0)
+    towers = build_towers(config=CONFIG).eval()
+    section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(write_split(tmp_path / "copy")), batch_size=99)
+    evaluators, _ = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    batch = next(iter(evaluators[0].dataloader.dataloader))
+    assert batch["valid"].sum() == NUM_SAMPLES - 1
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    classes = open_clip.build_zero_shot_classifier(towers, tokenizer, CLASSES, TEMPLATES).T
+    with torch.no_grad():
+        image, text = towers.encode_image(batch["image"], True), towers.encode_text(batch["text"], True)
+    wanted = {kind: expected_accuracy(kind, image, classes, batch) for kind in ZEROSHOT_METRICS}
+    wanted |= {kind: expected_recall(kind, image, text, batch["id"], batch["valid"]) for kind in RETRIEVAL_METRICS}
+    assert found == pytest.approx(wanted)
+    assert len(set(found.values())) > 3
+
+
+def test_without_the_head_evaluation_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="add ZeroShotHead to the Trainer's callbacks"):
+        evaluate(write_split(tmp_path / "split"), head=False)
+
+
+def test_class_embeddings_do_not_outlive_the_evaluation(tmp_path: Path) -> None:
+    # A later evaluation of a further trained model must not see the classes of an earlier one.
+    torch.manual_seed(0)
+    towers = build_towers(config=CONFIG)
+    section = EvalConfig(local=str(write_split(tmp_path / "split")), batch_size=4)
+    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    trainer = trainer_of(ClipModel(towers, metrics=metrics_for("zeroshot")), evaluators, [ZeroShotHead(prompts)])
+    trainer.eval()
+    metrics = trainer.state.eval_metrics["noise"]
+    assert set(metrics) == set(ZEROSHOT_METRICS)
+    assert all(metric.class_embeddings is None for metric in metrics.values())
+    trainer.close()
