@@ -197,13 +197,16 @@ class ClipModel(ComposerModel):
         """Contrastive loss over the survivors of all ranks, in float32.
 
         Raises:
-            RuntimeError: a batch that is not `num_survivors` rows long.
+            RuntimeError: a batch that is not `num_survivors` rows long, or part of a pool that nobody selected from.
         """
         num_rows = len(outputs["image_features"])
-        if self.num_survivors is not None and num_rows != self.num_survivors:
+        # Selection drops `valid`. Without this mark a forgotten ClipCov would pass unseen: Composer would split the
+        # pool into microbatches that each have the expected number of rows.
+        if self.num_survivors is not None and (num_rows != self.num_survivors or "valid" in batch):
             raise RuntimeError(
-                f"the loss got {num_rows} samples where {self.num_survivors} survivors were expected: is ClipCov among "
-                "the Trainer's algorithms, and device_train_microbatch_size equal to the survivors per rank?"
+                f"the loss got {num_rows} samples{' of an unselected pool' if 'valid' in batch else ''} where "
+                f"{self.num_survivors} survivors were expected: is ClipCov among the Trainer's algorithms, and "
+                "device_train_microbatch_size equal to the survivors per rank?"
             )
         # Autocast would run the logits' matmul in bf16, whose 8 bits blur similarities times a scale of 100.
         with torch.autocast(outputs["image_features"].device.type, enabled=False):

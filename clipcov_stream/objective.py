@@ -44,10 +44,10 @@ class Settings:
     """
 
     half_life: float = math.inf
-    gate: float = 0.3
+    gate: float = 0.5
     quality: float = 1.0
     learnability: float = 1.0
-    coverage: float = 1.0
+    coverage: float = 3.0
     overshoot: float = 1.0
     ridge: float = 0.1
     seed: int = 0

@@ -29,12 +29,13 @@ class Pool:
     """
 
     image: Float[Tensor, "pool dim"]
-    text: Float[Tensor, "pool dim"]
+    # Not "pool dim": a width that differs is a user's error, with its own message below.
+    text: Float[Tensor, "_ _"]
     logit_scale: float | Tensor = 100.0
-    learner_image: Float[Tensor, "pool learner_dim"] | None = None
-    learner_text: Float[Tensor, "pool learner_dim"] | None = None
+    learner_image: Float[Tensor, "_ _"] | None = None
+    learner_text: Float[Tensor, "_ _"] | None = None
     learner_logit_scale: float | Tensor | None = None
-    valid: Bool[Tensor, " pool"] | None = None
+    valid: Bool[Tensor, "_"] | None = None
 
     def __post_init__(self) -> None:
         check_pair(self.image, self.text, "embeddings")

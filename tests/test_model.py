@@ -185,6 +185,14 @@ def test_loss_refuses_a_whole_pool() -> None:
     assert model.loss(model(batch), batch).isfinite()
 
 
+def test_loss_refuses_a_part_of_an_unselected_pool() -> None:
+    # Without selection, Composer would cut a pool of 12 into microbatches of the 4 rows that are expected.
+    model, batch = ClipModel(towers_of(), num_survivors=4), batch_of(4)
+    outputs = model(batch)
+    with pytest.raises(RuntimeError, match=r"got 4 samples of an unselected pool .*ClipCov"):
+        model.loss(outputs, {**batch, "valid": torch.ones(4, dtype=torch.bool)})
+
+
 def test_chunks_with_batch_norm_are_refused() -> None:
     towers = build_towers(config=BATCH_NORM)
     ClipModel(towers)

@@ -160,7 +160,7 @@ def test_an_undecodable_image_spoils_itself_alone(tmp_path: Path, encoding: str)
         ({"split": "val"}, r"'.*mds/val' has no index\.json"),
         (
             {"columns": Columns(image="jpg")},
-            r"no column 'jpg' \(stream\.columns\.image\); it has \['caption', 'image'\]",
+            r"no column 'jpg' \(stream\.columns\.image\); it has \['caption', 'i",
         ),
         ({"columns": Columns(label="y")}, r"no column 'y' \(stream\.columns\.label\)"),
         ({"columns": Columns(image="caption")}, r"'caption' of '.*mds' is encoded as 'str'; an image column is one of"),
@@ -187,9 +187,7 @@ def test_pool_size_must_be_the_datasets(tmp_path: Path) -> None:
 
 def test_a_stream_smaller_than_a_pool_is_an_error(tmp_path: Path) -> None:
     stream = dataset(pairs(tmp_path / "mds", 3), 4)
-    with pytest.raises(
-        ValueError, match=r"has 3 samples per rank, one pool needs 4; lower stream\.(global_)?pool_size"
-    ):
+    with pytest.raises(ValueError, match=r"3 samples per rank, one pool needs 4; lower stream\.(global_)?pool_size"):
         pool_loader(stream, 4)
     assert [len(pool["id"]) for pool in pool_loader(stream, 4, drop_last=False)] == [3]
 

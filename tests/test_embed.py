@@ -1,0 +1,197 @@
+"""Embedders: the teacher's average, the proxy's own input format, chunked passes, columns."""
+
+import contextlib
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipcov_stream.embed import Proxy, Teacher, check_towers, embed_from_columns, embed_with_towers, scale_of
+
+CONTEXT = 16
+
+
+def tiny_clip(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return open_clip.CLIP(
+            embed_dim=16,
+            vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+            text_cfg={"context_length": CONTEXT, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        )
+
+
+def inputs(n, side=32, context=CONTEXT, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 49000, (n, context), generator=generator)
+    text[:, 5:] = 0
+    text[:, 4] = 49407
+    return torch.randn(n, 3, side, side, generator=generator), text
+
+
+class WithBuffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.norm = nn.BatchNorm1d(2)
+
+
+# Teacher
+
+
+def test_teacher_follows_the_formula_and_warms_up():
+    learner = WithBuffers()
+    teacher = Teacher(learner, momentum=0.5)
+    expected = learner.weight.detach().double()
+    for step in range(20):
+        with torch.no_grad():
+            learner.weight += step + 1.0
+            learner.norm.running_mean += 3.0
+            learner.norm.num_batches_tracked += 1
+        teacher.update(learner, step)
+        momentum = min(0.5, (1 + step) / (10 + step))
+        expected = momentum * expected + (1 - momentum) * learner.weight.detach().double()
+        torch.testing.assert_close(teacher.model.weight.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(teacher.model.norm.running_mean, learner.norm.running_mean)
+        assert int(teacher.model.norm.num_batches_tracked) == step + 1
+
+
+def test_teacher_neither_trains_nor_shares_weights():
+    learner = tiny_clip().train()
+    teacher = Teacher(learner, momentum=0.9)
+    assert learner.training and not teacher.model.training
+    assert all(p.requires_grad for p in learner.parameters())
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    shared = {p.data_ptr() for p in learner.parameters()} & {p.data_ptr() for p in teacher.model.parameters()}
+    assert not shared
+
+
+def test_teacher_state_goes_on_bit_for_bit(tmp_path):
+    learner, other = tiny_clip(0), tiny_clip(1)
+    straight = Teacher(learner, momentum=0.9)
+    straight.update(other, 3)
+    torch.save(straight.state_dict(), tmp_path / "teacher.pt")
+    resumed = Teacher(learner, momentum=0.9)
+    resumed.load_state_dict(torch.load(tmp_path / "teacher.pt", weights_only=True))
+    before = straight.state_dict()
+    for teacher in (straight, resumed):
+        teacher.update(other, 4)
+    after = straight.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert all(torch.equal(value, after[name]) for name, value in resumed.state_dict().items())
+
+
+# Proxy
+
+
+def test_proxy_renormalizes_and_resizes_as_by_hand():
+    towers = tiny_clip()
+    own = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+    pool = {"pool_mean": (0.1, 0.2, 0.3), "pool_std": (0.5, 0.6, 0.7)}
+    image, _ = inputs(5, side=48)
+
+    def column(values):
+        return torch.tensor(values).view(1, 3, 1, 1)
+
+    pixels = F.interpolate(image, size=(32, 32), mode="bicubic", antialias=True)
+    pixels = pixels * column(pool["pool_std"]) + column(pool["pool_mean"])
+    expected = towers.eval().encode_image((pixels - column(own["mean"])) / column(own["std"]))
+    got = Proxy(towers, image_size=32, **own, **pool).encode_image(image)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, towers.encode_image(F.interpolate(image, size=(32, 32))), atol=1e-3)
+
+
+@pytest.mark.parametrize("own", [{}, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}])
+def test_proxy_of_the_pools_own_format_changes_nothing(own):
+    towers, (image, text) = tiny_clip().eval(), inputs(3)
+    proxy = Proxy(towers, image_size=32, context_length=CONTEXT, **own)
+    torch.testing.assert_close(proxy.encode_image(image), towers.encode_image(image))
+    torch.testing.assert_close(proxy.encode_text(text), towers.encode_text(text))
+    torch.testing.assert_close(scale_of(proxy), scale_of(towers))
+
+
+def test_proxy_pads_short_captions_and_refuses_long_ones():
+    towers, (_, text) = tiny_clip(), inputs(3)
+    proxy = Proxy(towers, context_length=CONTEXT)
+    torch.testing.assert_close(proxy.encode_text(text[:, :9]), towers.encode_text(text))
+    with pytest.raises(ValueError, match=r"reads 16 tokens, the learner's captions have 20"):
+        proxy.encode_text(F.pad(text, (0, 4)))
+
+
+def test_proxy_is_frozen():
+    proxy = Proxy(tiny_clip().train())
+    assert not proxy.towers.training and not any(p.requires_grad for p in proxy.parameters())
+
+
+# Passes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chunks_agree_and_leave_the_mode_alone(training):
+    model, (image, text) = tiny_clip().train(training), inputs(10)
+    whole = embed_with_towers(model, image, text, 10, contextlib.nullcontext())
+    for chunk in (1, 4, 5, 99):
+        parts = embed_with_towers(model, image, text, chunk, contextlib.nullcontext())
+        for part, full in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part, full, rtol=1e-4, atol=1e-5)
+    assert model.training is training
+    assert whole[0].shape == whole[1].shape == (10, 16)
+    assert not any(tensor.requires_grad for tensor in whole)
+
+
+def test_passes_run_in_eval_mode_in_the_given_precision_and_return_float32():
+    model, (image, text) = tiny_clip().train(), inputs(4)
+    modes, dtypes = [], []
+    hook = model.visual.register_forward_hook(
+        lambda module, _, output: (modes.append(module.training), dtypes.append(output.dtype)) and None
+    )
+    result = embed_with_towers(model, image, text, 2, torch.autocast("cpu", torch.bfloat16))
+    hook.remove()
+    assert modes == [False, False] and dtypes == [torch.bfloat16] * 2
+    assert result[0].dtype == result[1].dtype == torch.float32
+
+
+def test_mode_is_restored_after_an_error():
+    model, (image, text) = tiny_clip().train(), inputs(4, side=30)
+    with pytest.raises(Exception):  # noqa: B017  (whatever the tower raises)
+        embed_with_towers(model, image, text, 2, contextlib.nullcontext())
+    assert model.training
+
+
+def test_logit_scale_is_exponentiated_and_defaults_to_clips():
+    model = tiny_clip()
+    torch.testing.assert_close(scale_of(model), model.logit_scale.detach().exp())
+    assert not scale_of(model).requires_grad and scale_of(model).shape == ()
+
+    class Bare(nn.Module):
+        def encode_image(self, image):
+            return image
+
+        def encode_text(self, text):
+            return text
+
+    rows = torch.ones(3, 2)
+    assert embed_with_towers(Bare(), rows, rows, 2, contextlib.nullcontext())[2] == 100.0
+
+
+def test_models_without_towers_are_refused():
+    with pytest.raises(ValueError, match=r"learner Linear has no encode_image and no encode_text"):
+        check_towers(nn.Linear(2, 2), "learner")
+    with pytest.raises(ValueError, match=r"proxy Linear"):
+        Proxy(nn.Linear(2, 2))
+    check_towers(tiny_clip(), "learner")
+
+
+# Columns
+
+
+def test_columns():
+    batch = {"x": torch.ones(3, 2, dtype=torch.float16), "y": torch.zeros(3, 2)}
+    image, text, scale = embed_from_columns(batch, "x", "y", 50.0)
+    assert image.dtype == torch.float32 and torch.equal(image, batch["x"].float())
+    assert torch.equal(text, batch["y"]) and scale == 50.0
+    for keys in (("x", "z"), ("z", "y")):
+        with pytest.raises(ValueError, match=r"needs 'z' in the batch, which has \['x', 'y'\].*stream\.columns"):
+            embed_from_columns(batch, *keys, 50.0)

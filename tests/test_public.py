@@ -1,0 +1,57 @@
+"""The public surface: names, what importing them costs, and the examples in the docstrings."""
+
+import doctest
+import subprocess
+import sys
+
+import clipcov_stream
+import jaxtyping
+import pytest
+import torch
+from clipcov_stream import objective, selection, sketch
+
+
+def run_python(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_public_names():
+    assert set(clipcov_stream.SELECTORS) == {"clipcov", "random", "clip_score"}
+    assert {"ClipCov", "CrossCovSketch", "Selector", "Pool", "SELECTORS"} <= set(clipcov_stream.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Clipcov'"):
+        _ = clipcov_stream.Clipcov
+
+
+def test_every_public_name_resolves():
+    # In a process of its own: Composer warns while it is imported, and a warning is an error here.
+    code = """
+from clipcov_stream import SELECTORS, ClipCov, CrossCovSketch, Pool, Selector
+import clipcov_stream
+print(*[name for name in clipcov_stream.__all__ if getattr(clipcov_stream, name, None) is not None])
+"""
+    assert set(clipcov_stream.__all__) <= set(run_python(code))
+
+
+def test_the_maths_needs_torch_alone():
+    code = """
+import sys
+import clipcov_stream.selection
+heavy = ("composer", "streaming", "open_clip", "torchvision", "jaxtyping", "beartype", "clipcov_stream.algorithm")
+print(*[name for name in heavy if name in sys.modules])
+"""
+    assert run_python(code) == []
+
+
+@pytest.mark.parametrize("module", [sketch, selection], ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 and failed == 0
+
+
+def test_shapes_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        objective.top(torch.zeros(2, 2), 1)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        objective.standardize(torch.zeros(3), torch.ones(4, dtype=torch.bool))

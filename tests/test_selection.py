@@ -1,0 +1,582 @@
+"""Selection: the objective's pieces against the oracle, then what every selector must obey."""
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipcov_stream.objective import (
+    LAG_DECAY,
+    SelectionState,
+    Settings,
+    certificate,
+    gated,
+    greedy_select,
+    lag,
+    margin,
+    mix,
+    random_survivors,
+    standardize,
+    top,
+    updated_lag,
+    whitened,
+)
+from clipcov_stream.pool import Pool, prepared
+from clipcov_stream.selection import SELECTORS, Selector, check_survivors, resolve, select
+
+NAMES = sorted(SELECTORS)
+
+
+def draw(n, dim, seed=0, learner=True, dtype=torch.float32):
+    """A pool whose captions match their images in part, away from zero mean."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(n, dim, generator=generator, dtype=dtype) for _ in range(4)]
+    image, text = rows[0] + 0.5, rows[0] + rows[1]
+    if not learner:
+        return Pool(image=image, text=text, logit_scale=10.0)
+    return Pool(image, text, 10.0, rows[2] + image, rows[3] + text, 5.0)
+
+
+def rows_of(pool, index):
+    def pick(rows):
+        return None if rows is None else rows[index]
+
+    fields = ("image", "text", "learner_image", "learner_text", "valid")
+    return replace(pool, **{name: pick(getattr(pool, name)) for name in fields})
+
+
+def after(pools, num_survivors=3, selector="clipcov", **knobs):
+    state = SelectionState.initial(pools[0].image.shape[1], Settings(**knobs))
+    for pool in pools:
+        state, *_ = select(state, pool, num_survivors, SELECTORS[selector])
+    return state
+
+
+def flat(state):
+    """Every tensor of a state dict by its path."""
+    items = {}
+    for name, value in state.items():
+        nested = flat(value) if isinstance(value, dict) else {"": value}
+        items |= {f"{name}.{path}": torch.as_tensor(tensor) for path, tensor in nested.items()}
+    return items
+
+
+def assert_same_state(left, right):
+    left, right = flat(left.state_dict()), flat(right.state_dict())
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def assert_finite_state(state):
+    bad = {name: value for name, value in flat(state.state_dict()).items() if not torch.isfinite(value.double()).all()}
+    assert set(bad) <= {"stream.half_life.", "kept.half_life."}, bad
+
+
+def close(got, want, tolerance=1e-4):
+    np.testing.assert_allclose(np.asarray(got), want, rtol=tolerance, atol=tolerance)
+
+
+# The objective's pieces
+
+
+@pytest.mark.parametrize("redundancy", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_equals_brute_force_on_explicit_atoms(seed, redundancy):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(14, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    gain = torch.randn(14, generator=generator, dtype=torch.float64)
+    valid = torch.rand(14, generator=generator) < 0.8
+    expected = oracle.greedy(oracle.atoms(image, text), gain.numpy(), redundancy, valid.numpy(), 6)
+    assert greedy_select(image, text, gain, redundancy, valid, 6).tolist() == expected
+
+
+def test_greedy_avoids_both_copies_and_breaks_ties_by_order():
+    image = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), dim=1).repeat(2, 1)
+    gain, valid = torch.zeros(12), torch.ones(12, dtype=torch.bool)
+    assert greedy_select(image, image, gain, 0.0, valid, 4).tolist() == [0, 1, 2, 3]
+    chosen = greedy_select(image, image, gain, 100.0, valid, 6)
+    assert sorted((chosen % 6).tolist()) == list(range(6))
+
+
+def test_margin_is_minus_the_contrastive_loss_of_the_valid_samples():
+    pool = prepared(draw(9, 4, dtype=torch.float64))
+    close(margin(pool), oracle.margin(pool.image, pool.text, 10.0))
+    valid = torch.arange(9) % 4 != 1
+    partial = margin(prepared(replace(draw(9, 4), valid=valid)))
+    close(partial[valid], oracle.margin(pool.image[valid], pool.text[valid], 10.0))
+    assert not partial[~valid].any()
+
+
+def test_margin_of_a_sharp_scale_does_not_overflow():
+    assert torch.isfinite(margin(prepared(replace(draw(9, 4), logit_scale=1e4)))).all()
+
+
+def test_standardize():
+    score, valid = torch.tensor([1.0, 2.0, 6.0, 1e9, 3.0]), torch.tensor([True, True, True, False, True])
+    values = score[valid].numpy()
+    got = standardize(score, valid)
+    close(got[valid], (values - values.mean()) / values.std())
+    assert float(got[3]) == 0
+    assert not standardize(torch.full((4,), 7.0), torch.ones(4, dtype=torch.bool)).any()
+    assert not standardize(torch.full((4,), 7.0), torch.zeros(4, dtype=torch.bool)).any()
+
+
+def test_gate_drops_the_lowest_scores_but_leaves_enough():
+    score, every = torch.tensor([5.0, 1.0, 4.0, 0.0, 3.0, 2.0]), torch.ones(6, dtype=torch.bool)
+    assert gated(score, every, 0.0, 1).all()
+    assert gated(score, every, 0.5, 1).tolist() == [True, False, True, False, True, False]
+    assert gated(score, every, 0.9, 5).tolist() == [True, True, True, False, True, True]
+    valid = every.clone()
+    valid[0] = False
+    assert gated(score, valid, 0.5, 1).tolist() == [False, False, True, False, True, True]
+
+
+def test_top_is_stable():
+    assert top(torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0]), 4).tolist() == [1, 2, 4, 3]
+
+
+def test_whitened_inner_products_equal_those_of_symmetric_roots():
+    pools = [draw(20, 4, seed) for seed in range(3)]
+    state, pool = after(pools, ridge=0.2), prepared(pools[-1])
+    image, text, target, memory = (np.asarray(tensor, np.float64) for tensor in whitened(pool, state))
+    rows = [(oracle.unit(p.image), oracle.unit(p.text)) for p in pools]
+    stream = oracle.moments(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]))
+    image_root, text_root = oracle.inverse_root(stream.image_cov, 0.2), oracle.inverse_root(stream.text_cov, 0.2)
+    x, y = (rows[-1][0] - stream.image_mean) @ image_root, (rows[-1][1] - stream.text_mean) @ text_root
+    x_size, y_size = np.sqrt((x**2).sum(1).mean()), np.sqrt((y**2).sum(1).mean())
+    close(image @ image.T, x @ x.T / x_size**2)
+    close(text @ text.T, y @ y.T / y_size**2)
+    kept = np.asarray(state.kept.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
+    assert not np.allclose(kept, stream.cross_cov)
+    for got, matrix in ((target, stream.cross_cov), (memory, kept)):
+        want = np.einsum("na,ab,nb->n", x, image_root @ matrix @ text_root, y) / (x_size * y_size) ** 2
+        close(np.einsum("na,ab,nb->n", image, got, text), want)
+
+
+# Lag
+
+
+def test_lag_sum_equals_the_oracle_and_decays():
+    pools = [replace(draw(8, 3, seed), valid=torch.arange(8) != seed) for seed in range(2)]
+    state = SelectionState.initial(3, Settings(learnability=1.0))
+    total, weight = np.zeros((3, 3)), 0.0
+    for pool in pools:
+        state, *_ = select(state, pool, 2)
+        ok = pool.valid
+        image = oracle.unit(pool.image[ok]) - np.asarray(state.stream.image_mean, np.float64)
+        text = oracle.unit(pool.text[ok]) - np.asarray(state.stream.text_mean, np.float64)
+        learner = oracle.unit(pool.learner_image[ok]), oracle.unit(pool.learner_text[ok])
+        total = LAG_DECAY * total + oracle.lag_sum(image, text, *learner, 5.0)
+        weight = LAG_DECAY * weight + 7
+        close(state.lag, total)
+        close(state.lag_weight, weight)
+
+
+def test_the_embedder_stands_in_for_a_missing_learner():
+    pool = prepared(draw(8, 3, learner=False))
+    explicit = replace(pool, learner_image=pool.image, learner_text=pool.text, learner_logit_scale=10.0)
+    state = SelectionState.initial(3, Settings(learnability=1.0))
+    assert torch.equal(updated_lag(state, pool, None)[0], updated_lag(state, explicit, None)[0])
+
+
+def test_lag_of_the_first_pool_is_zero_and_selectors_see_earlier_pools_only():
+    seen = []
+
+    def spy(pool, num_survivors, state):
+        seen.append((state.lag, lag(pool, state)))
+        return SELECTORS["clipcov"](pool, num_survivors, state)
+
+    state = SelectionState.initial(4, Settings(learnability=1.0))
+    for seed in range(3):
+        before = state.lag
+        state, *_ = select(state, draw(16, 4, seed), 4, spy)
+        assert torch.equal(seen[-1][0], before)
+        assert not torch.equal(state.lag, before)
+    assert not seen[0][1].any() and seen[1][1].any() and seen[2][1].any()
+
+
+def test_a_pools_learner_votes_for_later_pools_alone():
+    settings_ = Settings(learnability=10.0)
+    state = after([draw(32, 4, 0)], learnability=10.0)
+    pool = draw(32, 4, 1)
+    other = replace(pool, learner_image=-pool.learner_image)
+    state_a, survivors_a, _ = select(state, pool, 8)
+    state_b, survivors_b, _ = select(state, other, 8)
+    assert state.settings == settings_ and torch.equal(survivors_a, survivors_b)
+    later = draw(32, 4, 2)
+    assert not torch.equal(select(state_a, later, 8)[1], select(state_b, later, 8)[1])
+
+
+# The certificate
+
+
+@pytest.mark.parametrize("num_survivors", [1, 3, 6, 7])
+def test_random_residual_is_the_exact_mean_over_all_subsets(num_survivors):
+    state = after([draw(20, 3, seed) for seed in range(2)])
+    pool = prepared(replace(draw(8, 3, 9), valid=torch.arange(8) != 5))
+    survivors = torch.tensor([0, 7, 2, 1, 3, 4, 6])[:num_survivors]
+    report = certificate(pool, survivors, state)
+    stream = [np.asarray(part, np.float64) for part in (state.stream.image_mean, state.stream.text_mean)]
+    target = np.asarray(state.stream.cross_cov, np.float64)
+    image, text = oracle.as64(pool.image), oracle.as64(pool.text)
+    ok = pool.valid.numpy()
+    close(
+        report["residual_random"],
+        oracle.random_residual(image[ok], text[ok], *stream, target, num_survivors),
+    )
+    close(report["residual"], oracle.residual(image[survivors], text[survivors], *stream, target))
+    close(report["alignment_pool"], (image * text).sum(1)[ok].mean())
+    close(report["alignment_survivors"], (image * text).sum(1)[survivors].mean())
+    assert int(report["num_invalid"]) == 1
+
+
+def test_residual_total_is_that_of_all_survivors_so_far():
+    state = SelectionState.initial(3, Settings(half_life=math.inf))
+    streamed, kept = [], []
+    for seed in range(4):
+        pool = draw(16, 3, seed)
+        state, survivors, report = select(state, pool, 4)
+        rows = oracle.unit(pool.image), oracle.unit(pool.text)
+        streamed.append(rows)
+        kept.append([part[survivors.numpy()] for part in rows])
+        image, text = (np.concatenate(parts) for parts in zip(*streamed, strict=True))
+        stream = oracle.moments(image, text)
+        chosen = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
+        want = oracle.residual(*chosen, stream.image_mean, stream.text_mean, stream.cross_cov)
+        close(report["residual_total"], want)
+        assert int(state.stream.num_samples) == 16 * (seed + 1) and int(state.kept.num_samples) == 4 * (seed + 1)
+
+
+@pytest.mark.parametrize("half_life", [math.inf, 150.0])
+def test_random_survivors_measure_what_the_certificate_expects(half_life):
+    measured, expected = [], []
+    for seed in range(40):
+        state = SelectionState.initial(4, Settings(half_life=half_life, seed=seed))
+        for step in range(6):
+            state, _, report = select(state, draw(48, 4, 100 * seed + step, learner=False), 12, SELECTORS["random"])
+        measured.append(float(report["residual_total"]) ** 2)
+        expected.append(float(report["residual_total_random"]) ** 2)
+    # 40 runs of some 16 degrees of freedom each: the ratio scatters by a few percent.
+    assert 0.8 < np.mean(measured) / np.mean(expected) < 1.25
+
+
+# Laws of every selector
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(data=st.data(), name=st.sampled_from(NAMES), pool_size=st.integers(1, 24), dim=st.integers(1, 9))
+def test_survivors_are_distinct_in_range_and_valid(data, name, pool_size, dim):
+    num_survivors = data.draw(st.integers(1, pool_size))
+    num_invalid = data.draw(st.integers(0, pool_size - num_survivors))
+    pool = draw(pool_size, dim, data.draw(st.integers(0, 99)), learner=data.draw(st.booleans()))
+    pool.image[:num_invalid] = math.nan
+    selector = Selector(name)
+    for step in range(2):
+        survivors = selector(pool, num_survivors)
+        assert survivors.dtype == torch.int64 and survivors.shape == (num_survivors,)
+        assert len(set(survivors.tolist())) == num_survivors
+        assert num_invalid <= int(survivors.min()) and int(survivors.max()) < pool_size
+        assert int(selector.report["num_invalid"]) == num_invalid
+        assert all(value.ndim == 0 and torch.isfinite(value) for value in selector.report.values())
+        assert_finite_state(selector.state)
+        assert int(selector.state.kept.num_samples) == num_survivors * (step + 1)
+
+
+@pytest.mark.parametrize("name", ["clipcov", "clip_score"])
+@pytest.mark.parametrize("seed", range(5))
+def test_permuting_the_pool_permutes_the_survivors(name, seed):
+    pool = draw(40, 6, seed)
+    pool.text[3] = math.inf
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    state = after([draw(40, 6, 50)], 10, name)
+    straight = select(state, pool, 10, SELECTORS[name])[1]
+    permuted = select(state, rows_of(pool, order), 10, SELECTORS[name])[1]
+    assert torch.equal(order[permuted], straight)
+
+
+@pytest.mark.parametrize("dim", [3, 8])
+def test_duplicates_are_not_both_taken_while_an_equal_alternative_exists(dim):
+    basis = torch.eye(dim).repeat(2, 1)
+    state = SelectionState.initial(dim, Settings(coverage=100.0, gate=0.0))
+    for _ in range(3):
+        state, survivors, _ = select(state, Pool(basis, basis), dim)
+        assert sorted((survivors % dim).tolist()) == list(range(dim))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["image", "text", "learner_image", "learner_text", "valid"])
+def test_bad_samples_are_counted_and_otherwise_ignored(name, junk, field):
+    bad = torch.arange(24) % 6 == 2
+    pool = draw(24, 5)
+    if field == "valid":
+        pool = replace(pool, valid=~bad)
+    else:
+        getattr(pool, field)[bad, 1] = junk
+    selector = Selector(name)
+    survivors = selector(pool, 20)
+    assert not bad[survivors].any()
+    assert int(selector.report["num_invalid"]) == 4
+    good = draw(24, 5)
+    expected = oracle.moments(oracle.unit(good.image[~bad]), oracle.unit(good.text[~bad]))
+    close(selector.state.stream.cross_cov, expected.cross_cov)
+    assert int(selector.state.stream.num_samples) == 20
+    assert_finite_state(selector.state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_too_few_usable_samples_raise_and_leave_the_state_alone(name):
+    selector = Selector(name)
+    selector(draw(8, 3), 4)
+    before = selector.state
+    with pytest.raises(RuntimeError, match=r"only 3 of the pool's 8 samples can be used, 4 survivors.*5 are"):
+        selector(replace(draw(8, 3, 1), valid=torch.arange(8) < 3), 4)
+    assert selector.state is before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_of_the_pool_survives_if_as_many_are_asked_for(name):
+    selector = Selector(name)
+    assert sorted(selector(draw(9, 4), 9).tolist()) == list(range(9))
+    assert float(selector.report["residual"]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [torch.ones(8, 3), torch.zeros(8, 3), torch.eye(3)[:1], torch.eye(3)[:2]])
+def test_degenerate_pools_have_a_defined_result(name, rows):
+    selector = Selector(name)
+    for _ in range(3):
+        survivors = selector(Pool(rows, rows), max(1, len(rows) // 2))
+        assert len(set(survivors.tolist())) == max(1, len(rows) // 2)
+        assert_finite_state(selector.state)
+        assert all(torch.isfinite(value) for value in selector.report.values())
+
+
+def test_clip_score_takes_the_best_aligned():
+    pool = draw(20, 4)
+    cosine = (oracle.unit(pool.image) * oracle.unit(pool.text)).sum(1)
+    assert Selector("clip_score")(pool, 5).tolist() == np.argsort(-cosine)[:5].tolist()
+
+
+# Randomness
+
+
+def test_random_depends_on_seed_step_and_rank_and_on_nothing_else():
+    pool = draw(30, 3)
+
+    def run(seed=0, rank=0):
+        selector = Selector("random", seed, rank=rank)
+        return [selector(pool, 8).tolist() for _ in range(2)]
+
+    first = run()
+    torch.manual_seed(123)
+    global_state = torch.get_rng_state()
+    assert run() == first
+    assert torch.equal(torch.get_rng_state(), global_state)
+    draws = {tuple(step) for run_ in (first, run(seed=1), run(rank=1)) for step in run_}
+    assert len(draws) == 6
+    assert len({mix(*key) for key in np.ndindex(8, 8, 8)}) == 512
+
+
+def test_random_is_uniform_over_the_valid():
+    valid = torch.arange(10) < 8
+    counts = torch.zeros(10)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        counts[random_survivors(valid, 2, generator)] += 1
+    assert not counts[8:].any()
+    # Each of the eight is drawn 500 times in the mean, with a standard deviation of 19.
+    assert ((counts[:8] - 500).abs() < 100).all()
+
+
+# State
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_select_is_pure(name):
+    state, pool = after([draw(20, 4, 1)], 5, name), draw(20, 4, 2)
+    saved, image = {path: value.clone() for path, value in flat(state.state_dict()).items()}, pool.image.clone()
+    first, second = (select(state, pool, 5, SELECTORS[name]) for _ in range(2))
+    assert all(torch.equal(saved[path], value) for path, value in flat(state.state_dict()).items())
+    assert torch.equal(pool.image, image) and pool.valid is None
+    assert torch.equal(first[1], second[1])
+    assert_same_state(first[0], second[0])
+    assert first[0].step == state.step + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_selector_goes_on_bit_for_bit(name, tmp_path):
+    knobs = Settings(half_life=60.0, coverage=4.0)
+    straight = Selector(name, seed=3, settings=knobs)
+    same_pool = draw(24, 5, 7)
+    for seed in range(2):
+        straight(draw(24, 5, seed), 6)
+    torch.save(straight.state_dict(), tmp_path / "selector.pt")
+    saved = torch.load(tmp_path / "selector.pt", weights_only=True)
+    resumed = Selector(name, seed=3, settings=knobs)
+    resumed.load_state_dict(saved)
+    assert flat(resumed.state_dict()).keys() == flat(straight.state_dict()).keys()
+    steps = []
+    for _ in range(2):
+        survivors = straight(same_pool, 6)
+        assert torch.equal(resumed(same_pool, 6), survivors)
+        assert_same_state(resumed.state, straight.state)
+        assert all(torch.equal(resumed.report[key], value) for key, value in straight.report.items())
+        steps.append((survivors.tolist(), straight.state.stream.cross_cov))
+    assert not torch.equal(steps[0][1], steps[1][1])
+    if name != "clip_score":  # which remembers nothing that it chooses by
+        assert steps[0][0] != steps[1][0]
+    back = Selector(name, seed=3, settings=knobs)
+    back(draw(24, 5, 99), 6)
+    back.load_state_dict(saved)
+    assert back(same_pool, 6).tolist() == steps[0][0]
+
+
+def test_an_empty_state_starts_afresh():
+    selector = Selector()
+    assert selector.state_dict() == {}
+    first = selector(draw(12, 3), 3)
+    selector.load_state_dict({})
+    assert torch.equal(selector(draw(12, 3), 3), first) and selector.state.step == 1
+
+
+def test_ranks_share_sketches_and_lag_but_not_survivors():
+    barrier, slots, results = threading.Barrier(2), [None, None], [None, None]
+
+    def work(rank):
+        def all_reduce(tensor):
+            slots[rank] = tensor.clone()
+            barrier.wait(30)
+            total = slots[0] + slots[1]
+            barrier.wait(30)
+            tensor.copy_(total)
+
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce)
+        for step in range(2):
+            survivors = selector(draw(16, 4, 2 * step + rank), 4)
+        results[rank] = selector.state, survivors
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (first, chosen), (second, others) = results
+    assert_same_state(first, second)
+    assert int(first.stream.num_samples) == 64 and int(first.kept.num_samples) == 16
+    assert not torch.equal(chosen, others)
+    rows = [draw(16, 4, seed) for seed in range(4)]
+    expected = oracle.moments(*(oracle.unit(torch.cat([getattr(p, f) for p in rows])) for f in ("image", "text")))
+    close(first.stream.cross_cov, expected.cross_cov)
+
+
+# Custom selectors and errors
+
+
+def test_a_function_of_ones_own_is_a_selector():
+    def last(pool, num_survivors, state):
+        assert pool.valid is not None and int(state.stream.num_samples) == 9
+        torch.testing.assert_close(pool.image.norm(dim=1), torch.ones(9))
+        return torch.arange(len(pool) - num_survivors, len(pool))
+
+    assert Selector(last)(draw(9, 3), 2).tolist() == [7, 8]
+    assert resolve(last) is last and resolve("random") is SELECTORS["random"]
+
+
+@pytest.mark.parametrize(
+    ("survivors", "message"),
+    [
+        (torch.tensor([1, 1, 2]), "distinct indices from 0 to 7"),
+        (torch.tensor([0, 1, 8]), "distinct indices from 0 to 7"),
+        (torch.tensor([-1, 1, 2]), "distinct indices from 0 to 7"),
+        (torch.tensor([0, 1]), r"returned \(2,\) of torch.int64; it must return \(3,\)"),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), "of torch.int32"),
+        (torch.tensor([0.0, 1.0, 2.0]), "of torch.float32"),
+    ],
+)
+def test_a_bad_selector_is_named(survivors, message):
+    def careless(pool, num_survivors, state):
+        return survivors
+
+    with pytest.raises(RuntimeError, match=f"selector careless .*{message}"):
+        Selector(careless)(draw(8, 3), 3)
+    with pytest.raises(RuntimeError, match=message):
+        check_survivors(survivors, 8, 3, careless)
+
+
+def test_errors_name_the_values():
+    for num_survivors in (0, -1, 9):
+        with pytest.raises(ValueError, match=rf"num_survivors={num_survivors} must be from 1 to .* 8"):
+            Selector()(draw(8, 3), num_survivors)
+    selector = Selector()
+    selector(draw(8, 3), 2)
+    with pytest.raises(ValueError, match=r"embeddings are 5 wide, the sketch is 3 wide"):
+        selector(draw(8, 5), 2)
+    other = Selector()
+    other.load_state_dict(selector.state_dict())
+    with pytest.raises(ValueError, match=r"3 x 3 wide, this run's embeddings are 5 x 5"):
+        other(draw(8, 5), 2)
+    with pytest.raises(ValueError, match=r"'clipcof' is not one of \['clip_score', 'clipcov', 'random'\]"):
+        Selector("clipcof")
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("half_life", 0.0), ("gate", 1.0), ("gate", -0.1), ("quality", -1.0), ("coverage", math.inf), ("ridge", 0.0)],
+)
+def test_settings_out_of_range_name_the_knob(knob, value):
+    with pytest.raises(ValueError, match=rf"selection\.{knob}={value} must be"):
+        Settings(**{knob: value})
+
+
+def test_pools_that_do_not_fit_together():
+    rows = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"image 3, text 2"):
+        Pool(rows, torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(5, 3\)"):
+        Pool(rows, torch.ones(5, 3))
+    with pytest.raises(ValueError, match=r"both learner_image and learner_text"):
+        Pool(rows, rows, learner_image=rows)
+    with pytest.raises(ValueError, match=r"learner embeddings of 5 samples in a pool of 4"):
+        Pool(rows, rows, learner_image=torch.ones(5, 2), learner_text=torch.ones(5, 2))
+    with pytest.raises(ValueError, match=r"shape \(3,\), the pool has 4"):
+        Pool(rows, rows, valid=torch.ones(3, dtype=torch.bool))
+
+
+# Speed
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises at what makes the CPU wait for a GPU: reading a value, or a shape that depends on values."""
+
+    WAITS = frozenset({"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2"})
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITS:
+            raise AssertionError(f"host sync: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_select_never_waits_for_the_device(name):
+    pool = replace(draw(24, 5), valid=torch.arange(24) != 3)
+    state = SelectionState.initial(5, Settings())
+    with NoHostSync():
+        for _ in range(2):
+            state, *_ = select(state, pool, 6, SELECTORS[name])
+    assert state.step == 2
+
+
+def test_the_tripwire_trips():
+    rows = torch.arange(3.0)
+    for sync in (lambda: float(rows[0]), lambda: rows[rows > 1], lambda: rows[torch.tensor(1)], lambda: bool(rows.any())):
+        with NoHostSync(), pytest.raises(AssertionError, match="host sync"):
+            sync()

@@ -1,0 +1,160 @@
+"""The commands a user types, in processes of their own: the composer launcher, the recipes, the quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = f"model.config={json.dumps(TINY_MODEL)}"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+def composer(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`composer ARGUMENTS`, run in the project's root."""
+    command = [str(Path(sys.executable).with_name("composer")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        merged.update(json.loads(line))
+    return merged
+
+
+def test_the_quickstart_recipe_trains_on_two_ranks(tmp_path: Path, corpus: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    composer(
+        *("-n", "2", "yamls/quickstart.yaml", "max_duration=4ba", "selection.warmup=2ba", "eval_interval=4ba"),
+        *(TINY, "stream.global_pool_size=80", "stream.num_workers=0"),
+        *(f"stream.local={corpus / 'train'}", f"eval.shapes.local={corpus / 'eval'}", f"metrics_file={metrics}"),
+    )
+    figures = last_metrics(metrics)
+    assert figures["selection/samples_streamed"] == 4 * 80
+    assert figures["selection/samples_seen"] == 4 * 16
+    assert 0 <= figures["metrics/shapes/mean_per_class"] <= 1
+
+
+def test_the_literal_cc12m_command_trains_on_a_local_folder(tmp_path: Path, corpus: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    composer(
+        *("yamls/clip_cc12m.yaml", "model.name=null", TINY, f"stream.local={corpus / 'train'}"),
+        *("stream.global_pool_size=40", "stream.num_workers=0", "max_duration=4ba", "precision=fp32"),
+        *("selection.warmup=1ba", f"save_folder={tmp_path / 'checkpoints'}", f"metrics_file={metrics}"),
+    )
+    assert last_metrics(metrics)["selection/samples_seen"] == 4 * 8
+    assert (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
+
+
+def test_module_form_takes_any_recipe(tmp_path: Path, corpus: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    path = write_recipe(tmp_path / "any.yaml", recipe(corpus))
+    composer("-n", "1", "-m", "clipcov_stream", str(path), "max_duration=2ba", f"metrics_file={metrics}")
+    assert last_metrics(metrics)["selection/samples_seen"] == 2 * 8
+
+
+def test_without_data_the_error_says_how_to_get_it(tmp_path: Path) -> None:
+    done = composer(
+        "yamls/clip_cc12m.yaml", f"stream.local={tmp_path}", "precision=fp32", f"save_folder={tmp_path}", check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "has no index.json" in said
+    assert "img2dataset" in said
+    assert "Traceback" not in said.split("error:")[-1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"stream": {"global_pool_size": 30}}, r"pool_size=30 \* \(1 - filter_ratio=0.75\) = 7.5 survivors"),
+        ({"selection": {"filter_ratio": 1.5}}, r"selection.filter_ratio=1.5 must be in \[0, 1\)"),
+        ({"selection": {"filter_ratio": 0.96875}}, "= 1 survivors per rank; a contrastive loss needs at least 2"),
+        ({"device_train_microbatch_size": 4}, "device_train_microbatch_size=4 must be the survivors per rank, 8"),
+        ({"device_train_microbatch_size": "auto"}, "'auto' changes a contrastive loss's negatives"),
+        ({"selection": {"selector": "best"}}, "selection.selector='best' is not one of"),
+        ({"selection": {"filter_ration": 0.5}}, "selection.filter_ration is not a config key; did you mean 'filter_r"),
+        ({"model": {"config": None, "name": "ViT-B-33"}}, "model.name='ViT-B-33' is not an open_clip model"),
+        ({"model": {"config": {"embed_dim": 4}}}, "open_clip cannot build"),
+        ({"stream": {"local": "nowhere"}}, "stream.local 'nowhere' has no index.json"),
+        ({"stream": {"columns": {"caption": "text"}}}, r"no column 'text' \(stream.columns.caption\)"),
+        ({"stream": {"global_pool_size": 4096}}, "192 samples per rank, one pool needs 4096"),
+        ({"max_duration": "100sp"}, "max_duration='100sp' must be in batches"),
+        ({"optimizer": {"name": "adam"}}, "optimizer.name='adam' is not one of"),
+        ({"scheduler": {"name": "step"}}, "scheduler.name='step' is not one of"),
+        ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr is not one of Composer's callbacks"),
+        ({"callbacks": {"speed_monitor": {"windo": 1}}}, "callbacks.speed_monitor: .*windo"),
+        ({"eval": {"x": {"tasks": ["segment"], "local": "nowhere"}}}, r"eval.x.tasks=\['segment'\] must be some of"),
+    ],
+)
+def test_bad_recipes_stop_before_training(
+    tmp_path: Path, corpus: Path, sections: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, **sections)))))
+
+
+def test_autoresume_goes_on_from_the_newest_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(
+        corpus, run_name="again", autoresume=True, save_interval="2ba", save_folder=str(tmp_path / "checkpoints")
+    )
+    path = str(write_recipe(tmp_path / "recipe.yaml", tree))
+    first = build_trainer(load_config(path, ["max_duration=2ba"]))
+    first.fit()
+    first.close()
+    second = build_trainer(load_config(path, ["max_duration=5ba"]))
+    assert int(second.state.timestamp.batch) == 2
+    second.fit()
+    assert int(second.state.timestamp.batch) == 5
+
+
+def test_a_short_epoch_is_an_error(tmp_path: Path, corpus: Path) -> None:
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus)))))
+    dataset = trainer.state.dataloader.dataset  # pyright: ignore
+    ids = dataset._get_work
+    # What Streaming does when a shard cannot be read: the iterator just ends.
+    dataset._get_work = lambda epoch, sample: ids(epoch, sample)[:64]
+    with pytest.raises(RuntimeError, match="epoch 0 ended after 2 of 6 pools"):
+        trainer.fit()
+
+
+def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "tools/quickstart.py", "--data", str(corpus), "--out", str(tmp_path), "--steps", "4"),
+            *(TINY, "stream.global_pool_size=40", "stream.num_workers=0", "selection.warmup=2ba", "eval_interval=2ba"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [run["selector"] for run in result["runs"]] == ["random", "clipcov"]
+    for run in result["runs"]:
+        assert [point["samples_seen"] for point in run["curve"]] == [2 * 8, 4 * 8]
+        assert [point["samples_streamed"] for point in run["curve"]] == [2 * 40, 4 * 40]
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000
