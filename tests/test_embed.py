@@ -144,9 +144,12 @@ def test_chunks_agree_and_leave_the_mode_alone(training):
 def test_passes_run_in_eval_mode_in_the_given_precision_and_return_float32():
     model, (image, text) = tiny_clip().train(), inputs(4)
     modes, dtypes = [], []
-    hook = model.visual.register_forward_hook(
-        lambda module, _, output: (modes.append(module.training), dtypes.append(output.dtype)) and None
-    )
+
+    def note(module, _, output):
+        modes.append(module.training)
+        dtypes.append(output.dtype)
+
+    hook = model.visual.register_forward_hook(note)
     result = embed_with_towers(model, image, text, 2, torch.autocast("cpu", torch.bfloat16))
     hook.remove()
     assert modes == [False, False] and dtypes == [torch.bfloat16] * 2

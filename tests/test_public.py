@@ -4,10 +4,11 @@ import doctest
 import subprocess
 import sys
 
-import clipcov_stream
 import jaxtyping
 import pytest
 import torch
+
+import clipcov_stream
 from clipcov_stream import objective, selection, sketch
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from streaming import MDSWriter
-from streaming.base.util import clean_stale_shared_memory
 from torch import Tensor
 
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
 from clipcov_stream.stream import Columns, PairDataset, check_folder, pool_loader, read_json_beside
 
 SIZE = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_memory() -> Iterator[None]:
-    # A run that was killed leaves segments behind, which the next one would take for a live dataset's.
-    clean_stale_shared_memory()
-    yield
-    clean_stale_shared_memory()
 
 
 def tokenize(caption: str) -> Tensor:

@@ -50,10 +50,12 @@ def train(selector: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """
     metrics = out / f"{selector}.jsonl"
     metrics.unlink(missing_ok=True)
-    command = ["composer", "yamls/quickstart.yaml", f"selection.selector={selector}", f"metrics_file={metrics}"]
-    print(f"$ {' '.join([*command, *overrides])}", flush=True)
+    # The launcher beside this interpreter, so that no environment has to be activated.
+    launcher = str(Path(sys.executable).with_name("composer"))
+    command = ["yamls/quickstart.yaml", f"selection.selector={selector}", f"metrics_file={metrics}"]
+    print(f"$ composer {' '.join([*command, *overrides])}", flush=True)
     start = time.perf_counter()
-    result = subprocess.run([*command, *overrides], cwd=ROOT)
+    result = subprocess.run([launcher, *command, *overrides], cwd=ROOT)
     if result.returncode:
         raise SystemExit(f"error: the run with selector={selector} ended with exit code {result.returncode}")
     rows = [row for row in read_metrics(metrics) if METRIC in row]
