@@ -5,6 +5,7 @@ Keys are constructor arguments. There is no interpolation and there are no Pytho
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -171,7 +172,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         tree = OmegaConf.to_container(merged, resolve=False)
     except FileNotFoundError as error:
         raise ValueError(f"no recipe at {path!r}") from error
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError, OSError) as error:
         raise ValueError(f"cannot read recipe {path!r} with overrides {list(overrides)}: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
@@ -203,14 +204,10 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         if origin is tuple and args[-1] is not Ellipsis and len(args) != len(value):
             raise ValueError(f"{where}={value!r} must have {len(args)} entries")
         return origin(parse(element, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string: a float needs the dot.
-        try:
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        # A string too: YAML 1.1 reads 1e-3 as one, a float needs the dot.
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     if kind in (int, str, bool, types.NoneType) and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__

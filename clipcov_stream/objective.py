@@ -190,7 +190,8 @@ def whitened(
     text_root = cholesky(stream.text_cov, state.settings.ridge)
     image = solve(image_root, (pool.image - stream.image_mean).T).T
     text = solve(text_root, (pool.text - stream.text_mean).T).T
-    image_size, text_size = typical_norm(image), typical_norm(text)
+    valid = valid_of(pool)
+    image_size, text_size = typical_norm(image, valid), typical_norm(text, valid)
     size = image_size * text_size
     memory = kept.cross_cov_about(stream.image_mean, stream.text_mean) * (kept.weight > 0)
     target = solve(text_root, solve(image_root, stream.cross_cov).T).T / size
@@ -210,8 +211,10 @@ def solve(root: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root, right, upper=False)
 
 
-def typical_norm(rows: Float[Tensor, "pool dim"]) -> Float[Tensor, ""]:
-    return rows.square().sum(1).mean().sqrt().clamp_min(1e-6)
+def typical_norm(rows: Float[Tensor, "pool dim"], valid: Bool[Tensor, " pool"]) -> Float[Tensor, ""]:
+    """Root mean square norm of the valid rows."""
+    squares = rows.square().sum(1).masked_fill(~valid, 0.0)
+    return (squares.sum() / valid.sum().clamp_min(1)).sqrt().clamp_min(1e-6)
 
 
 def lag(pool: Pool, state: SelectionState) -> Float[Tensor, " pool"]:
@@ -311,13 +314,14 @@ def certificate(pool: Pool, survivors: Tensor, state: SelectionState) -> dict[st
     own = image.index_select(0, survivors).T @ text.index_select(0, survivors) / chosen
     pool_mean = image.T @ text / count.clamp_min(1)
     spread = (image.square().sum(1) * text.square().sum(1)).sum() / count.clamp_min(1) - pool_mean.square().sum()
+    spread = spread.clamp_min(0)  # rounding, when all atoms are equal
     by_chance = spread / chosen * (count - chosen).clamp_min(0) / (count - 1).clamp_min(1)
     total = kept.cross_cov_about(stream.image_mean, stream.text_mean)
     total_by_chance = spread * (1 / kept.effective_size - 1 / stream.effective_size).clamp_min(0)
     cosine = alignment(pool)
     return {
         "residual": (own - target).norm() / size,
-        "residual_random": ((pool_mean - target).square().sum() + by_chance.clamp_min(0)).sqrt() / size,
+        "residual_random": ((pool_mean - target).square().sum() + by_chance).sqrt() / size,
         "residual_total": (total - target).norm() / size,
         "residual_total_random": total_by_chance.sqrt().to(size) / size,
         "alignment_pool": cosine.sum() / count.clamp_min(1),

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.storage import CloudDownloader
 from torch import Tensor
@@ -26,7 +25,7 @@ from clipcov_stream.materialize import ImageTransform, UndecodableImage, augment
 from clipcov_stream.objective import mix
 
 Tokenizer = Callable[[str], Tensor]
-IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil", "jpeg_array")
+IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Columns:
 class PairDataset(StreamingDataset):
     """Image-caption pairs, decoded and tokenized.
 
-    A sample is a dict of `image` (3, s, s) float32, `text` (context,) int64, `id` its index in the folder, `valid`, and
+    A sample is a dict of `image` (3, s, s) uint8 (a pool's are normalized together, see `PoolCollate`), `text` (context,) int64, `id` its index in the folder, `valid`, and
     the embedding or label columns asked for. An image that cannot be decoded becomes zeros with `valid` False: it is
     counted and never selected, and one bad file does not end a run.
 
@@ -92,9 +91,9 @@ class PairDataset(StreamingDataset):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
         self.columns = columns
-        self.transform = transform.build()
+        self.transform = transform
+        self.crop = transform.crop()
         self.augment = transform.min_scale < 1
-        self.image_size = transform.size
         self.tokenizer = tokenizer
         self.seed = seed
         self._check_columns(remote or local or "")
@@ -123,13 +122,13 @@ class PairDataset(StreamingDataset):
         columns = self.columns
         item: dict[str, Any] = {"id": int(sample_id), "valid": True}
         try:
-            image = as_image(sample[columns.image])
+            image = decode_image(sample[columns.image])
             if self.augment:
-                item["image"] = augmented(self.transform, image, mix(self.seed, self.next_epoch, int(sample_id)))
+                item["image"] = augmented(self.crop, image, mix(self.seed, self.next_epoch, int(sample_id)))
             else:
-                item["image"] = self.transform(image)
+                item["image"] = self.crop(image)
         except UndecodableImage:
-            item["image"] = torch.zeros(3, self.image_size, self.image_size)
+            item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
             item["valid"] = False
         if columns.caption is not None and self.tokenizer is not None:
             item["text"] = self.tokenizer(sample[columns.caption])
@@ -141,13 +140,6 @@ class PairDataset(StreamingDataset):
         if columns.label is not None:
             item["label"] = int(sample[columns.label])
         return item
-
-
-def as_image(value: Any) -> Image.Image:
-    """RGB image from any of Streaming's image encodings."""
-    if isinstance(value, np.ndarray):
-        value = Image.fromarray(value)
-    return decode_image(value)
 
 
 def check_folder(local: str | None, remote: str | None, split: str | None) -> None:
@@ -165,15 +157,22 @@ def check_folder(local: str | None, remote: str | None, split: str | None) -> No
         )
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A pool: each key stacked into one tensor."""
-    first = samples[0]
-    return {
-        key: torch.stack([s[key] for s in samples])
-        if isinstance(first[key], Tensor)
-        else torch.tensor([s[key] for s in samples])
-        for key in first
-    }
+class PoolCollate:
+    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros."""
+
+    def __init__(self, transform: ImageTransform) -> None:
+        self.normalize = transform.normalize()
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        first = samples[0]
+        pool = {
+            key: torch.stack([s[key] for s in samples])
+            if isinstance(first[key], Tensor)
+            else torch.tensor([s[key] for s in samples])
+            for key in first
+        }
+        pool["image"] = self.normalize(pool["image"]) * pool["valid"][:, None, None, None]
+        return pool
 
 
 def pool_loader(
@@ -197,7 +196,7 @@ def pool_loader(
         raise ValueError(f"pool_size={pool_size} differs from the dataset's batch_size={dataset.batch_size}")
     if drop_last and len(dataset) < pool_size:
         raise ValueError(
-            f"the stream has {len(dataset)} samples per rank, one pool needs {pool_size}; lower stream.pool_size"
+            f"the stream has {len(dataset)} samples per rank, one pool needs {pool_size}; lower stream.global_pool_size"
         )
     workers: dict[str, Any] = {}
     if num_workers > 0:
@@ -206,7 +205,7 @@ def pool_loader(
         dataset,
         batch_size=pool_size,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=PoolCollate(dataset.transform),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         **workers,

@@ -35,7 +35,7 @@ class ZeroShotAccuracy(Metric):
     full_state_update = False
     ids: list[Tensor]
     labels: list[Tensor]
-    ranks: list[Tensor]
+    hits: list[Tensor]
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ZeroShotAccuracy(Metric):
             raise ValueError(f"kind={kind!r} is not one of {list(ZEROSHOT_METRICS)}")
         self.kind = kind
         self.class_embeddings: Tensor | None = None  # set by ZeroShotHead for the length of one evaluation
-        for name in ("ids", "labels", "ranks"):
+        for name in ("ids", "labels", "hits"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
@@ -56,19 +56,16 @@ class ZeroShotAccuracy(Metric):
             raise ValueError(
                 f"labels from {int(labels.min())} to {int(labels.max())}, but classes.json names {scores.shape[1]}"
             )
-        own = scores.gather(1, labels[:, None])
-        # Half of the ties rank before the true class: a collapsed model scores as chance, not as perfect.
-        rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+        hits = hit_share(scores, scores.gather(1, labels[:, None]), 5 if self.kind == "top5" else 1)
         # An image that cannot be decoded is a miss, not a hole in the average.
-        rank = torch.where(batch["valid"].to(image.device), rank, torch.inf)
+        hits = hits * batch["valid"].to(image.device)
         self.ids.append(batch["id"].to(image.device))
         self.labels.append(labels)
-        self.ranks.append(rank)
+        self.hits.append(hits)
 
     def compute(self) -> Tensor:
         keep = first_of_each(dim_zero_cat(self.ids))
-        labels, ranks = dim_zero_cat(self.labels)[keep], dim_zero_cat(self.ranks)[keep]
-        hit = (ranks < (5 if self.kind == "top5" else 1)).double()
+        labels, hit = dim_zero_cat(self.labels)[keep], dim_zero_cat(self.hits)[keep]
         if self.kind != "mean_per_class":
             return hit.mean()
         classes, where = labels.unique(return_inverse=True)
@@ -114,9 +111,17 @@ class RetrievalRecall(Metric):
             scores = query[start : start + 1024] @ target.T
             rows = torch.arange(len(scores), device=scores.device)
             own = scores[rows, rows + start][:, None]
-            rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
-            hits += ((rank < self.k) & own[:, 0].isfinite()).double().sum()
+            hits += hit_share(scores, own, self.k).sum()
         return hits / len(query)
+
+
+def hit_share(scores: Tensor, own: Tensor, k: int) -> Tensor:
+    """(rows,) chance in [0, 1] that a row's own score is among its k best when ties are broken at random.
+
+    So a collapsed model scores as chance, and one that has diverged (NaN equals nothing) scores zero.
+    """
+    better, tied = (scores > own).sum(1), (scores == own).sum(1)
+    return ((k - better).double() / tied.clamp_min(1)).clamp(0, 1) * (tied > 0)
 
 
 def first_of_each(ids: Tensor) -> Tensor:

@@ -27,9 +27,7 @@ def composer(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     """`composer ARGUMENTS`, run in the project's root."""
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment, check=False)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

@@ -60,7 +60,11 @@ def train(selector: str, overrides: list[str], out: Path) -> dict[str, Any]:
         raise SystemExit(f"error: the run with selector={selector} ended with exit code {result.returncode}")
     rows = [row for row in read_metrics(metrics) if METRIC in row]
     curve = [
-        {"samples_seen": row["selection/samples_seen"], "samples_streamed": row["samples_streamed"], METRIC: row[METRIC]}
+        {
+            "samples_seen": row["selection/samples_seen"],
+            "samples_streamed": row["samples_streamed"],
+            METRIC: row[METRIC],
+        }
         for row in rows
     ]
     final = {key: rows[-1][key] for key in COLUMNS if key in rows[-1]}
