@@ -205,8 +205,8 @@ class ClipCov(Algorithm):
         elif state.device_train_microbatch_size != survivors:
             raise ValueError(
                 f"device_train_microbatch_size={state.device_train_microbatch_size} must be the survivors per rank: "
-                f"pool_size={pool_size} * (1 - filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss over "
-                "parts of a batch has other negatives; to save memory use ClipModel's activation_chunk"
+                f"pool_size={pool_size} * (1 - filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss "
+                "over parts of a batch has other negatives; to save memory use ClipModel's activation_chunk"
             )
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
@@ -318,14 +318,14 @@ class Stopwatch:
 
     def __enter__(self) -> Stopwatch:
         if self.cuda:
-            self.events[0].record()
+            self.events[0].record(torch.cuda.current_stream())
         self.start = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop = time.perf_counter()
         if self.cuda:
-            self.events[1].record()
+            self.events[1].record(torch.cuda.current_stream())
 
     def milliseconds(self) -> float:
         """Waits for the device; call it where figures are read anyway."""

@@ -121,9 +121,11 @@ def build_stream(
     )
     try:
         dataset = PairDataset(
-            **given(config, "local", "remote", "split", "predownload", "cache_limit", "validate_hash"),
+            **given(config, "predownload", "cache_limit", "validate_hash"),
+            local=config.local,
+            remote=config.remote,
+            split=config.split,
             **{name: getattr(config, name) for name in ("download_retry", "download_timeout", "num_canonical_nodes")},
-            **({} if config.local else {"local": None}),
             columns=columns,
             transform=transform_of(towers, config.min_scale),
             tokenizer=tokenizer,

@@ -184,7 +184,7 @@ class ClipModel(ComposerModel):
         if chunk is None or not torch.is_grad_enabled() or text is None or len(image) <= chunk:
             outputs = self.towers(image=image, text=text)
         else:
-            parts = [
+            parts: list[Any] = [
                 checkpoint(self.towers, i, t, use_reentrant=False)
                 for i, t in zip(image.split(chunk), text.split(chunk), strict=True)
             ]

@@ -9,8 +9,8 @@ The method, `clipcov`, lowers the distance between the survivors' whitened cross
     ||C_S - T||_F^2 = const - (2/K) sum_{i in S} <T, z_i> + (1/K^2) sum_{i,j in S} <z_i, z_j>,    z_i = x_i y_i^T
 
 greedily, beside a quality term for each sample (`objective` has the terms). This replaces the per-class sums of the
-paper's offline algorithm (CLIPCov: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which needs a partition
-of the whole data set.
+paper's offline algorithm (CLIPCov: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which needs a
+partition of the whole data set.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def select(
     seen = replace(state, stream=stream)
     survivors = selector(pool, num_survivors, seen)
     check_survivors(survivors, len(pool), num_survivors, selector)
-    chosen = [tensor.index_select(0, survivors) for tensor in (pool.image, pool.text, valid)]
-    kept.update(*chosen, all_reduce, elapsed=stream.num_samples - state.stream.num_samples)
+    image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
+    kept.update(image, text, counted, all_reduce, elapsed=stream.num_samples - state.stream.num_samples)
     lag_sum, lag_weight = updated_lag(seen, pool, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight)
     return after, survivors, certificate(pool, survivors, after)

@@ -7,8 +7,8 @@ teaches, which is the reason CLIPCov (Joshi et al., AISTATS 2024, arXiv 2403.122
 that matrix, with the two covariances that whiten it, exactly: at 512 dimensions it takes 3 MiB, less than any low-rank
 form would save.
 
-Moments are kept about the running means, so nothing cancels when the modality gap makes the means long, and they are
-sums, so ranks and slices of a stream merge by addition.
+Moments are kept about the means, so nothing cancels when the modality gap makes the means long, and ranks and slices of
+a stream merge exactly.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class CrossCovSketch:
         Args:
             image, text: embeddings of the pairs, finite where `valid`.
             valid: pairs to count; all of them if not given.
-            all_reduce: sums over ranks, in place. With it every rank adds every rank's pairs, in one collective of
-                1 + d_x + d_y + d_x^2 + d_y^2 + d_x d_y numbers, and all ranks end with the same sketch.
+            all_reduce: sums over ranks, in place. With it every rank adds every rank's pairs, and all ranks end with
+                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x^2 + d_y^2 + d_x d_y.
             elapsed: 0-dim, samples by which the older ones decay; the number added if not given. The sketch of a
                 stream's survivors passes the number streamed, so that both forget at one pace.
 
@@ -148,22 +148,19 @@ class CrossCovSketch:
         dtype = self.image_mean.dtype
         x = image.to(dtype) - self.image_mean
         y = text.to(dtype) - self.text_mean
-        count = torch.full((), float(len(x)), dtype=dtype, device=x.device)
-        if valid is not None:
-            # masked_fill, not a product: NaN * 0 is NaN.
-            x = x.masked_fill(~valid[:, None], 0.0)
-            y = y.masked_fill(~valid[:, None], 0.0)
-            count = valid.sum().to(dtype)
-        parts = [count[None], x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y]
-        if all_reduce is not None:
-            flat = torch.cat([part.reshape(-1) for part in parts])
-            all_reduce(flat)
-            sizes = [part.numel() for part in parts]
-            parts = [piece.view_as(part) for piece, part in zip(flat.split(sizes), parts, strict=True)]
-        count, x_sum, y_sum, xx, yy, xy = parts
-        weight = count[0].double()
+        counted = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
+        # masked_fill, not a product: NaN * 0 is NaN.
+        x, y = x.masked_fill(~counted[:, None], 0.0), y.masked_fill(~counted[:, None], 0.0)
+        first = summed([counted.sum().to(dtype)[None], x.sum(0), y.sum(0)], all_reduce)
+        count = first[0][0]
+        x_shift, y_shift = first[1] / count.clamp_min(1), first[2] / count.clamp_min(1)
+        # About the batch's own means: with the running ones, a long mean or a jump of the stream would cancel.
+        x = (x - x_shift).masked_fill(~counted[:, None], 0.0)
+        y = (y - y_shift).masked_fill(~counted[:, None], 0.0)
+        xx, yy, xy = summed([x.T @ x, y.T @ y, x.T @ y], all_reduce)
+        weight = count.double()
         elapsed = weight if elapsed is None else elapsed.double()
-        self._absorb(elapsed, weight, weight, count[0].long(), x_sum, y_sum, xx, yy, xy)
+        self._absorb(elapsed, weight, weight, count.long(), x_shift, y_shift, xx, yy, xy)
 
     def merge(self, other: CrossCovSketch) -> None:
         """Append another sketch's stream to this one's, as if its samples had come after ours.
@@ -179,19 +176,16 @@ class CrossCovSketch:
         if self.half_life != other.half_life:
             raise ValueError(f"cannot merge half_life={other.half_life} into half_life={self.half_life}")
         dtype = self.image_mean.dtype
-        weight = other.weight.to(dtype)
-        x = other.image_mean.to(dtype) - self.image_mean
-        y = other.text_mean.to(dtype) - self.text_mean
         self._absorb(
             other.num_samples.double(),
             other.weight,
             other.weight_sq,
             other.num_samples,
-            weight * x,
-            weight * y,
-            other.image_scatter.to(dtype) + weight * torch.outer(x, x),
-            other.text_scatter.to(dtype) + weight * torch.outer(y, y),
-            other.cross_scatter.to(dtype) + weight * torch.outer(x, y),
+            other.image_mean.to(dtype) - self.image_mean,
+            other.text_mean.to(dtype) - self.text_mean,
+            other.image_scatter.to(dtype),
+            other.text_scatter.to(dtype),
+            other.cross_scatter.to(dtype),
         )
 
     def clone(self) -> CrossCovSketch:
@@ -253,24 +247,37 @@ class CrossCovSketch:
         weight: Tensor,
         weight_sq: Tensor,
         num_samples: Tensor,
-        x_sum: Tensor,
-        y_sum: Tensor,
+        x_shift: Tensor,
+        y_shift: Tensor,
         xx: Tensor,
         yy: Tensor,
         xy: Tensor,
     ) -> None:
-        """Add moments taken about the current means, then move the means (Chan, Golub and LeVeque, 1979)."""
+        """Append a batch of the given scatters about its own means, which lie `shift` from ours.
+
+        The parallel update of Chan, Golub and LeVeque (1979): no term is a difference of large numbers.
+        """
         dtype = self.image_mean.dtype
         decay = torch.exp2(-elapsed / self.half_life)
-        self.weight = self.weight * decay + weight
+        before = self.weight * decay
+        self.weight = before + weight
         self.weight_sq = self.weight_sq * decay.square() + weight_sq
         self.num_samples = self.num_samples + num_samples
-        total = self.weight.clamp_min(1e-300).to(dtype).clamp_min(torch.finfo(dtype).tiny)
+        share = (weight / self.weight.clamp_min(1e-300)).to(dtype)
+        between = (before * weight / self.weight.clamp_min(1e-300)).to(dtype)
         decay = decay.to(dtype)
-        # About the old means the old first moment is zero, so the new one is the batch's alone.
-        x_shift, y_shift = x_sum / total, y_sum / total
-        self.image_scatter = self.image_scatter * decay + xx - torch.outer(x_sum, x_shift)
-        self.text_scatter = self.text_scatter * decay + yy - torch.outer(y_sum, y_shift)
-        self.cross_scatter = self.cross_scatter * decay + xy - torch.outer(x_sum, y_shift)
-        self.image_mean = self.image_mean + x_shift
-        self.text_mean = self.text_mean + y_shift
+        self.image_scatter = self.image_scatter * decay + xx + between * torch.outer(x_shift, x_shift)
+        self.text_scatter = self.text_scatter * decay + yy + between * torch.outer(y_shift, y_shift)
+        self.cross_scatter = self.cross_scatter * decay + xy + between * torch.outer(x_shift, y_shift)
+        self.image_mean = self.image_mean + share * x_shift
+        self.text_mean = self.text_mean + share * y_shift
+
+
+def summed(parts: list[Tensor], all_reduce: AllReduce | None) -> list[Tensor]:
+    """The parts, summed over ranks in one collective."""
+    if all_reduce is None:
+        return parts
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]

@@ -53,9 +53,9 @@ class Columns:
 class PairDataset(StreamingDataset):
     """Image-caption pairs, decoded and tokenized.
 
-    A sample is a dict of `image` (3, s, s) uint8 (a pool's are normalized together, see `PoolCollate`), `text` (context,) int64, `id` its index in the folder, `valid`, and
-    the embedding or label columns asked for. An image that cannot be decoded becomes zeros with `valid` False: it is
-    counted and never selected, and one bad file does not end a run.
+    A sample is a dict of `image` (3, s, s) uint8 (`PoolCollate` normalizes a pool's together), `text` (context,) int64,
+    `id` its index in the folder, `valid`, and the embedding or label columns asked for. An image that cannot be decoded
+    becomes zeros with `valid` False: it is counted and never selected, and one bad file does not end a run.
 
     Args:
         local, remote, split: as Streaming's. At least one of local and remote.

@@ -274,7 +274,7 @@ class TestOwnTrainer:
             own_trainer([clipcov], device_train_microbatch_size=4).fit()
 
     def test_pool_that_does_not_divide_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="must be a\nwhole number|must be a whole number"):
+        with pytest.raises(ValueError, match="must be a whole number"):
             own_trainer([ClipCov(0.8, image_key="pixels", text_key="words")]).fit()
 
     def test_wrong_key_names_what_is_there(self) -> None:
@@ -430,7 +430,7 @@ def test_proxy_selects_without_changing_itself(tmp_path: Path, corpus: Path) -> 
 @pytest.mark.parametrize("pretrained", [None, "nowhere.pt"])
 def test_proxy_that_cannot_be_loaded_is_refused(tmp_path: Path, corpus: Path, pretrained: str | None) -> None:
     section = {"config": TINY_MODEL, "pretrained": pretrained}
-    with pytest.raises(ValueError, match="selection.proxy"):
+    with pytest.raises(ValueError, match=r"selection\.proxy"):
         trainer_of(tmp_path, recipe(corpus, selection={"embed": "proxy", "proxy": section}))
 
 
