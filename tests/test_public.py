@@ -1,8 +1,11 @@
 """The public surface: names, what importing them costs, and the examples in the docstrings."""
 
 import doctest
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -38,6 +41,8 @@ print(*[name for name in clipcov_stream.__all__ if getattr(clipcov_stream, name,
 def test_the_maths_needs_torch_alone():
     code = """
 import sys
+from pathlib import Path
+from typing import Any
 import clipcov_stream.selection
 heavy = ("composer", "streaming", "open_clip", "torchvision", "jaxtyping", "beartype", "clipcov_stream.algorithm")
 print(*[name for name in heavy if name in sys.modules])
@@ -56,3 +61,12 @@ def test_shapes_are_checked_in_tests():
         objective.top(torch.zeros(2, 2), 1)
     with pytest.raises(jaxtyping.TypeCheckError):
         objective.standardize(torch.zeros(3), torch.ones(4, dtype=torch.bool))
+
+
+def test_the_readme_loop_runs_as_written() -> None:
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Selector(" in part]
+    scope: dict[str, Any] = {}
+    exec(block, scope)
+    assert len(set(scope["survivors"].tolist())) == 64

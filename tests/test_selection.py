@@ -597,3 +597,19 @@ def test_the_tripwire_trips():
     for sync in (*by_index, lambda: float(rows[0]), lambda: bool(rows.any())):
         with NoHostSync(), pytest.raises(AssertionError, match="host sync"):
             sync()
+
+
+def test_coverage_alone_preserves_better_than_chance():
+    """On clean embeddings, with nothing but the residual, survivors lie closer to the stream than random ones."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(16, 16, generator=generator)
+    settings = Settings(gate=0.0, quality=0.0, learnability=0.0)
+    selector = Selector("clipcov", settings=settings)
+    ratios = []
+    for _ in range(10):
+        shared = torch.randn(320, 16, generator=generator) * torch.linspace(2, 0.2, 16)
+        image = shared + 0.5 * torch.randn(320, 16, generator=generator)
+        text = shared @ mixing + 0.5 * torch.randn(320, 16, generator=generator)
+        selector(Pool(image=image, text=text), 64)
+        ratios.append(float(selector.report["residual"] / selector.report["residual_random"]))
+    assert sum(ratios) / len(ratios) < 0.75
