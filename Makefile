@@ -35,4 +35,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf data runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool
@@ -54,8 +55,8 @@ class ClipCov(Algorithm):
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embed_chunk: rows per forward pass of the embedder; None is the number of survivors.
-        max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings before
-            the run stops.
+        max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
+            stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding` and, as a bool mask, `valid` are
             read where they exist.
 
@@ -136,7 +137,12 @@ class ClipCov(Algorithm):
 
     @property
     def uses_embeddings(self) -> bool:
-        return self.selector not in NEEDS_NO_EMBEDDING
+        return self.function not in NEEDS_NO_EMBEDDING
+
+    @property
+    def uses_learner(self) -> bool:
+        """Whether the model in training embeds pools itself, beside a frozen embedder."""
+        return self.uses_embeddings and self.embed != "teacher" and self.settings.learnability > 0
 
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.
@@ -154,35 +160,63 @@ class ClipCov(Algorithm):
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
-        elif self.teacher is not None:
-            self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
+        elif self.teacher is not None or self.uses_learner:
+            if not state.fsdp_enabled:
+                share_buffers(unwrap(state.model))
+            if self.teacher is not None:
+                self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
         return {
             **super().state_dict(),
+            "arguments": self._identity(),
             "samples_seen": self.samples_seen,
             "num_invalid": self.num_invalid,
-            "selection": {} if self.selection is None else self.selection.state_dict(),
-            "teacher": {} if self.teacher is None else self.teacher.state_dict(),
+            "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
+            "teacher": self._pending.get("teacher", {}) if self.teacher is None else self.teacher.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Called by Composer before training; the models to restore into exist only at its start."""
+        """Called by Composer before training; the models to restore into exist only at its start.
+
+        Raises:
+            ValueError: the state of another run: another selector, embedder, filter_ratio or seed.
+        """
+        theirs, mine = state["arguments"], self._identity()
+        other = [f"{name}={theirs.get(name)!r}, not {mine[name]!r}" for name in mine if theirs.get(name) != mine[name]]
+        if other:
+            raise ValueError(
+                f"the checkpoint was saved with selection.{'; selection.'.join(other)}. To go on, use its settings; "
+                "to start anew, another save_folder or run_name; to take its weights alone, load_weights_only=true"
+            )
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher = None, None
+
+    def _identity(self) -> dict[str, Any]:
+        """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
+        return {
+            "selector": self.selector,
+            "embed": self.embed,
+            "filter_ratio": self.filter_ratio,
+            "seed": self.settings.seed,
+        }
 
     def _start(self, state: State) -> None:
         """Check what can be checked before the first step, and make the embedder."""
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_microbatch(state, pool_size)
-            if self.half_life is None and self.embed == "teacher":
-                self.settings = replace(self.settings, half_life=20.0 * pool_size * dist.get_world_size())
         if not self.uses_embeddings:
             return
-        if self.embed == "teacher" or (self.embed == "proxy" and self.settings.learnability > 0):
+        if outlasts(self.warmup, state):
+            warnings.warn(
+                f"selection.warmup={self.warmup.to_timestring()} is as long as max_duration={state.max_duration}: "
+                "every survivor will be random",
+                stacklevel=2,
+            )
+        if self.embed == "teacher" or self.uses_learner:
             check_towers(unwrap(state.model), "the Trainer's model")
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:
@@ -214,6 +248,8 @@ class ClipCov(Algorithm):
         batch = check_batch(state.batch, self.image_key)
         pool_size = len(batch[self.image_key])
         num_survivors = self.num_survivors(pool_size)
+        if state.device_train_microbatch_size is None:
+            self._check_microbatch(state, pool_size)  # a loader with a batch_sampler does not tell its batch_size
         step = int(state.timestamp.batch)
         valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
         figures: dict[str, float] = {}
@@ -262,7 +298,7 @@ class ClipCov(Algorithm):
                     raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
                 image, text, scale = towers(embedder)
             pool = Pool(image, text, scale, valid=state.device.tensor_to_device(valid))
-            if self.embed != "teacher" and self.settings.learnability > 0:
+            if self.uses_learner:
                 learner_image, learner_text, learner_scale = towers(unwrap(state.model))
                 pool = replace(
                     pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
@@ -272,6 +308,8 @@ class ClipCov(Algorithm):
     def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
         if self.selection is None:
             rank, width = dist.get_global_rank(), pool.image.shape[1]
+            if self.half_life is None and self.embed == "teacher":
+                self.settings = replace(self.settings, half_life=20.0 * len(pool) * dist.get_world_size())
             self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
             if self._pending.get("selection"):
                 self.selection = self.selection.restored(self._pending.pop("selection"))
@@ -301,38 +339,12 @@ class ClipCov(Algorithm):
                 f"step {int(state.timestamp.batch)}: {num_survivors} survivors are needed, but {num_invalid} of the "
                 f"pool's {pool_size} samples cannot be used (undecodable image, NaN or inf embedding)"
             )
-        if self.num_invalid > self.max_invalid_ratio * streamed:
+        ratio = self.max_invalid_ratio
+        if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):
             raise RuntimeError(
                 f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
                 f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
             )
-
-
-class Stopwatch:
-    """Time of a block, on the device's own clock where it has one."""
-
-    def __init__(self, state: State) -> None:
-        self.cuda = state.device.name == "gpu"
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda else []
-        self.start = self.stop = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        if self.cuda:
-            self.events[0].record(torch.cuda.current_stream())
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop = time.perf_counter()
-        if self.cuda:
-            self.events[1].record(torch.cuda.current_stream())
-
-    def milliseconds(self) -> float:
-        """Waits for the device; call it where figures are read anyway."""
-        if self.cuda:
-            self.events[1].synchronize()
-            return self.events[0].elapsed_time(self.events[1])
-        return 1e3 * (self.stop - self.start)
 
 
 def check_ratio(name: str, value: float) -> None:
@@ -358,28 +370,6 @@ def count_survivors(pool_size: int, filter_ratio: float) -> int:
     return count
 
 
-def parse_warmup(warmup: str | int) -> Time:
-    """Composer time from a string or a number of batches.
-
-    Raises:
-        ValueError: not a Composer time, or one in tokens, seconds or samples.
-    """
-    try:
-        time_ = Time.from_input(warmup, TimeUnit.BATCH)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"selection.warmup={warmup!r} is not a Composer time such as '100ba' or '0.1dur'") from error
-    if time_.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.DURATION):
-        raise ValueError(f"selection.warmup={warmup!r} must be in batches (ba), epochs (ep) or duration (dur)")
-    return time_
-
-
-def in_warmup(warmup: Time, state: State) -> bool:
-    if warmup.unit == TimeUnit.DURATION:
-        elapsed = state.get_elapsed_duration()
-        return elapsed is not None and elapsed.value < warmup.value
-    return state.timestamp.get(warmup.unit).value < warmup.value
-
-
 def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
     """The batch, if it is a dict whose entries all have one row per candidate.
 
@@ -389,6 +379,9 @@ def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or image_key not in batch:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"ClipCov reads a dict with the key {image_key!r} (image_key); the batch is {found}")
+    single = [key for key, value in batch.items() if not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0]
+    if single:
+        raise ValueError(f"entries {single} of the batch have no rows; ClipCov needs one row per candidate in each")
     sizes = {key: len(value) for key, value in batch.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"entries of the batch differ in length: {sizes}")
@@ -405,6 +398,17 @@ def rows_of(value: Any, survivors: Tensor) -> Any:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers (batch norm's statistics differ by rank), so that all embed alike.
+
+    DistributedDataParallel would do the same at the start of the next step.
+    """
+    if dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
 
 
 def sum_over_ranks(tensor: Tensor) -> None:

@@ -16,9 +16,10 @@ from composer import algorithms as composer_algorithms
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer import optim
-from composer.core import Evaluator, TimeUnit
+from composer.core import Evaluator, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist
+from open_clip.tokenizer import HFTokenizer
 from streaming import StreamingDataLoader
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from clipcov_stream.config import (
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
+    ProxyConfig,
     SchedulerConfig,
     SelectionConfig,
     StreamConfig,
@@ -52,20 +54,27 @@ def image_size_of(towers: Any) -> int:
     return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
-def tokenizer_of(towers: Any, name: str | None) -> Tokenizer:
+def tokenizer_of(towers: Any, config: ModelConfig | ProxyConfig) -> Tokenizer:
     """open_clip's tokenizer of a model, as str -> (context,) token ids.
+
+    An inline config gets the tokenizer that open_clip would give a model file with the same `text_cfg`.
 
     Raises:
         ValueError: a tokenizer that cannot be had, or a vocabulary smaller than its own.
     """
     context = int(getattr(towers, "context_length", 77))
+    text = {} if config.config is None else config.config.get("text_cfg") or {}
+    from_hub = text.get("hf_tokenizer_name")
     try:
-        if name is None:
-            tokenizer = open_clip.SimpleTokenizer(context_length=context)
+        if config.name is not None:
+            tokenizer = open_clip.get_tokenizer(config.name, context_length=context)
+        elif from_hub:
+            options = dict(text.get("tokenizer_kwargs") or {})
+            tokenizer = HFTokenizer(from_hub, context_length=context, **options)
         else:
-            tokenizer = open_clip.get_tokenizer(name, context_length=context)
+            tokenizer = open_clip.SimpleTokenizer(context_length=context)
     except Exception as error:  # Hugging Face tokenizers raise their own kinds when they cannot be fetched
-        raise ValueError(f"no tokenizer for model.name={name!r}: {error}") from error
+        raise ValueError(f"no tokenizer for {config.name or from_hub or 'model.config'!r}: {error}") from error
     vocab_size = getattr(towers, "vocab_size", None)
     own_size = getattr(tokenizer, "vocab_size", None)
     if isinstance(vocab_size, int) and isinstance(own_size, int) and vocab_size < own_size:
@@ -131,7 +140,7 @@ def build_stream(
             tokenizer=tokenizer,
             batch_size=pool_size,
             shuffle=config.shuffle,
-            shuffle_seed=config.shuffle_seed,
+            shuffle_seed=9176 if config.shuffle_seed is None else config.shuffle_seed,
             seed=seed,
         )
     except (ValueError, FileNotFoundError) as error:
@@ -170,6 +179,11 @@ def build_evaluators(
         )
         if zeroshot:
             classes = read_json_beside(config.local, config.remote, config.split, "classes.json")
+            if not (isinstance(classes, dict) and {"classnames", "templates"} <= classes.keys()):
+                raise ValueError(
+                    f"classes.json of eval.{label} ({config.remote or config.local}) needs the keys classnames and "
+                    "templates; tools/make_mds.py classes writes it"
+                )
             prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
         loader = pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False)
         names = [name for task in config.tasks for name in metrics_for(task)]
@@ -177,11 +191,11 @@ def build_evaluators(
     return evaluators, prompts
 
 
-def build_proxy(config: ModelConfig, learner: ImageTransform) -> Proxy:
-    """A frozen embedder that takes the learner's images.
+def build_proxy(config: ProxyConfig, learner: ImageTransform, learner_tokenizer: Tokenizer) -> Proxy:
+    """A frozen embedder that takes the learner's images and tokens.
 
     Raises:
-        ValueError: a model that cannot be built, or one whose weights nobody gave.
+        ValueError: a model that cannot be built, one whose weights nobody gave, or one that reads other tokens.
     """
     if config.pretrained is None:
         raise ValueError("selection.proxy.pretrained is missing: a proxy with random weights selects nothing")
@@ -191,12 +205,26 @@ def build_proxy(config: ModelConfig, learner: ImageTransform) -> Proxy:
         raise ValueError(f"selection.proxy cannot be loaded: {error}") from error
     own = transform_of(towers)
     context = int(getattr(towers, "context_length", 77))
+    check_same_tokens(tokenizer_of(towers, config), learner_tokenizer)
     return Proxy(towers, own.size, own.mean, own.std, learner.mean, learner.std, context)
 
 
-def build_selection(config: SelectionConfig, learner: ImageTransform) -> ClipCov:
+def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
+    """Raise ValueError unless two tokenizers agree on captions short enough for both, but for the padding's length."""
+    for caption in ("a photo of a red dog", "Zebra-striped mug, 12oz", "caf\u00e9"):
+        ours, theirs = proxy(caption), learner(caption)
+        length = min(len(ours), len(theirs))
+        if not torch.equal(ours[:length], theirs[:length]):
+            raise ValueError(
+                f"selection.proxy reads {caption!r} as tokens {ours[:12].tolist()}, the learner as "
+                f"{theirs[:12].tolist()}: a proxy gets the learner's tokens, so both need one tokenizer. Use "
+                "embed='teacher', or embed the captions beforehand and use embed='columns'"
+            )
+
+
+def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer: Tokenizer) -> ClipCov:
     """The algorithm of a selection section."""
-    proxy = None if config.proxy is None else build_proxy(config.proxy, learner)
+    proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
     optional = given(
         config, "coverage", "learnability", "gate", "quality", "overshoot", "ridge", "teacher_momentum", "embed_chunk"
     )
@@ -206,7 +234,7 @@ def build_selection(config: SelectionConfig, learner: ImageTransform) -> ClipCov
         selector=config.selector,
         warmup=config.warmup,
         half_life=config.half_life,
-        seed=config.seed,
+        seed=config.seed or 0,
         proxy=proxy,
         logit_scale=config.logit_scale,
         max_invalid_ratio=config.max_invalid_ratio,
@@ -234,19 +262,22 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     raise ValueError(f"optimizer.name={config.name!r} is not one of ['adamw', 'decoupled_adamw', 'sgd']")
 
 
-def build_scheduler(config: SchedulerConfig) -> ComposerScheduler:
+def build_scheduler(config: SchedulerConfig, max_duration: str) -> ComposerScheduler:
     """A learning-rate schedule with linear warm-up.
 
     Raises:
-        ValueError: an unknown name, or a warm-up that is not a Composer time.
+        ValueError: an unknown name, or a warm-up that is not a Composer time in units of the run's or `dur`.
     """
     if config.name not in SCHEDULERS:
         raise ValueError(f"scheduler.name={config.name!r} is not one of {sorted(SCHEDULERS)}")
-    end = {"alpha_f": config.alpha_f} if config.name != "constant" else {}
     try:
-        return SCHEDULERS[config.name](t_warmup=config.t_warmup, **end)  # pyright: ignore[reportCallIssue]
+        unit = Time.from_timestring(config.t_warmup).unit
     except (ValueError, TypeError) as error:
-        raise ValueError(f"scheduler.t_warmup={config.t_warmup!r}: {error}") from error
+        raise ValueError(f"scheduler.t_warmup={config.t_warmup!r} is not a Composer time such as '0.05dur'") from error
+    if unit not in (TimeUnit.DURATION, Time.from_timestring(max_duration).unit):
+        raise ValueError(f"scheduler.t_warmup={config.t_warmup!r} must be in 'dur' or as max_duration={max_duration!r}")
+    end = {"alpha_f": config.alpha_f} if config.name != "constant" else {}
+    return SCHEDULERS[config.name](t_warmup=config.t_warmup, **end)  # pyright: ignore[reportCallIssue]
 
 
 def build_named(section: str, configs: Mapping[str, Mapping[str, Any] | None]) -> list[Any]:
@@ -267,7 +298,7 @@ def build_named(section: str, configs: Mapping[str, Mapping[str, Any] | None]) -
             raise ValueError(f"{section}.{name} is not one of Composer's {section}{hint}")
         try:
             found.append(kind(**(kwargs or {})))
-        except TypeError as error:
+        except (TypeError, ImportError) as error:
             raise ValueError(f"{section}.{name}: {error}") from error
     return found
 
@@ -295,15 +326,3 @@ def check_microbatch(value: int | str | None, num_survivors: int) -> int:
 def survivors_per_rank(stream: StreamConfig, selection: SelectionConfig) -> int:
     """Rows per rank that the model trains on."""
     return count_survivors(pool_size_per_rank(stream.global_pool_size), selection.filter_ratio)
-
-
-def check_duration(value: str, key: str) -> None:
-    """Raise ValueError unless a duration is in batches: Composer's samples and epochs count candidates."""
-    from composer.core import Time
-
-    try:
-        unit = Time.from_timestring(value).unit
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{key}={value!r} is not a Composer time such as '1000ba'") from error
-    if unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
-        raise ValueError(f"{key}={value!r} must be in batches (ba) or epochs of the stream (ep)")

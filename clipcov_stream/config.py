@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -30,19 +31,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ProxyConfig:
+    """A frozen open_clip model that embeds pools; see `model.build_towers`."""
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    pretrained: str | None = None
+    loss: str = "clip"
+
+
+@dataclass(frozen=True)
 class ColumnsConfig:
-    """Names of the MDS columns; see `stream.Columns`."""
+    """Names of the training stream's MDS columns; see `stream.Columns`."""
 
     image: str = "image"
     caption: str = "caption"
     image_embedding: str = "image_embedding"
     text_embedding: str = "text_embedding"
+
+
+@dataclass(frozen=True)
+class EvalColumnsConfig:
+    """Names of an evaluation split's MDS columns."""
+
+    image: str = "image"
+    caption: str = "caption"
     label: str = "label"
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The training stream. `global_pool_size` is the candidates of one step over all ranks."""
+    """The training stream. `global_pool_size` is the candidates of one step over all ranks.
+
+    `shuffle_seed` follows the recipe's `seed` unless given.
+    """
 
     global_pool_size: int
     local: str | None = None
@@ -51,7 +73,7 @@ class StreamConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     min_scale: float = 0.9
     shuffle: bool = True
-    shuffle_seed: int = 9176
+    shuffle_seed: int | None = None
     num_workers: int = 2
     prefetch_factor: int = 2
     worker_timeout: float = 0
@@ -66,7 +88,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Online selection; see `algorithm.ClipCov`. `proxy` is a model section of its own."""
+    """Online selection; see `algorithm.ClipCov`. `seed` is the recipe's unless given."""
 
     selector: str = "clipcov"
     filter_ratio: float = 0.8
@@ -79,8 +101,8 @@ class SelectionConfig:
     quality: float | None = None
     overshoot: float | None = None
     ridge: float | None = None
-    seed: int = 0
-    proxy: ModelConfig | None = None
+    seed: int | None = None
+    proxy: ProxyConfig | None = None
     teacher_momentum: float | None = None
     logit_scale: float = 100.0
     embed_chunk: int | None = None
@@ -118,12 +140,16 @@ class EvalConfig:
     split: str | None = None
     batch_size: int = 256
     num_workers: int = 0
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    columns: EvalColumnsConfig = field(default_factory=EvalColumnsConfig)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole recipe; keys without a section of ours are the Composer Trainer's own."""
+    """A whole recipe; keys without a section of ours are the Composer Trainer's own.
+
+    `{selector}` in `run_name` and `{run_name}` in `save_folder` and `metrics_file` are filled in, so that a recipe's
+    twins never share a folder.
+    """
 
     model: ModelConfig
     stream: StreamConfig
@@ -181,7 +207,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {path!r} is not a mapping of keys to values")
     tree.pop("launch", None)  # the line that lets `composer recipe.yaml` run the file as Python
-    return parse(TrainConfig, tree, "")
+    return filled(parse(TrainConfig, tree, ""))
+
+
+def filled(config: TrainConfig) -> TrainConfig:
+    """The recipe with names filled in and every seed that was not given taken from `seed`.
+
+    Raises:
+        ValueError: `{run_name}` where there is none.
+    """
+    selection, stream = config.selection, config.stream
+    run_name = config.run_name and put(config.run_name, "selector", selection.selector)
+    names = {key: getattr(config, key) for key in ("save_folder", "metrics_file")}
+    for key, value in names.items():
+        if value is not None and put(value, "run_name", "") != value:
+            if run_name is None:
+                raise ValueError(f"{key}={value!r} needs a run_name")
+            names[key] = put(value, "run_name", run_name)
+    return dataclasses.replace(
+        config,
+        **names,
+        run_name=run_name,
+        selection=dataclasses.replace(selection, seed=config.seed if selection.seed is None else selection.seed),
+        # 9176 is Streaming's own default.
+        stream=dataclasses.replace(
+            stream, shuffle_seed=9176 + config.seed if stream.shuffle_seed is None else stream.shuffle_seed
+        ),
+    )
+
+
+def put(text: str, name: str, value: str) -> str:
+    """`{name}` in a text replaced by a value; `${name}`, which would be an interpolation, stays as it is."""
+    return re.sub(rf"(?<!\$)\{{{name}\}}", lambda _: value, text)
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:

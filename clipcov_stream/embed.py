@@ -29,6 +29,12 @@ def check_towers(model: Any, what: str) -> None:
             f"{what} {type(model).__name__} has no {' and no '.join(missing)}; selection needs both towers "
             "(encode_image(images), encode_text(tokens), and logit_scale as a logarithm)"
         )
+    scale = getattr(model, "logit_scale", None)
+    if scale is not None and not isinstance(scale, Tensor):
+        raise ValueError(
+            f"{what} {type(model).__name__} has logit_scale={scale!r}; selection reads it as a tensor that holds its "
+            "logarithm, or takes 100 where there is none"
+        )
 
 
 @torch.no_grad()
@@ -38,21 +44,23 @@ def embed_with_towers(
     """Embeddings of a pool by a model's two towers.
 
     Args:
-        model: with `encode_image`, `encode_text`, `logit_scale`; its train or eval mode is left as it was.
+        model: with `encode_image`, `encode_text`, `logit_scale`; the train or eval mode of all its parts is left as it
+            was.
         image, text: (pool, ...) inputs of the towers, on the model's device.
         chunk: rows per forward pass; the training batch's shape avoids recompilation.
         precision: an autocast context, or a null one.
 
     Costs: one forward of both towers on the pool: pool / (3 * survivors) training steps.
     """
-    was_training = model.training
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         with precision:
             images = torch.cat([model.encode_image(part) for part in image.split(chunk)])
             texts = torch.cat([model.encode_text(part) for part in text.split(chunk)])
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True  # not model.train(), which would wake parts their owner put to sleep
     return images.float(), texts.float(), scale_of(model)
 
 
@@ -117,7 +125,8 @@ class Proxy(nn.Module):
         towers: an open_clip model.
         image_size: side of the images it reads; the pool's are resized to it. None: no resizing.
         mean, std: of its own normalization; pool_mean, pool_std: of the pool's images.
-        context_length: of its tokenizer.
+        context_length: of its tokenizer. The captions' tokens are the learner's, so the two tokenizers must agree;
+            `build.build_proxy` checks it.
 
     Raises:
         ValueError: a model without both towers.

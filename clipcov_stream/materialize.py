@@ -80,10 +80,6 @@ class ImageTransform:
         """(..., 3, size, size) uint8 -> normalized float32; once per pool, not once per image: a third of the time."""
         return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)])
 
-    def build(self) -> Callable[[Image.Image], Tensor]:
-        """Both parts, for one image."""
-        return v2.Compose([self.crop(), self.normalize()])
-
 
 def augmented(transform: Callable[[Image.Image], Tensor], image: Image.Image, seed: int) -> Tensor:
     """The transform of an image under its own seed; the global generator is left as it was."""

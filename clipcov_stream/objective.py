@@ -114,10 +114,10 @@ class SelectionState:
         }
 
     def restored(self, state: dict[str, Any]) -> SelectionState:
-        """This state with another's memories, from `state_dict`; settings and rank stay."""
+        """This state with another's memories, from `state_dict`; settings, half-life included, and rank stay."""
         stream, kept = self.stream.clone(), self.kept.clone()
-        stream.load_state_dict(state["stream"])
-        kept.load_state_dict(state["kept"])
+        for mine, theirs in ((stream, state["stream"]), (kept, state["kept"])):
+            mine.load_state_dict({**theirs, "half_life": self.settings.half_life})
         return replace(
             self,
             step=int(state["step"]),
@@ -177,13 +177,32 @@ def standardize(score: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> 
     return centred / (centred.square().sum() / count).sqrt().clamp_min(1e-6)
 
 
-def whitened(
-    pool: Pool, state: SelectionState
-) -> tuple[Float[Tensor, "pool dim"], Float[Tensor, "pool dim"], Float[Tensor, "dim dim"], Float[Tensor, "dim dim"]]:
-    """Image and text centred and whitened, the stream's cross-covariance and the survivors' so far in the same frame.
+@dataclass(frozen=True)
+class Whitened:
+    """A pool and what is remembered, centred and whitened by the stream's covariances.
+
+    Args:
+        image, text: rows, scaled so that a typical atom x y^T has norm 1.
+        target: the stream's cross-covariance; memory: that of earlier survivors; lag: the mean over EARLIER pools of
+            what the learner does not reproduce of it (`updated_lag`), zeros before there is one.
+    """
+
+    image: Float[Tensor, "pool dim"]
+    text: Float[Tensor, "pool dim"]
+    target: Float[Tensor, "dim dim"]
+    memory: Float[Tensor, "dim dim"]
+    lag: Float[Tensor, "dim dim"]
+
+    def along(self, matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, " pool"]:
+        """<matrix, x_i y_i^T> of every sample."""
+        return ((self.image @ matrix) * self.text).sum(1)
+
+
+def whitened(pool: Pool, state: SelectionState) -> Whitened:
+    """The pool in the frame in which all directions of the stream count alike.
 
     Any square root of the inverse covariance gives the same inner products, so a Cholesky factor serves: no
-    eigendecomposition. Rows are scaled so that a typical atom x y^T has norm 1.
+    eigendecomposition.
     """
     stream, kept = state.stream, state.kept
     image_root = cholesky(stream.image_cov, state.settings.ridge)
@@ -192,11 +211,17 @@ def whitened(
     text = solve(text_root, (pool.text - stream.text_mean).T).T
     valid = valid_of(pool)
     image_size, text_size = typical_norm(image, valid), typical_norm(text, valid)
-    size = image_size * text_size
-    memory = kept.cross_cov_about(stream.image_mean, stream.text_mean) * (kept.weight > 0)
-    target = solve(text_root, solve(image_root, stream.cross_cov).T).T / size
-    memory = solve(text_root, solve(image_root, memory).T).T / size
-    return image / image_size, text / text_size, target, memory
+
+    def framed(matrix: Tensor) -> Tensor:
+        return solve(text_root, solve(image_root, matrix).T).T / (image_size * text_size)
+
+    return Whitened(
+        image=image / image_size,
+        text=text / text_size,
+        target=framed(stream.cross_cov),
+        memory=framed(kept.cross_cov_about(stream.image_mean, stream.text_mean) * (kept.weight > 0)),
+        lag=framed(state.lag / state.lag_weight.clamp_min(1e-12)),
+    )
 
 
 def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
@@ -217,21 +242,6 @@ def typical_norm(rows: Float[Tensor, "pool dim"], valid: Bool[Tensor, " pool"]) 
     return (squares.sum() / valid.sum().clamp_min(1)).sqrt().clamp_min(1e-6)
 
 
-def lag(pool: Pool, state: SelectionState) -> Float[Tensor, " pool"]:
-    """x_i^T R y_i, whitened: how far sample i points where the learner still lags behind the stream.
-
-    R is the mean over EARLIER pools (`updated_lag`); zeros before there is one. A pool's own duplicates must not vote
-    for themselves.
-    """
-    stream = state.stream
-    image_root = cholesky(stream.image_cov, state.settings.ridge)
-    text_root = cholesky(stream.text_cov, state.settings.ridge)
-    image = solve(image_root, (pool.image - stream.image_mean).T).T
-    text = solve(text_root, (pool.text - stream.text_mean).T).T
-    mean_lag = state.lag / state.lag_weight.clamp_min(1e-12)
-    return ((image @ solve(text_root, solve(image_root, mean_lag).T).T) * text).sum(1)
-
-
 def updated_lag(
     state: SelectionState, pool: Pool, all_reduce: AllReduce | None
 ) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, ""]]:
@@ -239,7 +249,7 @@ def updated_lag(
 
     x, y are the embedder's centred embeddings, p and q the row and column softmax of the LEARNER's logits over the
     pool: the contrastive gradient, seen in the embedder's space. Mismatched pairs cancel in the mean, so unlike a loss
-    per sample it does not chase noise.
+    per sample it does not chase noise. Only later pools read it: a pool's own duplicates must not vote for themselves.
     """
     if state.settings.learnability == 0:
         return state.lag, state.lag_weight

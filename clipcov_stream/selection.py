@@ -29,7 +29,6 @@ from clipcov_stream.objective import (
     certificate,
     gated,
     greedy_select,
-    lag,
     margin,
     random_survivors,
     standardize,
@@ -76,20 +75,20 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """
     settings, valid = state.settings, valid_of(pool)
     margins = margin(pool)
-    image, text, target, memory = whitened(pool, state)
+    frame = whitened(pool, state)
     gain = settings.quality * standardize(margins, valid)
     if settings.learnability > 0:
-        gain = gain + settings.learnability * standardize(lag(pool, state), valid)
-    linear = settings.overshoot * target - memory
-    gain = gain + settings.coverage * num_survivors * ((image @ linear) * text).sum(1)
+        gain = gain + settings.learnability * standardize(frame.along(frame.lag), valid)
+    needed = settings.overshoot * frame.target - frame.memory
+    gain = gain + settings.coverage * num_survivors * frame.along(needed)
     open_ = gated(margins, valid, settings.gate, num_survivors)
-    return greedy_select(image, text, gain, settings.coverage, open_, num_survivors)
+    return greedy_select(frame.image, frame.text, gain, settings.coverage, open_, num_survivors)
 
 
 SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, "random": random, "clip_score": clip_score}
 """Every selector by name. To add one, add a function here."""
 
-NEEDS_NO_EMBEDDING = frozenset({"random"})
+NEEDS_NO_EMBEDDING = frozenset({random})
 """Selectors for which the embedding pass can be left out."""
 
 
@@ -142,7 +141,7 @@ class Selector:
 
     Args:
         name: a name in SELECTORS, or a function of the same signature.
-        seed: of everything random; overrides `settings.seed`.
+        seed: of everything random; `settings.seed` if not given.
         settings: the knobs, with the defaults of `Settings`.
         rank: of this process, if each rank draws its own pools.
         all_reduce: sums a tensor over ranks in place, if there are several.
@@ -160,14 +159,16 @@ class Selector:
     def __init__(
         self,
         name: str | SelectorFn = "clipcov",
-        seed: int = 0,
+        seed: int | None = None,
         *,
         settings: Settings | None = None,
         rank: int = 0,
         all_reduce: AllReduce | None = None,
     ) -> None:
         self.function = resolve(name)
-        self.settings = replace(settings or Settings(), seed=seed)
+        self.settings = settings or Settings()
+        if seed is not None:
+            self.settings = replace(self.settings, seed=seed)
         self.rank = rank
         self.all_reduce = all_reduce
         self.state: SelectionState | None = None

@@ -116,6 +116,13 @@ class PairDataset(StreamingDataset):
                 f"column {self.columns.image!r} of {where!r} is encoded as {encoding!r}; an image column is one of "
                 f"{', '.join(IMAGE_ENCODINGS)}"
             )
+        for role, kind in (("caption", "str"), ("image_embedding", "ndarray"), ("text_embedding", "ndarray")):
+            name = getattr(self.columns, role)
+            if name is not None and not present[name].startswith(kind):
+                raise ValueError(
+                    f"column {name!r} of {where!r} (stream.columns.{role}) is encoded as {present[name]!r}; it must be "
+                    f"{kind!r}"
+                )
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)

@@ -18,6 +18,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.zeroshot import ZeroShotHead
@@ -26,7 +27,7 @@ from clipcov_stream.zeroshot import ZeroShotHead
 class MetricsFile(LoggerDestination):
     """Appends every step's metrics to a JSON-lines file, on rank 0.
 
-    Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Evaluation adds a second
+    Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Every evaluation adds a
     line for its step. A resumed run appends; of two lines for one step the later is the true one.
     """
 
@@ -42,8 +43,7 @@ class MetricsFile(LoggerDestination):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.pending.update({"samples_streamed": int(state.timestamp.sample)})
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        # Before the next step's metrics join: evaluations come after batch_end, after epoch_end and on their own.
         self.flush(int(state.timestamp.batch))
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -90,7 +90,15 @@ def build_trainer(config: TrainConfig) -> Trainer:
     Raises:
         ValueError: whatever cannot work, named by its key.
     """
-    build.check_duration(config.max_duration, "max_duration")
+    check_duration(config.max_duration, "max_duration")
+    scheduler = build.build_scheduler(config.scheduler, config.max_duration)
+    loggers = build.build_named("loggers", config.loggers)
+    callbacks = build.build_named("callbacks", config.callbacks)
+    algorithms = build.build_named("algorithms", config.algorithms)
+    if config.fsdp_config and config.selection.embed == "teacher":
+        raise ValueError(
+            "selection.embed='teacher' cannot copy a model sharded by fsdp_config; use embed='proxy' or 'columns'"
+        )
     device = get_device(config.device)
     # Before any StreamingDataset: it would make, and destroy, a process group of its own.
     dist.initialize_dist(device, timeout=config.dist_timeout)
@@ -99,12 +107,11 @@ def build_trainer(config: TrainConfig) -> Trainer:
     microbatch = build.check_microbatch(config.device_train_microbatch_size, num_survivors)
     tasks = {task for section in config.eval.values() for task in section.tasks}
     model = build.build_model(config.model, num_survivors, tasks & set(build.TASKS))
-    tokenizer = build.tokenizer_of(model.towers, config.model.name)
-    selection = build.build_selection(config.selection, build.transform_of(model.towers))
+    tokenizer = build.tokenizer_of(model.towers, config.model)
+    selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed)
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
-    loggers = build.build_named("loggers", config.loggers)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
@@ -112,17 +119,17 @@ def build_trainer(config: TrainConfig) -> Trainer:
         model=model,
         train_dataloader=loader,
         # Last in the list runs first at AFTER_DATALOADER; the pass makes sure of it.
-        algorithms=[*build.build_named("algorithms", config.algorithms), selection],
+        algorithms=[*algorithms, selection],
         algorithm_passes=[ours_first],
         optimizers=build.build_optimizer(config.optimizer, model),
-        schedulers=build.build_scheduler(config.scheduler),
+        schedulers=scheduler,
         eval_dataloader=evaluators or None,
         eval_interval=config.eval_interval if evaluators else 0,
         callbacks=[
             ClampLogitScale(),
             CompleteEpochs(),
             ZeroShotHead(prompts),
-            *build.build_named("callbacks", config.callbacks),
+            *callbacks,
         ],
         loggers=loggers or None,
         max_duration=config.max_duration,
@@ -145,15 +152,6 @@ def build_trainer(config: TrainConfig) -> Trainer:
         dist_timeout=config.dist_timeout,
         **parallelism,
     )
-
-
-def train(config: TrainConfig) -> Trainer:
-    """Build and fit; returns the Trainer when training has ended."""
-    trainer = build_trainer(config)
-    if config.eval_first and config.eval:
-        trainer.eval()
-    trainer.fit()
-    return trainer
 
 
 def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:

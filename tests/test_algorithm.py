@@ -18,12 +18,15 @@ from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from clipcov_stream import ClipCov
-from clipcov_stream.algorithm import count_survivors
-from clipcov_stream.config import load_config
+from clipcov_stream.algorithm import check_batch, count_survivors
+from clipcov_stream.build import check_same_tokens, tokenizer_of
+from clipcov_stream.config import ModelConfig, load_config
 from clipcov_stream.model import ClipModel, build_towers
+from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.stream import Tokenizer
 from clipcov_stream.train import build_trainer
 
 
@@ -200,6 +203,62 @@ def launch(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns")]
+)
+def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"filter_ratio": 0.75, "selector": "clipcov"}
+    saved = ClipCov(**arguments).state_dict()
+    ClipCov(**arguments).load_state_dict(saved)
+    with pytest.raises(ValueError, match=rf"saved with selection\.{key}=.*, not {value!r}.*load_weights_only"):
+        ClipCov(**{**arguments, key: value}).load_state_dict(saved)
+
+
+def test_a_restored_state_is_saved_again_before_the_first_step(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
+    saved = algorithm_of(trainer).state_dict()
+    again = ClipCov(filter_ratio=0.75)
+    again.load_state_dict(saved)
+    for name in ("selection", "teacher", "samples_seen", "num_invalid"):
+        assert_same(again.state_dict()[name], saved[name])
+
+
+def test_a_resumed_run_takes_the_half_life_it_is_given(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
+    selection = algorithm_of(trainer).selection
+    assert selection is not None and selection.stream.half_life == 20 * 32
+    other = SelectionState.initial(16, Settings(half_life=99.0)).restored(selection.state_dict())
+    assert other.stream.half_life == other.kept.half_life == 99.0
+    assert torch.equal(other.stream.cross_cov, selection.stream.cross_cov)
+
+
+BATCH_NORM = """
+import sys, torch
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+trainer = build_trainer(load_config(sys.argv[1]))
+trainer.fit()
+clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+torch.save({"teacher": clipcov.teacher.state_dict()}, f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+trainer.close()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_share_batch_norm_statistics(tmp_path: Path, corpus: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(BATCH_NORM, encoding="utf-8")
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    tree = recipe(corpus, model={"config": {**TINY_MODEL, "vision_cfg": vision}}, max_duration="3ba")
+    launch([*composer(), "-n", "2", str(script), str(write_recipe(tmp_path / "recipe.yaml", tree)), str(tmp_path)])
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["teacher"] for rank in range(2)]
+    means = [name for name in ranks[0] if name.endswith("running_mean")]
+    assert means and all(ranks[0][name].any() for name in means)
+    assert_same(ranks[0], ranks[1])
+
+
 class OwnModel(ComposerModel):
     """Somebody else's model: two linear towers, another loss, no logit scale."""
 
@@ -223,14 +282,15 @@ class OwnModel(ComposerModel):
         return torch.nn.functional.cross_entropy(outputs, torch.arange(len(outputs)))
 
 
-def own_trainer(algorithms: list[Algorithm], rows: int = 32, **kwargs: Any) -> Trainer:
+def own_trainer(algorithms: list[Algorithm], rows: int = 32, sampler: bool = False, **kwargs: Any) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     data = [
         {"pixels": torch.randn(6, generator=generator), "words": torch.randn(5, generator=generator)} for _ in range(64)
     ]
+    batches = {"batch_sampler": BatchSampler(range(64), rows, True)} if sampler else {"batch_size": rows}
     return Trainer(
         model=OwnModel(),
-        train_dataloader=DataLoader(data, batch_size=rows),  # pyright: ignore[reportArgumentType]
+        train_dataloader=DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
         optimizers=None,
         max_duration="4ba",
         device="cpu",
@@ -249,6 +309,32 @@ class TestOwnTrainer:
         assert set(trainer.state.model.rows) == {8}
         assert clipcov.samples_seen == 32
 
+    def test_a_loader_with_a_batch_sampler_is_measured_at_its_first_pool(self) -> None:
+        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], sampler=True)
+        trainer.fit()
+        assert set(trainer.state.model.rows) == {8}
+        assert clipcov.selection is not None and clipcov.selection.stream.half_life == 20 * 32
+
+    def test_a_function_called_random_gets_embeddings(self) -> None:
+        pools = []
+
+        def random(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            pools.append(pool)
+            return torch.arange(num_survivors)
+
+        own_trainer([ClipCov(0.75, selector=random, warmup=0, image_key="pixels", text_key="words")]).fit()
+        assert len(pools) == 4
+
+    @pytest.mark.parametrize("warmup", ["4ba", "2ep", "1dur"])
+    def test_a_warmup_that_never_ends_is_warned_of(self, warmup: str) -> None:
+        with pytest.warns(UserWarning, match="is as long as max_duration=.*every survivor will be random"):
+            own_trainer([ClipCov(0.75, warmup=warmup, image_key="pixels", text_key="words")]).fit()
+
+    def test_entries_without_rows_are_named(self) -> None:
+        with pytest.raises(ValueError, match=r"entries \['epoch'\] of the batch have no rows"):
+            check_batch({"image": torch.zeros(2, 1), "epoch": 3}, "image")
+
     def test_a_function_is_a_selector(self) -> None:
         def first(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
             return torch.arange(num_survivors)
@@ -263,7 +349,7 @@ class TestOwnTrainer:
         class Blind(OwnModel):
             encode_text = None  # pyright: ignore[reportAssignmentType]
 
-        trainer = own_trainer([ClipCov(0.75, image_key="pixels", text_key="words")])
+        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
         trainer.state.model = Blind()
         with pytest.raises(ValueError, match="has no encode_text; selection needs both towers"):
             trainer.fit()
@@ -279,7 +365,7 @@ class TestOwnTrainer:
 
     def test_wrong_key_names_what_is_there(self) -> None:
         with pytest.raises(ValueError, match=r"key 'image' \(image_key\); the batch is \['pixels', 'words'\]"):
-            own_trainer([ClipCov(0.75)]).fit()
+            own_trainer([ClipCov(0.75, warmup=0)]).fit()
 
 
 @pytest.mark.parametrize(
@@ -330,7 +416,7 @@ def test_ours_runs_before_other_algorithms(tmp_path: Path, corpus: Path) -> None
         def apply(self, event: Event, state: Any, logger: Any) -> None:
             self.rows = [len(state.batch["image"])]
 
-    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="1ba"))
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="1ba", selection={"warmup": 0}))
     before, after = Witness(), Witness()
     trainer.state.algorithms = [before, *trainer.state.algorithms, after]
     trainer.fit()
@@ -380,11 +466,17 @@ def test_non_finite_embeddings_are_never_selected_and_are_counted(tmp_path: Path
 
 @pytest.mark.parametrize("selector", ["clipcov", "random"])
 def test_too_many_bad_images_stop_the_run(tmp_path: Path, selector: str) -> None:
-    folder = write_columns(tmp_path / "mds", 64, bad_images=4)
-    with pytest.raises(RuntimeError, match=r"4 of 32 samples streamed cannot be used.*max_invalid_ratio=0.05"):
+    # 5% of 32 and three standard errors are 5.3.
+    folder = write_columns(tmp_path / "mds", 64, bad_images=6)
+    with pytest.raises(RuntimeError, match=r"6 of 32 samples streamed cannot be used.*max_invalid_ratio=0.05"):
         run(tmp_path, columns_recipe(folder, selector=selector))
     _, _, memory = run(tmp_path, columns_recipe(folder, selector=selector, max_invalid_ratio=0.2))
-    assert values(memory, "selection/num_invalid") == [4, 4]
+    assert values(memory, "selection/num_invalid") == [6, 6]
+    few = write_columns(tmp_path / "few", 64, bad_images=5)
+    _, _, memory = run(tmp_path, columns_recipe(few, selector=selector))
+    assert values(memory, "selection/num_invalid") == [5, 5]
+    with pytest.raises(RuntimeError, match="5 of 32 samples streamed"):
+        run(tmp_path, columns_recipe(few, selector=selector, max_invalid_ratio=0.0))
 
 
 def test_too_few_good_samples_stop_the_run(tmp_path: Path) -> None:
@@ -427,6 +519,21 @@ def test_proxy_selects_without_changing_itself(tmp_path: Path, corpus: Path) -> 
     assert len(values(memory, "selection/residual")) == 4
 
 
+def test_a_proxy_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    def letters(caption: str) -> torch.Tensor:
+        return torch.tensor([ord(letter) for letter in caption[:8]])
+
+    def tokens(length: int) -> Tokenizer:
+        return tokenizer_of(
+            build_towers(config={**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "context_length": length}}),
+            ModelConfig(config=TINY_MODEL),
+        )
+
+    check_same_tokens(tokens(32), tokens(16))
+    with pytest.raises(ValueError, match=r"selection.proxy reads .*both need one tokenizer"):
+        check_same_tokens(letters, tokens(16))
+
+
 @pytest.mark.parametrize("pretrained", [None, "nowhere.pt"])
 def test_proxy_that_cannot_be_loaded_is_refused(tmp_path: Path, corpus: Path, pretrained: str | None) -> None:
     section = {"config": TINY_MODEL, "pretrained": pretrained}
@@ -440,3 +547,18 @@ def test_metrics_file_has_one_record_per_step(tmp_path: Path, corpus: Path) -> N
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     seen = {row["step"]: row["selection/samples_seen"] for row in rows if "selection/samples_seen" in row}
     assert seen == {step: 8 * step for step in range(1, 7)}
+
+
+def test_every_evaluation_is_filed_under_its_own_step(tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    split = {"tasks": ["retrieval"], "local": str(corpus / "eval"), "batch_size": 9}
+    # 192 samples are six pools an epoch: the evaluation at the end of the first belongs to step 6.
+    tree = recipe(corpus, metrics_file=str(path), max_duration="8ba", eval={"shapes": split}, eval_interval="1ep")
+    trainer, _, _ = trainer_of(tmp_path, tree)
+    trainer.eval()
+    trainer.fit()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    evaluated = [row for row in rows if "metrics/shapes/image_to_text_r1" in row]
+    assert [row["step"] for row in evaluated] == [0, 6, 8]
+    assert [row["samples_streamed"] for row in evaluated] == [0, 6 * 32, 8 * 32]
+    assert not any("loss/train/total" in row for row in evaluated)

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import example, given, settings
 
 from clipcov_stream.config import (
-    ColumnsConfig,
+    EvalColumnsConfig,
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
+    ProxyConfig,
     SelectionConfig,
     StreamConfig,
     TrainConfig,
@@ -44,8 +45,28 @@ def recipe(tmp_path: Path) -> Any:
 def test_a_minimal_recipe_has_the_defaults(recipe: Any) -> None:
     config = recipe(MINIMAL)
     assert config == TrainConfig(
-        model=ModelConfig(name="ViT-B-32"), stream=StreamConfig(100, local="data"), max_duration="10ba"
+        model=ModelConfig(name="ViT-B-32"),
+        stream=StreamConfig(100, local="data", shuffle_seed=9176),
+        selection=SelectionConfig(seed=0),
+        max_duration="10ba",
     )
+
+
+def test_one_seed_seeds_everything_that_has_none_of_its_own(recipe: Any) -> None:
+    config = recipe(MINIMAL, "seed=3")
+    assert (config.selection.seed, config.stream.shuffle_seed) == (3, 9179)
+    config = recipe(MINIMAL, "seed=3", "selection.seed=0", "stream.shuffle_seed=1")
+    assert (config.selection.seed, config.stream.shuffle_seed) == (0, 1)
+
+
+def test_twins_have_names_of_their_own(recipe: Any) -> None:
+    names = ("run_name=a_{selector}", "save_folder=runs/{run_name}/{rank}", "metrics_file=runs/{run_name}.jsonl")
+    config = recipe(MINIMAL, *names, "selection.selector=random")
+    assert config.run_name == "a_random"
+    assert config.save_folder == "runs/a_random/{rank}"  # Composer fills in the rest
+    assert config.metrics_file == "runs/a_random.jsonl"
+    with pytest.raises(ValueError, match=r"metrics_file=.runs/\{run_name\}.jsonl. needs a run_name"):
+        recipe(MINIMAL, "metrics_file=runs/{run_name}.jsonl")
 
 
 def test_a_full_recipe_becomes_its_sections(recipe: Any) -> None:
@@ -62,11 +83,11 @@ device_train_microbatch_size: auto
 """
     )
     assert config.selection == SelectionConfig(
-        filter_ratio=0.5, warmup=3, proxy=ModelConfig(name="RN50", pretrained="openai")
+        filter_ratio=0.5, warmup=3, proxy=ProxyConfig(name="RN50", pretrained="openai"), seed=0
     )
     assert config.optimizer == OptimizerConfig(lr=1e-3, betas=(0.8, 0.9))
     assert config.eval == {
-        "imagenet": EvalConfig(local="in1k", columns=ColumnsConfig(label="y")),
+        "imagenet": EvalConfig(local="in1k", columns=EvalColumnsConfig(label="y")),
         "coco": EvalConfig(tasks=("retrieval",), remote="s3://bucket/coco"),
     }
     assert config.callbacks == {"lr_monitor": None, "speed_monitor": {"window_size": 5}}
@@ -140,7 +161,7 @@ def test_overrides_win_and_may_open_sections(recipe: Any) -> None:
         MINIMAL, "stream.global_pool_size=7", "selection.proxy.name=RN50", "model.name=null", "run_name=a=b"
     )
     assert config.stream.global_pool_size == 7 and config.stream.local == "data"
-    assert config.selection.proxy == ModelConfig(name="RN50")
+    assert config.selection.proxy == ProxyConfig(name="RN50")
     assert config.model.name is None
     assert config.run_name == "a=b"
 
@@ -190,7 +211,7 @@ def test_python_tags_are_refused(recipe: Any, tmp_path: Path, value: str) -> Non
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_are_yaml_and_python(path: Path) -> None:
     config = load_config(str(path))
-    assert config.run_name == path.stem
+    assert config.run_name == f"{path.stem}_clipcov"
     text = path.read_text(encoding="utf-8")
     compile(text, str(path), "exec")
     first, *_, last = text.splitlines()

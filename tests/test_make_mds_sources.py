@@ -19,8 +19,10 @@ from pathlib import Path
 import classes
 import pairs
 import pytest
-from mds_folder import Rejection, check_image, mds_folder, mds_split, staged_folder
+import tar_source
+from mds_folder import Rejection, check_image, mds_folder, mds_split
 from PIL import Image
+from staged_folder import staged_folder
 from streaming import StreamingDataset
 from streaming.base.format import reader_from_json
 
@@ -55,7 +57,7 @@ IMAGES = {f"{i:03}.jpg": picture(i) for i in range(len(CAPTIONS))}
 
 def make(*argv: object) -> None:
     parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
+    subparsers = parser.add_subparsers(dest="command")
     pairs.add_parser(subparsers)
     classes.add_parser(subparsers)
     args = parser.parse_args([str(arg) for arg in argv])
@@ -411,7 +413,7 @@ def test_a_tar_is_read_from_front_to_back(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # which cannot seek
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(source.read_bytes()))
     writer.start()
-    members = dict(pairs.tar_members(tmp_path / "pipe", lambda name: name != "003.jpg"))
+    members = dict(tar_source.tar_members(tmp_path / "pipe", lambda name: name != "003.jpg"))
     writer.join()
     assert members == IMAGES | {"003.jpg": None}
 

@@ -20,7 +20,6 @@ from clipcov_stream.objective import (
     certificate,
     gated,
     greedy_select,
-    lag,
     margin,
     mix,
     random_survivors,
@@ -146,7 +145,8 @@ def test_top_is_stable():
 def test_whitened_inner_products_equal_those_of_symmetric_roots():
     pools = [draw(20, 4, seed) for seed in range(3)]
     state, pool = after(pools, ridge=0.2), prepared(pools[-1])
-    image, text, target, memory = (np.asarray(tensor, np.float64) for tensor in whitened(pool, state))
+    frame = whitened(pool, state)
+    image, text, target, memory, lag = (np.asarray(tensor, np.float64) for tensor in vars(frame).values())
     rows = [(oracle.unit(p.image), oracle.unit(p.text)) for p in pools]
     stream = oracle.moments(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]))
     image_root, text_root = oracle.inverse_root(stream.image_cov, 0.2), oracle.inverse_root(stream.text_cov, 0.2)
@@ -156,7 +156,9 @@ def test_whitened_inner_products_equal_those_of_symmetric_roots():
     close(text @ text.T, y @ y.T / y_size**2)
     kept = np.asarray(state.kept.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
     assert not np.allclose(kept, stream.cross_cov)
-    for got, matrix in ((target, stream.cross_cov), (memory, kept)):
+    mean_lag = np.asarray(state.lag / state.lag_weight, np.float64)
+    assert mean_lag.any()
+    for got, matrix in ((target, stream.cross_cov), (memory, kept), (lag, mean_lag)):
         want = np.einsum("na,ab,nb->n", x, image_root @ matrix @ text_root, y) / (x_size * y_size) ** 2
         close(np.einsum("na,ab,nb->n", image, got, text), want)
 
@@ -191,7 +193,8 @@ def test_lag_of_the_first_pool_is_zero_and_selectors_see_earlier_pools_only():
     seen = []
 
     def spy(pool, num_survivors, state):
-        seen.append((state.lag, lag(pool, state)))
+        frame = whitened(pool, state)
+        seen.append((state.lag, frame.along(frame.lag)))
         return SELECTORS["clipcov"](pool, num_survivors, state)
 
     state = SelectionState.initial(4, Settings(learnability=1.0))

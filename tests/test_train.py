@@ -98,6 +98,13 @@ def test_without_data_the_error_says_how_to_get_it(tmp_path: Path) -> None:
         ({"stream": {"columns": {"caption": "text"}}}, r"no column 'text' \(stream.columns.caption\)"),
         ({"stream": {"global_pool_size": 4096}}, "192 samples per rank, one pool needs 4096"),
         ({"max_duration": "100sp"}, "max_duration='100sp' must be in batches"),
+        ({"scheduler": {"t_warmup": "1ep"}}, "scheduler.t_warmup='1ep' must be in 'dur' or as max_duration='6ba'"),
+        ({"scheduler": {"t_warmup": "soon"}}, "scheduler.t_warmup='soon' is not a Composer time"),
+        ({"fsdp_config": {"sharding_strategy": "FULL_SHARD"}}, "embed='teacher' cannot copy a model sharded"),
+        (
+            {"stream": {"columns": {"caption": "class_id"}}},
+            r"stream.columns.caption\) is encoded as 'int",
+        ),
         ({"optimizer": {"name": "adam"}}, "optimizer.name='adam' is not one of"),
         ({"scheduler": {"name": "step"}}, "scheduler.name='step' is not one of"),
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr is not one of Composer's callbacks"),
@@ -117,10 +124,10 @@ def test_autoresume_goes_on_from_the_newest_checkpoint(tmp_path: Path, corpus: P
         corpus, run_name="again", autoresume=True, save_interval="2ba", save_folder=str(tmp_path / "checkpoints")
     )
     path = str(write_recipe(tmp_path / "recipe.yaml", tree))
-    first = build_trainer(load_config(path, ["max_duration=2ba"]))
+    first = build_trainer(load_config(path, ["max_duration=2ba", "selection.warmup=1ba"]))
     first.fit()
     first.close()
-    second = build_trainer(load_config(path, ["max_duration=5ba"]))
+    second = build_trainer(load_config(path, ["max_duration=5ba", "selection.warmup=1ba"]))
     assert int(second.state.timestamp.batch) == 2
     second.fit()
     assert int(second.state.timestamp.batch) == 5

@@ -1,13 +1,10 @@
 """Write an MDS folder that is either complete or absent, and account for every row left out.
 
 `MDSWriter` writes its shards straight into the target: a run that is killed half-way leaves a folder
-that looks like a data set. Here everything is written into a hidden sibling of OUT, which becomes OUT
-by one rename at the very end. An exception or Ctrl-C removes the sibling; after SIGKILL it stays, under
-a name that nobody reads, until the next run for the same OUT removes it.
+that looks like a data set. So splits are written inside of a `staged_folder`.
 
-    staged_folder(out)        a folder that becomes OUT when the block ends: several splits, any files
     mds_split(folder, ...)    one MDS split in a fresh folder inside of a staged one
-    mds_folder(out, ...)      both at once, for the usual case of one split
+    mds_folder(out, ...)      a staged folder with one split, the usual case
     write_found(found, ...)   images with their rows -> samples, once every image was decoded in full
 """
 
@@ -17,8 +14,6 @@ import io
 import json
 import os
 import pickle
-import platform
-import shutil
 import sys
 import tempfile
 import warnings
@@ -32,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
+from staged_folder import staged_folder
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
 from streaming.base.hashing import get_hashes, is_hash
@@ -159,34 +155,6 @@ class _Writer(MDSWriter):
         # before it when it comes first.
         if self.new_samples:
             super().flush_shard()
-
-
-@contextmanager
-def staged_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that becomes `out` when the block ends without exception.
-
-    Until then `out` is untouched: an earlier one is replaced only once the new one is complete. What
-    killed runs for the same `out` left on this machine is removed first.
-
-    Args: overwrite: replace an `out` that holds an MDS folder, or a folder of MDS splits.
-    Raises: ValueError when `out` is remote, a file, a mount point, or not empty without `overwrite`
-        (with it: when what it holds is no MDS folder, which is never deleted).
-    """
-    if "://" in str(out):
-        raise ValueError(f"OUT={str(out)!r} is remote; write to a local folder, then upload the finished folder there")
-    out = Path(out).expanduser().resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _clear_stale(out)
-    _check_free(out, overwrite)
-    staging = _sibling(out, "partial")
-    staging.mkdir()
-    try:
-        yield staging
-        _check_free(out, overwrite)  # a second run may have finished meanwhile
-        _swap_in(staging, out)
-    except BaseException:  # Ctrl-C too: whatever happened, half a folder is worth nothing
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -360,64 +328,3 @@ def _check_options(size_limit: int | str, compression: str | None, hashes: list[
     for name in hashes:
         if not is_hash(name):
             raise ValueError(f"--hashes {name!r} is unknown; use some of {sorted(get_hashes())}")
-
-
-def _sibling(out: Path, kind: str) -> Path:
-    """The name that this process uses beside `out`; machine and process tell whether it is still at work."""
-    return out.parent / f".{out.name}.{kind}-{platform.node()}-{os.getpid()}"
-
-
-def _clear_stale(out: Path) -> None:
-    """Remove what killed runs for `out` left; bring back an `out` caught between the two renames."""
-    for kind in ("replaced", "partial"):
-        prefix = f".{out.name}.{kind}-{platform.node()}-"
-        for path in list(out.parent.iterdir()):
-            pid = path.name.removeprefix(prefix)
-            if not path.name.startswith(prefix) or not pid.isdigit() or _is_running(int(pid)):
-                continue
-            if kind == "replaced" and not out.exists():
-                path.rename(out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # our own number, so its earlier owner is gone
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir():
-        raise ValueError(f"OUT={str(out)!r} is a file; give a folder that does not exist yet")
-    if os.path.ismount(out):
-        raise ValueError(f"OUT={str(out)!r} is a mount point, which cannot be replaced; give a new folder inside it")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"OUT={str(out)!r} is not empty; give another folder, or --overwrite to replace it")
-    if not any(out.glob("index.json")) and not any(out.glob("*/index.json")):
-        raise ValueError(f"OUT={str(out)!r} is not empty and holds no MDS index.json; --overwrite will not delete it")
-
-
-def _swap_in(staging: Path, out: Path) -> None:
-    """Rename `staging` to `out`; an earlier `out` steps aside and is deleted after that."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = _sibling(out, "replaced")
-    out.rename(old)
-    try:
-        staging.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

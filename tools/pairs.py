@@ -12,57 +12,31 @@ not_an_image, caption_empty, caption_missing, caption_encoding, label_empty, row
 from __future__ import annotations
 
 import argparse
-import csv
 import glob
 import io
-import json
-import lzma
 import os
 import posixpath
 import random
-import tarfile
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 from mds_folder import Found, MdsSplit, Rejection, Row, mds_folder, write_found
+from table_source import DELIMITERS, KNOWN_NAMES, Table, read_table
+from tar_source import (
+    IMAGE_ENDINGS,
+    TAR_ENDINGS,
+    find_in_tars,
+    look_inside,
+    name_in_tar,
+    read_webdataset,
+    tar_members,
+)
 
 COLUMNS = {"image": "bytes", "caption": "str", "uid": "str"}
-# Column names taken without being told, best first, in any case.
-KNOWN_NAMES = {
-    "image": ("file", "image", "filename", "filepath", "path", "image_path"),
-    "caption": ("caption", "text", "title", "alt_text"),
-    "uid": ("uid",),
-    "label": ("label", "class", "class_name", "category", "target"),
-}
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
-
-
-class DamagedTar(ValueError):
-    """A tar that cannot be read to its end."""
-
-
-@dataclass
-class Table:
-    """The rows of a table, usable and not, the names of all images they speak of, and the columns read."""
-
-    name: str
-    columns: dict[str, str]
-    rows: list[Row]
-    rejected: list[Rejection]
-    named: set[str]
-
-    def __str__(self) -> str:
-        columns = ", ".join(f"{role} from {column!r}" for role, column in self.columns.items())
-        return f"{self.name}: {len(self.rows) + len(self.rejected)} rows, {columns}"
 
 
 @dataclass
@@ -88,7 +62,7 @@ class Source:
             file = self.table.open("rb")
 
         def locate(image: str) -> str:
-            return _in_tar(image, inside) if self.tars else _in_folder(image, self.folder)
+            return name_in_tar(image, inside) if self.tars else _in_folder(image, self.folder)
 
         # surrogateescape carries a byte that is no UTF-8 up to the row it belongs to.
         with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
@@ -98,7 +72,7 @@ class Source:
         """The rows' images: in the order of a tar, or of the table; images left over are counted in `split`."""
         yield from table.rejected
         if self.tars:
-            yield from _find_in_tars(self.tars, table, split)
+            yield from find_in_tars(self.tars, table, split)
         else:
             yield from _find_in_folder(self.folder, table, split)
 
@@ -138,7 +112,7 @@ def find_source(
     if not tars:
         parent = folder.absolute().parent
         return Source(tars, folder, _only_table({folder.name: _tables_in(folder), parent.name: _tables_in(parent)}))
-    inside, grouped = _look_inside(tars[0])
+    inside, grouped = look_inside(tars[0])
     beside = _tables_in(folder)
     if grouped and layout == "auto":
         if beside:
@@ -187,22 +161,6 @@ def _tables_in(folder: Path) -> list[Path]:
     )
 
 
-def _look_inside(tar: Path) -> tuple[list[str], bool]:
-    """(tables in the tar, whether it is in the webdataset layout); stops at the first proof of the latter."""
-    tables, images, captions = [], set(), set()
-    for name, _ in tar_members(tar, lambda name: False, mode="r:*"):  # not a stream: a plain tar skips the data
-        key, ending = _split_key(name)
-        if ending in WEBDATASET_IMAGES:
-            images.add(key)
-        elif ending in ("txt", "json"):
-            captions.add(key)
-        elif posixpath.splitext(name)[1].lower() in DELIMITERS:
-            tables.append(name)
-        if key in images and key in captions:
-            return tables, True
-    return tables, False
-
-
 def _only_table(places: Mapping[str, Sequence[Path | str]]) -> Path | str:
     for place, tables in places.items():
         captions = [table for table in tables if Path(table).stem == "captions"]
@@ -218,68 +176,12 @@ def _only_table(places: Mapping[str, Sequence[Path | str]]) -> Path | str:
     )
 
 
-class _Member(tarfile.TarInfo):
-    """A header that is not taken for the end of the tar when it is cut off or broken, as tarfile does."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the mark of the end
-                raise
-            raise tarfile.ReadError(f"a broken header, or no end mark: {error}") from error
-
-
-def tar_members(path: Path, wanted: Callable[[str], bool], mode: str = "r|*") -> Iterator[tuple[str, bytes | None]]:
-    """(name, bytes if wanted) of each file in a tar, in one pass from front to back.
-
-    Raises: DamagedTar when the tar ends early or is none.
-    """
-    name = "its beginning"
-    try:
-        with tarfile.open(path, mode, tarinfo=_Member) as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
-            for member in tar:
-                tar.members = []  # or it keeps all it has passed, 1 kB each
-                if member.isreg() and not posixpath.basename(member.name).startswith("."):
-                    name = posixpath.normpath(member.name).lstrip("/")
-                    file = tar.extractfile(member) if wanted(name) else None
-                    yield name, file.read() if file else None
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DamagedTar(f"{path.name} cannot be read beyond {name!r}: {error}") from error
-
-
-def _in_tar(image: str, inside: str = "") -> str:
-    name = posixpath.normpath(posixpath.join(inside, image))
-    if name.startswith(("/", "../")):
-        raise ValueError("the path leaves the tar")
-    return name
-
-
 def _in_folder(image: str, folder: Path) -> str:
     root = os.path.abspath(folder)
     name = os.path.relpath(os.path.join(root, image), root)
     if name.startswith("../"):
         raise ValueError(f"the path leaves the folder {folder.name!r}")
     return name
-
-
-def _find_in_tars(tars: Sequence[Path], table: Table, split: MdsSplit) -> Iterator[Found | Rejection]:
-    waiting: dict[str, list[Row]] = {}
-    for row in table.rows:
-        waiting.setdefault(row.image, []).append(row)
-    first = None
-    for tar in tars:
-        for name, data in tar_members(tar, waiting.__contains__):
-            first = first or name
-            if data is not None:
-                yield Found(name, data, waiting.pop(name))
-                table.named.discard(name)  # a second member of this name is left over
-            elif name.lower().endswith(IMAGE_ENDINGS) and name not in table.named:
-                split.unreferenced += 1
-    for name, rows in waiting.items():
-        for row in rows:
-            yield Rejection(row.number, name, "image_missing", f"not in the tar, which begins with {first!r}")
 
 
 def _find_in_folder(folder: Path, table: Table, split: MdsSplit) -> Iterator[Found | Rejection]:
@@ -305,246 +207,6 @@ def files_below(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if name[0] != ".":
                 yield os.path.relpath(os.path.join(parent, name), folder)
-
-
-def read_table(
-    lines: Iterable[str],
-    name: str,
-    columns: Mapping[str, str | None],
-    optional: Collection[str],
-    locate: Callable[[str], str],
-) -> Table:
-    """The rows of a table, each checked on its own: a bad row costs that row alone.
-
-    Args:
-        lines: the text of the table, with surrogates for the bytes that are no UTF-8.
-        name: of the table; its ending tells the kind.
-        columns: for image, caption, uid, label: the column to read, or None to take a known name.
-        optional: those of them that a table may lack, and a row may leave empty.
-        locate: the image a row names -> its one true name; ValueError when that lies outside of the images.
-    Returns: rows in order, uids made unique: rows of one uid (several captions of one image) get '#1', '#2'.
-    Raises: ValueError when a column is not there; the text lists those that are.
-    """
-    records = _records(lines, name)
-    head = list(islice(records, 100))  # a JSONL row may lack a key, so the first alone does not tell
-    keys = dict.fromkeys(key for _, record in head if isinstance(record, dict) for key in record)
-    picked = _pick_columns(name, list(keys), columns, optional) if keys else {}
-    table = Table(name, picked, [], [], set())
-    for number, record in chain(head, records):
-        if isinstance(record, str) or not picked:
-            detail = record if isinstance(record, str) else "the first 100 rows are malformed, so no column is known"
-            table.rejected.append(Rejection(number, "", "row_malformed", detail))
-            continue
-        row = _read_row(number, record, picked, optional, locate, table.named)
-        if isinstance(row, Row):
-            table.rows.append(row)
-        else:
-            table.rejected.append(row)
-    total, so_far = Counter(row.uid for row in table.rows), Counter()
-    for row in table.rows:
-        if total[row.uid] > 1:
-            so_far[row.uid] += 1
-            row.uid = f"{row.uid}#{so_far[row.uid]}"
-    return table
-
-
-def _pick_columns(
-    name: str, available: list[str], columns: Mapping[str, str | None], optional: Collection[str]
-) -> dict[str, str]:
-    for role, chosen in columns.items():
-        if chosen is not None and chosen not in available:
-            raise ValueError(f"--{role}-column {chosen!r} is not a column of {name}; its columns are {available}")
-    by_lower = {column.strip().lower(): column for column in available}
-    picked = {}
-    for role, chosen in columns.items():
-        known = next((by_lower[known] for known in KNOWN_NAMES[role] if known in by_lower), None)
-        if chosen or known:
-            picked[role] = chosen or known
-        elif role not in optional:
-            raise ValueError(
-                f"{name} has no column called {' or '.join(KNOWN_NAMES[role])}; its columns are {available} "
-                f"(a table begins with a header in UTF-8); choose one with --{role}-column"
-            )
-    return picked
-
-
-def _read_row(
-    number: int,
-    record: Mapping[str, Any],
-    picked: Mapping[str, str],
-    optional: Collection[str],
-    locate: Callable[[str], str],
-    named: set[str],
-) -> Row | Rejection:
-    texts: dict[str, str] = {}
-    image = str(record.get(picked["image"]) or "")
-    for role, column in picked.items():
-        value = record.get(column, "" if role in optional else ...)
-        value = "" if value is None else str(value) if isinstance(value, int) else value
-        if not isinstance(value, str):
-            detail = f"no {column!r}" if value is ... else f"{column!r} is a {type(value).__name__}, not text"
-            return Rejection(number, image, "row_malformed", detail)
-        texts[role] = value
-    try:
-        if not image.strip():
-            raise ValueError("the row names no image")
-        texts["image"] = locate(texts["image"])
-    except ValueError as error:
-        return Rejection(number, image, "image_missing", str(error))
-    named.add(texts["image"])
-    for role, text in texts.items():
-        if not _is_unicode(text):
-            reason = "caption_encoding" if role == "caption" else "row_malformed"
-            return Rejection(number, image, reason, f"{picked[role]!r} is not UTF-8: {text[:80]!r}")
-        if role not in optional and not text.strip():
-            return Rejection(number, image, f"{role}_empty", f"{picked[role]!r} is empty")
-    uid = texts.get("uid") or texts["image"]
-    return Row(number, texts["image"], texts.get("caption", ""), uid, texts.get("label", ""))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair: what stands for a byte that was no UTF-8
-        return False
-    return True
-
-
-def _records(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, record), or (line number, what is wrong with it), for each row of a table."""
-    delimiter = DELIMITERS.get(Path(name).suffix.lower())
-    if delimiter is None:
-        raise ValueError(f"{name} is not a table; give a file that ends in {', '.join(DELIMITERS)}")
-    if not delimiter:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _json_object(line)
-        return
-    header: list[str] = []
-    for number, fields in _csv_rows(lines, delimiter):
-        if not header and isinstance(fields, str):
-            raise ValueError(f"{name} line {number}, the header: {fields}")
-        if not header:
-            header = list(fields)
-            repeated = [column for column, count in Counter(header).items() if column and count > 1]
-            if repeated:
-                raise ValueError(f"{name} has several columns called {repeated}; rename all but one")
-        elif isinstance(fields, str):
-            yield number, fields
-        elif len(fields) != len(header):
-            yield number, f"{len(fields)} columns, the header has {len(header)}"
-        else:
-            yield number, dict(zip(header, fields, strict=True))
-
-
-def _json_object(text: str | bytes) -> dict[str, Any] | str:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"bad JSON: {error}"
-    return value if isinstance(value, dict) else f"bad JSON: a {type(value).__name__}, not an object"
-
-
-def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(line number, fields or what is wrong) for each row.
-
-    A quote that is never closed would swallow all rows up to the next quote. So lines of a bad record are
-    kept: the first is given up, and reading resumes at the second.
-    """
-    fresh = enumerate(lines, 1)
-    again: deque[tuple[int, str]] = deque()
-    record: list[tuple[int, str]] = []
-
-    class Feed:
-        def __iter__(self) -> Feed:
-            return self
-
-        def __next__(self) -> str:
-            record.append(again.popleft() if again else next(fresh))
-            return record[-1][1]
-
-    reader = csv.reader(Feed(), delimiter=delimiter, strict=True)
-    while True:
-        record.clear()
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            again.extendleft(reversed(record[1:]))
-            yield record[0][0], f"bad quoting: {error}"
-            continue
-        if fields:  # a blank line is no row
-            yield record[0][0], fields
-
-
-def read_webdataset(
-    tars: Sequence[Path], caption_key: str | None = None, uid_key: str | None = None
-) -> Iterator[Found | Rejection]:
-    """The samples of tars in the webdataset layout: neighbouring members KEY.jpg, KEY.txt and KEY.json.
-
-    The caption is KEY.txt, else "caption" of KEY.json (always `caption_key` of it, when given). The uid is
-    "uid" or "key" of KEY.json (`uid_key`), else KEY; from the second time on a uid gets '#2', '#3'. A
-    damaged tar costs its rest, and the last sample before that, which may lack a part.
-    """
-    number, seen = 0, Counter()
-    for tar in tars:
-        try:
-            for key, group in groupby(tar_members(tar, _is_sample_part), key=lambda member: _split_key(member[0])[0]):
-                number += 1
-                item = _read_sample(f"{tar.name}/{key}", number, dict(group), caption_key, uid_key)
-                for row in item.rows if isinstance(item, Found) else []:
-                    seen[row.uid] += 1
-                    row.uid += f"#{seen[row.uid]}" * (seen[row.uid] > 1)
-                yield item
-        except DamagedTar as error:
-            yield Rejection(None, tar.name, "tar_damaged", str(error))
-
-
-def _split_key(name: str) -> tuple[str, str]:
-    """'00/17.seg.png' -> ('00/17', 'seg.png'): the key ends at the first dot of the file's own name."""
-    folder, base = posixpath.split(name)
-    stem, _, ending = base.partition(".")
-    return posixpath.join(folder, stem), ending.lower()
-
-
-def _is_sample_part(name: str) -> bool:
-    return _split_key(name)[1] in (*WEBDATASET_IMAGES, "txt", "json")
-
-
-def _read_sample(
-    place: str, number: int, members: dict[str, bytes | None], caption_key: str | None, uid_key: str | None
-) -> Found | Rejection:
-    parts = {_split_key(name)[1]: data for name, data in members.items() if data is not None}
-    images = [ending for ending in WEBDATASET_IMAGES if ending in parts]
-
-    def reject(reason: str, detail: str) -> Rejection:
-        return Rejection(number, f"{place}.{images[0]}" if images else place, reason, detail)
-
-    if len(images) != 1:
-        reason = "row_malformed" if images else "image_missing"
-        return reject(reason, f"a sample needs one of {', '.join(WEBDATASET_IMAGES)}; it has {sorted(parts)}")
-    about = _json_object(parts.get("json") or b"{}")
-    if isinstance(about, str):
-        return reject("row_malformed", f"its .json: {about}")
-    if caption_key is None and "txt" in parts:
-        caption = parts["txt"].decode("utf-8", "surrogateescape")
-    elif (caption_key or "caption") in about:
-        caption = about[caption_key or "caption"] or ""
-    else:
-        return reject("caption_missing", f"no {caption_key or 'caption'!r} in its .json, and no .txt was read")
-    if not isinstance(caption, str):
-        return reject("row_malformed", f"its caption is a {type(caption).__name__}, not text")
-    if not _is_unicode(caption):
-        return reject("caption_encoding", f"its caption is not UTF-8: {caption[:80]!r}")
-    if not caption.strip():
-        return reject("caption_empty", "its caption is empty")
-    key = posixpath.basename(place)
-    uid = str(next((about[name] for name in (uid_key or "uid", "key") if about.get(name) is not None), key))
-    if not _is_unicode(uid):
-        return reject("row_malformed", f"its uid is not UTF-8: {uid!r}")
-    image = f"{place}.{images[0]}"
-    return Found(image, parts[images[0]], [Row(number, image, caption, uid)])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -599,7 +261,7 @@ def open_output(
         size_limit=args.size_limit,
         compression=None if args.compression == "none" else args.compression,
         hashes=[] if args.hashes == "none" else args.hashes.split(","),
-        source={"tool": f"make_mds.py {Path(__file__).stem}", "arguments": arguments},
+        source={"tool": f"make_mds.py {args.command}", "arguments": arguments},
     )
 
 

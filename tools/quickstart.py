@@ -1,8 +1,8 @@
 """The quickstart: draw the corpus, train the same tiny CLIP on random and on selected survivors, compare.
 
-    python tools/quickstart.py [--steps N] [--seed S] [--selectors random clipcov] [--out runs/quickstart]
+    python tools/quickstart.py [--steps N] [--seed S] [--selectors random,clipcov] [--out runs/quickstart]
 
-Both runs take the same steps over the same stream, from the same initial weights, and see the same number of samples.
+All runs take the same steps over the same stream, from the same initial weights, and see the same number of samples.
 Prints a table and saves a plot of zero-shot accuracy over samples_seen; the last line is one JSON document.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from clipcov_stream import SELECTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "metrics/shapes/mean_per_class"
@@ -42,23 +45,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def train(selector: str, overrides: list[str], out: Path) -> dict[str, Any]:
+def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
     """One run of the recipe by the composer launcher; its curve and final figures.
 
     Raises:
-        SystemExit: the run failed.
+        SystemExit: the run failed, or ended without an evaluation.
     """
     metrics = out / f"{selector}.jsonl"
     metrics.unlink(missing_ok=True)
     # The launcher beside this interpreter, so that no environment has to be activated.
     launcher = str(Path(sys.executable).with_name("composer"))
-    command = ["yamls/quickstart.yaml", f"selection.selector={selector}", f"metrics_file={metrics}"]
-    print(f"$ composer {' '.join([*command, *overrides])}", flush=True)
+    # What tells the runs apart comes last, where no override can make two of them share it.
+    own = [f"run_name=quickstart_{selector}_{seed}", f"selection.selector={selector}", f"metrics_file={metrics}"]
+    command = ["yamls/quickstart.yaml", f"seed={seed}", *overrides, *own]
+    print(f"$ composer {shlex.join(command)}", flush=True)
     start = time.perf_counter()
-    result = subprocess.run([launcher, *command, *overrides], cwd=ROOT)
+    result = subprocess.run([launcher, *command], cwd=ROOT)
     if result.returncode:
         raise SystemExit(f"error: the run with selector={selector} ended with exit code {result.returncode}")
-    rows = [row for row in read_metrics(metrics) if METRIC in row]
+    rows = [row for row in read_metrics(metrics) if METRIC in row] if metrics.is_file() else []
+    if not rows:
+        raise SystemExit(
+            f"error: the run with selector={selector} wrote no line with {METRIC} to {metrics}; "
+            "overrides must leave zeroshot in eval.shapes.tasks"
+        )
     curve = [
         {
             "samples_seen": row["selection/samples_seen"],
@@ -76,8 +86,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     """The final figures, a row per run."""
     lines = ["selector".ljust(12) + "".join(title.rjust(18) for title in COLUMNS.values())]
     for run in runs:
-        values = [run["final"][key] for key in COLUMNS]
-        cells = [f"{value:.3f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        values = [run["final"].get(key) for key in COLUMNS]
+        # An override may leave a task out.
+        cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
         lines.append(run["selector"].ljust(12) + "".join(cell.rjust(18) for cell in cells))
     return "\n".join(lines)
 
@@ -92,10 +103,11 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             marker="o",
             label=run["selector"],
         )
+    last = runs[0]["curve"][-1]
     axes.set(
-        xlabel="samples_seen (five times as many streamed)",
+        xlabel=f"samples_seen ({last['samples_streamed'] / last['samples_seen']:g} x as many streamed)",
         ylabel="zero-shot accuracy, mean per class",
-        title="A tiny CLIP on random and on selected survivors",
+        title="The same tiny CLIP on different survivors",
         ylim=(0, None),
     )
     axes.grid(alpha=0.3)
@@ -104,31 +116,46 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def selector_names(text: str) -> list[str]:
+    """An argparse type: names of selectors, separated by commas."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SELECTORS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a selector; known are {', '.join(SELECTORS)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a selector twice; each is run once")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="optimizer steps of each run; the recipe's if not given")
     parser.add_argument("--seed", type=int, default=0, help="of weights, stream order and selection")
-    parser.add_argument("--selectors", nargs="+", default=["random", "clipcov"])
+    parser.add_argument(
+        "--selectors", type=selector_names, default="random,clipcov", metavar="NAME,NAME", help=", ".join(SELECTORS)
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "shapes")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, for every run")
     args = parser.parse_args()
-    args.out = args.out.resolve()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"argument --steps: {args.steps} steps; it must be a whole number above 0")
+    for item in args.overrides:
+        if "=" not in item:
+            parser.error(f"override {item!r} is not of the form key.sub=value (selectors are separated by commas)")
+    # The launcher runs in ROOT, so paths must not depend on the working directory.
+    args.data, args.out = args.data.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.data / "train" / "index.json").is_file():
         command = [sys.executable, str(ROOT / "tools" / "make_mds.py"), "synthetic", str(args.data)]
-        print(f"$ python tools/make_mds.py synthetic {args.data.name}", flush=True)
+        print(f"$ {shlex.join(['python', 'tools/make_mds.py', 'synthetic', str(args.data)])}", flush=True)
         subprocess.run(command, check=True)
     overrides = [
-        f"seed={args.seed}",
-        f"selection.seed={args.seed}",
-        f"stream.shuffle_seed={9176 + args.seed}",
         f"stream.local={args.data / 'train'}",
         f"eval.shapes.local={args.data / 'eval'}",
-        *([f"max_duration={args.steps}ba"] if args.steps else []),
+        *([f"max_duration={args.steps}ba"] if args.steps is not None else []),
         *args.overrides,
     ]
-    runs = [train(selector, overrides, args.out) for selector in args.selectors]
+    runs = [train(selector, args.seed, overrides, args.out) for selector in args.selectors]
     plot(runs, args.out / "accuracy.png")
     print("\n" + table(runs))
     base = runs[0]["final"][METRIC]

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 from classes import write_classes_json
-from mds_folder import mds_split, staged_folder
+from mds_folder import mds_split
 from numpy.typing import NDArray
 from PIL import Image
+from staged_folder import staged_folder
 from tqdm import tqdm
 
 SHAPES = ("circle", "triangle", "cross", "ring")

@@ -1,0 +1,82 @@
+"""Composer's clock: durations, warm-up, and what a block of a step costs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from composer.core import State, Time, TimeUnit
+
+
+class Stopwatch:
+    """Time of a block, on the device's own clock where it has one."""
+
+    def __init__(self, state: State) -> None:
+        self.cuda = state.device.name == "gpu"
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.cuda else []
+        self.start = self.stop = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        if self.cuda:
+            self.events[0].record(torch.cuda.current_stream())
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop = time.perf_counter()
+        if self.cuda:
+            self.events[1].record(torch.cuda.current_stream())
+
+    def milliseconds(self) -> float:
+        """Waits for the device; call it where figures are read anyway."""
+        if self.cuda:
+            self.events[1].synchronize()
+            return self.events[0].elapsed_time(self.events[1])
+        return 1e3 * (self.stop - self.start)
+
+
+def parse_warmup(warmup: str | int) -> Time:
+    """Composer time from a string or a number of batches.
+
+    Raises:
+        ValueError: not a Composer time, or one in tokens, seconds or samples.
+    """
+    try:
+        time_ = Time.from_input(warmup, TimeUnit.BATCH)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"selection.warmup={warmup!r} is not a Composer time such as '100ba' or '0.1dur'") from error
+    if time_.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.DURATION):
+        raise ValueError(f"selection.warmup={warmup!r} must be in batches (ba), epochs (ep) or duration (dur)")
+    return time_
+
+
+def in_warmup(warmup: Time, state: State) -> bool:
+    if warmup.unit == TimeUnit.DURATION:
+        elapsed = state.get_elapsed_duration()
+        return elapsed is not None and elapsed.value < warmup.value
+    return state.timestamp.get(warmup.unit).value < warmup.value
+
+
+def outlasts(warmup: Time, state: State) -> bool:
+    """Whether a warm-up lasts as long as training, where the two can be compared."""
+    end = state.max_duration
+    if warmup.unit == TimeUnit.DURATION:
+        return warmup.value >= 1
+    if end is None or end.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
+        return False
+    if warmup.unit == end.unit:
+        return warmup.value >= end.value
+    if state.dataloader_len is None:
+        return False
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: int(state.dataloader_len)}
+    return warmup.value * batches[warmup.unit] >= end.value * batches[end.unit]
+
+
+def check_duration(value: str, key: str) -> None:
+    """Raise ValueError unless a duration is in batches or epochs: Composer's samples count candidates."""
+    try:
+        unit = Time.from_timestring(value).unit
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}={value!r} is not a Composer time such as '1000ba'") from error
+    if unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
+        raise ValueError(f"{key}={value!r} must be in batches (ba) or epochs of the stream (ep)")
