@@ -26,9 +26,10 @@ from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool
-from clipcov_stream.selection import NEEDS_NO_EMBEDDING, SelectorFn, resolve, select
+from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
+from clipcov_stream.selection import resolve, select
 
-NOT_TRAINED_ON = ("valid", "id", "image_embedding", "text_embedding")
+NOT_TRAINED_ON = ("valid", "id", "concepts", "image_embedding", "text_embedding")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 
@@ -57,8 +58,8 @@ class ClipCov(Algorithm):
         embed_chunk: rows per forward pass of the embedder; None is the number of survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
-        image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding` and, as a bool mask, `valid` are
-            read where they exist.
+        image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
+            mask, `valid` are read where they exist; see `Pool`.
 
     Raises:
         ValueError: a value outside its range, here or at the start of training.
@@ -101,7 +102,7 @@ class ClipCov(Algorithm):
         if embed_chunk is not None and embed_chunk < 1:
             raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
         self.function = resolve(selector)
-        self.selector = selector if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
+        self.selector = selector if isinstance(selector, str) else getattr(plain(selector), "__name__", repr(selector))
         self.filter_ratio = filter_ratio
         self.embed = embed
         self.warmup = parse_warmup(warmup)
@@ -137,12 +138,13 @@ class ClipCov(Algorithm):
 
     @property
     def uses_embeddings(self) -> bool:
-        return self.function not in NEEDS_NO_EMBEDDING
+        return plain(self.function) not in NEEDS_NO_EMBEDDING
 
     @property
     def uses_learner(self) -> bool:
-        """Whether the model in training embeds pools itself, beside a frozen embedder."""
-        return self.uses_embeddings and self.embed != "teacher" and self.settings.learnability > 0
+        """Whether the model in training embeds pools itself, beside the embedder."""
+        wants_lag = self.embed != "teacher" and self.settings.learnability > 0
+        return self.uses_embeddings and (wants_lag or plain(self.function) in NEEDS_LEARNER)
 
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.
@@ -297,7 +299,9 @@ class ClipCov(Algorithm):
                 if embedder is None:
                     raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
                 image, text, scale = towers(embedder)
-            pool = Pool(image, text, scale, valid=state.device.tensor_to_device(valid))
+            named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
+            on_device = {key: state.device.tensor_to_device(value) for key, value in named.items() if value is not None}
+            pool = Pool(image, text, scale, **on_device)
             if self.uses_learner:
                 learner_image, learner_text, learner_scale = towers(unwrap(state.model))
                 pool = replace(

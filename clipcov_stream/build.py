@@ -127,6 +127,7 @@ def build_stream(
         caption=config.columns.caption,
         image_embedding=config.columns.image_embedding if with_embeddings else None,
         text_embedding=config.columns.text_embedding if with_embeddings else None,
+        concepts=config.columns.concepts,
     )
     try:
         dataset = PairDataset(

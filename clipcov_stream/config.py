@@ -48,6 +48,7 @@ class ColumnsConfig:
     caption: str = "caption"
     image_embedding: str = "image_embedding"
     text_embedding: str = "text_embedding"
+    concepts: str | None = None
 
 
 @dataclass(frozen=True)

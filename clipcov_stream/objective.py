@@ -7,7 +7,7 @@ two kernels, <z_i, z_j>_F = (x_i . x_j)(y_i . y_j), so no d x d atom is ever bui
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,7 @@ class SelectionState:
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
         lag_weight: sum of the decayed weights in `lag`.
+        own: what this selector alone remembers (`rivals.REMEMBER`).
     """
 
     settings: Settings
@@ -86,6 +87,7 @@ class SelectionState:
     kept: CrossCovSketch
     lag: Float[Tensor, "dim dim"]
     lag_weight: Float[Tensor, ""]
+    own: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
@@ -111,6 +113,7 @@ class SelectionState:
             "kept": self.kept.state_dict(),
             "lag": self.lag.clone(),
             "lag_weight": self.lag_weight.clone(),
+            "own": {name: value.clone() for name, value in self.own.items()},
         }
 
     def restored(self, state: dict[str, Any]) -> SelectionState:
@@ -125,6 +128,7 @@ class SelectionState:
             kept=kept,
             lag=state["lag"].to(self.lag, copy=True),
             lag_weight=state["lag_weight"].to(self.lag_weight, copy=True),
+            own={name: value.to(self.lag.device, copy=True) for name, value in state["own"].items()},
         )
 
 
@@ -163,8 +167,18 @@ def margin(pool: Pool) -> Float[Tensor, " pool"]:
     What is left of the alignment once what any caption would get is taken off (negCLIPLoss: Wang et al., NeurIPS 2024,
     arXiv 2405.19547, with the pool as the batch). It stands for the paper's F_inter.
     """
-    logits = pool.logit_scale * pool.image @ pool.text.T
-    invalid = ~valid_of(pool)
+    return contrastive_margin(pool.image, pool.text, pool.logit_scale, valid_of(pool))
+
+
+def contrastive_margin(
+    image: Float[Tensor, "pool dim"],
+    text: Float[Tensor, "pool dim"],
+    scale: float | Tensor,
+    valid: Bool[Tensor, " pool"],
+) -> Float[Tensor, " pool"]:
+    """`margin`, of any two towers; 0 for samples that are not valid, which are nobody's negatives."""
+    logits = scale * image @ text.T
+    invalid = ~valid
     by_image = logits.masked_fill(invalid[None, :], -torch.inf).logsumexp(1)
     by_text = logits.masked_fill(invalid[:, None], -torch.inf).logsumexp(0)
     return (logits.diagonal() - 0.5 * by_image - 0.5 * by_text).masked_fill(invalid, 0.0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int64
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Pool:
         learner_image, learner_text, learner_logit_scale: the same pool seen by the model in training. Without them the
             embedder stands in for the learner, which is what it is when it is the learner's moving average.
         valid: (pool,) bool, False for samples that must not be chosen (an undecodable image, say).
+        ids: (pool,) int64, the samples' numbers in the data set; only `dissect` needs them.
+        concepts: (pool, width) int64, the indices of each sample's concepts, padded with -1; only `concept_balance`
+            needs them.
 
     Raises:
         ValueError: rows or widths that do not match.
@@ -36,6 +39,8 @@ class Pool:
     learner_text: Float[Tensor, "_ _"] | None = None
     learner_logit_scale: float | Tensor | None = None
     valid: Bool[Tensor, "_"] | None = None
+    ids: Int64[Tensor, "_"] | None = None
+    concepts: Int64[Tensor, "_ _"] | None = None
 
     def __post_init__(self) -> None:
         check_pair(self.image, self.text, "embeddings")
@@ -47,6 +52,9 @@ class Pool:
                 raise ValueError(f"learner embeddings of {len(self.learner_image)} samples in a pool of {len(self)}")
         if self.valid is not None and self.valid.shape != (len(self.image),):
             raise ValueError(f"valid has shape {tuple(self.valid.shape)}, the pool has {len(self)} samples")
+        for name, rows in (("ids", self.ids), ("concepts", self.concepts)):
+            if rows is not None and len(rows) != len(self.image):
+                raise ValueError(f"{name} has {len(rows)} rows, the pool has {len(self)} samples")
 
     def __len__(self) -> int:
         return len(self.image)

@@ -15,7 +15,6 @@ partition of the whole data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,40 +24,20 @@ from torch import Tensor
 from clipcov_stream.objective import (
     SelectionState,
     Settings,
-    alignment,
     certificate,
     gated,
     greedy_select,
     margin,
-    random_survivors,
     standardize,
-    top,
     updated_lag,
     whitened,
 )
 from clipcov_stream.pool import Pool, prepared, valid_of
+from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import AllReduce
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
-
-
-SelectorFn = Callable[[Pool, int, SelectionState], Tensor]
-"""(pool, num_survivors, state) -> LongTensor of num_survivors distinct indices into the pool.
-
-The pool arrives normalized, with `valid` set and zeros in the rows that are not; the state's stream sketch already
-holds this pool.
-"""
-
-
-def random(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
-    """Survivors drawn uniformly without replacement: the baseline that streams as much and sees as much."""
-    return random_survivors(valid_of(pool), num_survivors, state.generator())
-
-
-def clip_score(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
-    """Survivors of highest cosine between image and caption (CLIPScore: Hessel et al., EMNLP 2021)."""
-    return top(alignment(pool).masked_fill(~valid_of(pool), -torch.inf), num_survivors)
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
@@ -85,11 +64,8 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     return greedy_select(frame.image, frame.text, gain, settings.coverage, open_, num_survivors)
 
 
-SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, "random": random, "clip_score": clip_score}
-"""Every selector by name. To add one, add a function here."""
-
-NEEDS_NO_EMBEDDING = frozenset({random})
-"""Selectors for which the embedding pass can be left out."""
+SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
+"""Every selector by name. To add one, add a function here or in `rivals`."""
 
 
 def select(
@@ -110,6 +86,7 @@ def select(
 
     Returns: the next state; distinct indices into the pool in the order chosen; a report of 0-dim tensors. Samples with
         a non-finite embedding, or `valid` False, are never chosen and never enter a sketch; `num_invalid` counts them.
+        If fewer than num_survivors are left, the indices are worth nothing: `Selector` and `ClipCov` raise then.
 
     Raises:
         ValueError: num_survivors outside [1, pool], or widths that differ from the state's.
@@ -132,7 +109,9 @@ def select(
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     kept.update(image, text, counted, all_reduce, elapsed=stream.num_samples - state.stream.num_samples)
     lag_sum, lag_weight = updated_lag(seen, pool, all_reduce)
-    after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight)
+    remember = REMEMBER.get(plain(selector))
+    own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
+    after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight, own=own)
     return after, survivors, certificate(pool, survivors, after)
 
 
@@ -227,13 +206,13 @@ def resolve(selector: str | SelectorFn) -> SelectorFn:
 
 def check_survivors(survivors: Tensor, pool_size: int, num_survivors: int, selector: SelectorFn) -> None:
     """Raise RuntimeError unless a selector returned what it must."""
-    name = getattr(selector, "__name__", repr(selector))
+    name = getattr(plain(selector), "__name__", repr(selector))
     if survivors.dtype != torch.int64 or survivors.shape != (num_survivors,):
         raise RuntimeError(
             f"selector {name} returned {tuple(survivors.shape)} of {survivors.dtype}; it must return "
             f"({num_survivors},) of torch.int64"
         )
-    if selector in SELECTORS.values():
+    if plain(selector) in SELECTORS.values():
         return  # ours are tested; reading values would stall a GPU
     distinct = torch.unique(survivors)
     if len(distinct) != num_survivors or int(distinct[0]) < 0 or int(distinct[-1]) >= pool_size:

@@ -20,6 +20,7 @@ import torch
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.storage import CloudDownloader
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
 from clipcov_stream.objective import mix
@@ -37,6 +38,7 @@ class Columns:
         caption: str.
         image_embedding, text_embedding: ndarray, read only if selection runs on precomputed embeddings.
         label: int class index, read only by zero-shot evaluation.
+        concepts: int or ndarray of ints, the indices of the sample's concepts, read only by `concept_balance`.
     """
 
     image: str = "image"
@@ -44,6 +46,7 @@ class Columns:
     image_embedding: str | None = None
     text_embedding: str | None = None
     label: str | None = None
+    concepts: str | None = None
 
     def names(self) -> dict[str, str]:
         """Role -> column name of those in use."""
@@ -144,6 +147,8 @@ class PairDataset(StreamingDataset):
             if name is not None:
                 # MDS arrays are read-only views; torch wants to own what it may write to.
                 item[role] = torch.from_numpy(np.array(sample[name], dtype=np.float32))
+        if columns.concepts is not None:
+            item["concepts"] = torch.from_numpy(np.array(sample[columns.concepts], dtype=np.int64).reshape(-1))
         if columns.label is not None:
             item["label"] = int(sample[columns.label])
         return item
@@ -177,7 +182,10 @@ class PoolCollate:
             if isinstance(first[key], Tensor)
             else torch.tensor([s[key] for s in samples])
             for key in first
+            if key != "concepts"
         }
+        if "concepts" in first:
+            pool["concepts"] = pad_sequence([s["concepts"] for s in samples], batch_first=True, padding_value=-1)
         pool["image"] = self.normalize(pool["image"]) * pool["valid"][:, None, None, None]
         return pool
 

@@ -9,7 +9,7 @@ import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks
 import jaxtyping
 import torch
 
-CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "objective", "selection")]
+CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "objective", "rivals", "selection")]
 
 
 def import_checked() -> None:

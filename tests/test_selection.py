@@ -29,9 +29,11 @@ from clipcov_stream.objective import (
     whitened,
 )
 from clipcov_stream.pool import Pool, prepared
+from clipcov_stream.rivals import NEEDS_LEARNER
 from clipcov_stream.selection import SELECTORS, Selector, check_survivors, resolve, select
 
 NAMES = sorted(SELECTORS)
+ALONE = [name for name in NAMES if SELECTORS[name] not in NEEDS_LEARNER]
 
 
 def draw(n, dim, seed=0, learner=True):
@@ -39,16 +41,23 @@ def draw(n, dim, seed=0, learner=True):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(n, dim, generator=generator) for _ in range(4)]
     image, text = rows[0] + 0.5, rows[0] + rows[1]
+    named = {"ids": torch.randint(40, (n,), generator=generator), "concepts": concepts_of(n, generator)}
     if not learner:
-        return Pool(image=image, text=text, logit_scale=10.0)
-    return Pool(image, text, 10.0, rows[2] + image, rows[3] + text, 5.0)
+        return Pool(image=image, text=text, logit_scale=10.0, **named)
+    return Pool(image, text, 10.0, rows[2] + image, rows[3] + text, 5.0, **named)
+
+
+def concepts_of(n, generator):
+    """Up to three of eight concepts each."""
+    concepts = torch.rand(n, 8, generator=generator).argsort(1)[:, :3]
+    return concepts.masked_fill(torch.rand(n, 3, generator=generator) < 0.3, -1)
 
 
 def rows_of(pool, index):
     def pick(rows):
         return None if rows is None else rows[index]
 
-    fields = ("image", "text", "learner_image", "learner_text", "valid")
+    fields = ("image", "text", "learner_image", "learner_text", "valid", "ids", "concepts")
     return replace(pool, **{name: pick(getattr(pool, name)) for name in fields})
 
 
@@ -292,7 +301,8 @@ def test_random_survivors_measure_what_the_certificate_expects(half_life):
 def test_survivors_are_distinct_in_range_and_valid(data, name, pool_size, dim):
     num_survivors = data.draw(st.integers(1, pool_size))
     num_invalid = data.draw(st.integers(0, pool_size - num_survivors))
-    pool = draw(pool_size, dim, data.draw(st.integers(0, 99)), learner=data.draw(st.booleans()))
+    learner = name not in ALONE or data.draw(st.booleans())
+    pool = draw(pool_size, dim, data.draw(st.integers(0, 99)), learner=learner)
     pool.image[:num_invalid] = math.nan
     selector = Selector(name)
     for step in range(2):
@@ -306,7 +316,7 @@ def test_survivors_are_distinct_in_range_and_valid(data, name, pool_size, dim):
         assert int(selector.state.kept.num_samples) == num_survivors * (step + 1)
 
 
-@pytest.mark.parametrize("name", ["clipcov", "clip_score"])
+@pytest.mark.parametrize("name", ["clipcov", "clip_score", "neg_clip_loss", "vas", "c_rho", "rho", "jest_topk"])
 @pytest.mark.parametrize("seed", range(5))
 def test_permuting_the_pool_permutes_the_survivors(name, seed):
     pool = draw(40, 6, seed)
@@ -370,7 +380,8 @@ def test_all_of_the_pool_survives_if_as_many_are_asked_for(name):
 def test_degenerate_pools_have_a_defined_result(name, rows):
     selector = Selector(name)
     for _ in range(3):
-        survivors = selector(Pool(rows, rows), max(1, len(rows) // 2))
+        pool = Pool(rows, rows, 100.0, rows, rows, concepts=torch.zeros(len(rows), 1, dtype=torch.int64))
+        survivors = selector(pool, max(1, len(rows) // 2))
         assert len(set(survivors.tolist())) == max(1, len(rows) // 2)
         assert_finite_state(selector.state)
         assert all(torch.isfinite(value) for value in selector.report.values())
@@ -448,7 +459,7 @@ def test_a_resumed_selector_goes_on_bit_for_bit(name, tmp_path):
         assert all(torch.equal(resumed.report[key], value) for key, value in straight.report.items())
         steps.append((survivors.tolist(), straight.state.stream.cross_cov))
     assert not torch.equal(steps[0][1], steps[1][1])
-    if name != "clip_score":  # which remembers nothing that it chooses by
+    if name not in ("clip_score", "neg_clip_loss", "c_rho", "rho", "jest_topk"):  # which choose by this pool alone
         assert steps[0][0] != steps[1][0]
     back = Selector(name, seed=3, settings=knobs)
     back(draw(24, 5, 99), 6)
@@ -540,7 +551,7 @@ def test_errors_name_the_values():
     other.load_state_dict(selector.state_dict())
     with pytest.raises(ValueError, match=r"3 x 3 wide, this run's embeddings are 5 x 5"):
         other(draw(8, 5), 2)
-    with pytest.raises(ValueError, match=r"'clipcof' is not one of \['clip_score', 'clipcov', 'random'\]"):
+    with pytest.raises(ValueError, match=r"'clipcof' is not one of \['c_rho', .*'vas'\]"):
         Selector("clipcof")
 
 
@@ -584,7 +595,8 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# These two grow a table to the largest id or concept they meet.
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"dissect", "concept_balance"}))
 def test_select_never_waits_for_the_device(name):
     pool = replace(draw(24, 5), valid=torch.arange(24) != 3)
     state = SelectionState.initial(5, Settings())
