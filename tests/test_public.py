@@ -22,7 +22,10 @@ def run_python(code):
 
 
 def test_public_names():
-    assert set(clipcov_stream.SELECTORS) == {"clipcov", "random", "clip_score"}
+    assert set(clipcov_stream.SELECTORS) == {
+        *("clipcov", "random", "clip_score", "neg_clip_loss", "vas", "sem_dedup", "concept_balance"),
+        *("c_rho", "rho", "high_loss", "jest", "jest_topk", "dissect"),
+    }
     assert {"ClipCov", "CrossCovSketch", "Selector", "Pool", "SELECTORS"} <= set(clipcov_stream.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Clipcov'"):
         _ = clipcov_stream.Clipcov
@@ -66,7 +69,13 @@ def test_shapes_are_checked_in_tests():
 def test_the_readme_loop_runs_as_written() -> None:
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
-    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Selector(" in part]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (loop,) = [block for block in blocks if " Selector(" in block]
+    (own,) = [block for block in blocks if "def " in block]
     scope: dict[str, Any] = {}
-    exec(block, scope)
+    exec(loop + own, scope)
     assert len(set(scope["survivors"].tolist())) == 64
+    pool = scope["pool"]
+    cosine = torch.nn.functional.cosine_similarity(pool.image, pool.text)
+    survivors = clipcov_stream.Selector(scope["worst_first"])(pool, 64)
+    assert sorted(survivors.tolist()) == sorted(cosine.argsort()[:64].tolist())
