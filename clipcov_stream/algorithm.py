@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
+from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
@@ -102,7 +103,7 @@ class ClipCov(Algorithm):
         if embed_chunk is not None and embed_chunk < 1:
             raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
         self.function = resolve(selector)
-        self.selector = selector if isinstance(selector, str) else getattr(plain(selector), "__name__", repr(selector))
+        self.selector = selector if isinstance(selector, str) else name_of(selector)
         self.filter_ratio = filter_ratio
         self.embed = embed
         self.warmup = parse_warmup(warmup)
@@ -128,7 +129,21 @@ class ClipCov(Algorithm):
         self.selection: SelectionState | None = None
         self.samples_seen = 0
         self.num_invalid = 0
+        self.global_pool_size: int | None = None
+        self._checked = False
         self._pending: dict[str, Any] = {}
+        self._identity = {
+            "selector": self.selector,
+            "filter_ratio": filter_ratio,
+            "embed": embed,
+            "proxy": None if proxy is None else fingerprint(proxy),
+            "warmup": self.warmup.to_timestring(),
+            "half_life": half_life,
+            **{key: value for key, value in vars(self.settings).items() if key != "half_life"},
+            "teacher_momentum": teacher_momentum,
+            "logit_scale": logit_scale,
+        }
+        """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
 
     def __repr__(self) -> str:
         return (
@@ -162,7 +177,7 @@ class ClipCov(Algorithm):
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
-        elif self.teacher is not None or self.uses_learner:
+        else:
             if not state.fsdp_enabled:
                 share_buffers(unwrap(state.model))
             if self.teacher is not None:
@@ -172,7 +187,7 @@ class ClipCov(Algorithm):
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
         return {
             **super().state_dict(),
-            "arguments": self._identity(),
+            "arguments": {**self._identity, "global_pool_size": self.global_pool_size},
             "samples_seen": self.samples_seen,
             "num_invalid": self.num_invalid,
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
@@ -183,33 +198,23 @@ class ClipCov(Algorithm):
         """Called by Composer before training; the models to restore into exist only at its start.
 
         Raises:
-            ValueError: the state of another run: another selector, embedder, filter_ratio or seed.
+            ValueError: the state of another run (another selector, embedder, seed or knob), or of another version.
         """
-        theirs, mine = state["arguments"], self._identity()
-        other = [f"{name}={theirs.get(name)!r}, not {mine[name]!r}" for name in mine if theirs.get(name) != mine[name]]
-        if other:
-            raise ValueError(
-                f"the checkpoint was saved with selection.{'; selection.'.join(other)}. To go on, use its settings; "
-                "to start anew, another save_folder or run_name; to take its weights alone, load_weights_only=true"
-            )
+        missing = {"arguments", "samples_seen", "num_invalid", "selection", "teacher"} - state.keys()
+        if missing:
+            raise ValueError(f"the checkpoint's ClipCov state lacks {sorted(missing)}: another version wrote it")
+        check_same_run(state["arguments"], self._identity)
+        self.global_pool_size = state["arguments"]["global_pool_size"]
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher = None, None
 
-    def _identity(self) -> dict[str, Any]:
-        """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
-        return {
-            "selector": self.selector,
-            "embed": self.embed,
-            "filter_ratio": self.filter_ratio,
-            "seed": self.settings.seed,
-        }
-
     def _start(self, state: State) -> None:
         """Check what can be checked before the first step, and make the embedder."""
+        self._checked = False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
-            self._check_microbatch(state, pool_size)
+            self._check_pool(state, pool_size)
         if not self.uses_embeddings:
             return
         if outlasts(self.warmup, state):
@@ -229,29 +234,42 @@ class ClipCov(Algorithm):
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)
 
-    def _check_microbatch(self, state: State, pool_size: int) -> None:
-        survivors = self.num_survivors(pool_size)
+    def _check_pool(self, state: State, pool_size: int) -> None:
+        """Set Composer's microbatch to the survivors; it must hold them all, at every step.
+
+        Raises:
+            ValueError: a microbatch that splits survivors, 'auto', or pools of another size than the checkpoint's.
+        """
+        survivors, microbatch = self.num_survivors(pool_size), state.device_train_microbatch_size
         if state.auto_microbatching:
             raise ValueError(
                 "device_train_microbatch_size='auto' changes a contrastive loss's negatives; set it to the survivors "
                 f"per rank, {survivors}"
             )
-        if state.device_train_microbatch_size in (None, pool_size):
-            state.device_train_microbatch_size = survivors  # Composer's default is the loader's batch, our pool
-        elif state.device_train_microbatch_size != survivors:
-            raise ValueError(
-                f"device_train_microbatch_size={state.device_train_microbatch_size} must be the survivors per rank: "
-                f"pool_size={pool_size} * (1 - filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss "
-                "over parts of a batch has other negatives; to save memory use ClipModel's activation_chunk"
-            )
+        if not self._checked:
+            streamed = pool_size * dist.get_world_size()
+            if self.global_pool_size is not None:
+                check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
+            self.global_pool_size, self._checked = streamed, True
+            if microbatch in (None, pool_size):
+                # Composer's default is the loader's batch, our pool.
+                microbatch = state.device_train_microbatch_size = survivors
+            if microbatch == survivors:
+                return
+        elif microbatch is not None and survivors <= microbatch:
+            return
+        raise ValueError(
+            f"device_train_microbatch_size={microbatch} must be the survivors per rank: pool_size={pool_size} * (1 - "
+            f"filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss over parts of a batch has other "
+            "negatives; to save memory use ClipModel's activation_chunk"
+        )
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         batch = check_batch(state.batch, self.image_key)
         pool_size = len(batch[self.image_key])
         num_survivors = self.num_survivors(pool_size)
-        if state.device_train_microbatch_size is None:
-            self._check_microbatch(state, pool_size)  # a loader with a batch_sampler does not tell its batch_size
+        self._check_pool(state, pool_size)
         step = int(state.timestamp.batch)
         valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
         figures: dict[str, float] = {}
@@ -331,7 +349,8 @@ class ClipCov(Algorithm):
             RuntimeError: too many unusable samples, or too few left in a pool; on every rank alike, so none waits.
         """
         world_size = dist.get_world_size()
-        counts = torch.tensor([num_invalid, pool_size - num_invalid < num_survivors], dtype=torch.int64)
+        short = pool_size - num_invalid < num_survivors
+        counts = torch.tensor([num_invalid, short, num_invalid * short], dtype=torch.int64)
         if world_size > 1:
             counts = state.device.tensor_to_device(counts)
             sum_over_ranks(counts)
@@ -340,8 +359,9 @@ class ClipCov(Algorithm):
         streamed = int(state.timestamp.sample) + pool_size * world_size
         if int(counts[1]):
             raise RuntimeError(
-                f"step {int(state.timestamp.batch)}: {num_survivors} survivors are needed, but {num_invalid} of the "
-                f"pool's {pool_size} samples cannot be used (undecodable image, NaN or inf embedding)"
+                f"step {int(state.timestamp.batch)}: {num_survivors} survivors are needed, but "
+                f"{int(counts[2]) // int(counts[1])} of the pool's {pool_size} samples cannot be used (undecodable "
+                f"image, NaN or inf embedding), on {int(counts[1])} of {world_size} ranks"
             )
         ratio = self.max_invalid_ratio
         if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):

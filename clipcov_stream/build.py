@@ -20,7 +20,7 @@ from composer.core import Evaluator, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from open_clip.tokenizer import HFTokenizer
-from streaming import StreamingDataLoader
+from streaming import StreamingDataLoader, StreamingDataset
 from torch import Tensor, nn
 
 from clipcov_stream.algorithm import ClipCov, count_survivors
@@ -186,6 +186,11 @@ def build_evaluators(
                     "templates; tools/make_mds.py classes writes it"
                 )
             prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
+        if retrieval and not str(StreamingDataset.get_item(dataset, 0)[config.columns.caption]).strip():
+            raise ValueError(
+                f"eval.{label}.tasks has retrieval, but captions in {config.remote or config.local} are empty; "
+                "retrieval needs pairs (tools/make_mds.py pairs), zero-shot needs labels (tools/make_mds.py classes)"
+            )
         loader = pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False)
         names = [name for task in config.tasks for name in metrics_for(task)]
         evaluators.append(Evaluator(label=label, dataloader=loader, metric_names=names))
@@ -212,9 +217,11 @@ def build_proxy(config: ProxyConfig, learner: ImageTransform, learner_tokenizer:
 
 def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
     """Raise ValueError unless two tokenizers agree on captions short enough for both, but for the padding's length."""
-    for caption in ("a photo of a red dog", "Zebra-striped mug, 12oz", "caf\u00e9"):
+    for caption in ("dog", "caf\u00e9", "a photo of a red dog", "Zebra-striped mug, 12oz"):
         ours, theirs = proxy(caption), learner(caption)
         length = min(len(ours), len(theirs))
+        if ours[length - 1] != proxy("")[-1] or theirs[length - 1] != learner("")[-1]:
+            continue  # it fills the shorter context, whose last token is then the end's and not padding
         if not torch.equal(ours[:length], theirs[:length]):
             raise ValueError(
                 f"selection.proxy reads {caption!r} as tokens {ours[:12].tolist()}, the learner as "

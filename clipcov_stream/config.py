@@ -148,8 +148,8 @@ class EvalConfig:
 class TrainConfig:
     """A whole recipe; keys without a section of ours are the Composer Trainer's own.
 
-    `{selector}` in `run_name` and `{run_name}` in `save_folder` and `metrics_file` are filled in, so that a recipe's
-    twins never share a folder.
+    `{selector}` and `{seed}` are filled in in `run_name`, `save_folder` and `metrics_file`, and `{run_name}` in the
+    latter two, so that a recipe's twins never share a folder.
     """
 
     model: ModelConfig
@@ -215,20 +215,21 @@ def filled(config: TrainConfig) -> TrainConfig:
     """The recipe with names filled in and every seed that was not given taken from `seed`.
 
     Raises:
-        ValueError: `{run_name}` where there is none.
+        ValueError: `{run_name}` in `metrics_file` where there is none.
     """
     selection, stream = config.selection, config.stream
-    run_name = config.run_name and put(config.run_name, "selector", selection.selector)
-    names = {key: getattr(config, key) for key in ("save_folder", "metrics_file")}
-    for key, value in names.items():
-        if value is not None and put(value, "run_name", "") != value:
-            if run_name is None:
-                raise ValueError(f"{key}={value!r} needs a run_name")
-            names[key] = put(value, "run_name", run_name)
+    known = {"selector": selection.selector, "seed": str(config.seed)}
+    run_name = put(config.run_name, known)
+    if run_name is not None:
+        known["run_name"] = run_name
+    metrics_file = put(config.metrics_file, known)
+    if metrics_file is not None and run_name is None and put(metrics_file, {"run_name": ""}) != metrics_file:
+        raise ValueError(f"metrics_file={metrics_file!r} needs a run_name")
     return dataclasses.replace(
         config,
-        **names,
         run_name=run_name,
+        save_folder=put(config.save_folder, known),  # without a run_name Composer makes one up, and fills it in here
+        metrics_file=metrics_file,
         selection=dataclasses.replace(selection, seed=config.seed if selection.seed is None else selection.seed),
         # 9176 is Streaming's own default.
         stream=dataclasses.replace(
@@ -237,9 +238,11 @@ def filled(config: TrainConfig) -> TrainConfig:
     )
 
 
-def put(text: str, name: str, value: str) -> str:
-    """`{name}` in a text replaced by a value; `${name}`, which would be an interpolation, stays as it is."""
-    return re.sub(rf"(?<!\$)\{{{name}\}}", lambda _: value, text)
+def put(text: str | None, values: Mapping[str, str]) -> str | None:
+    """Every `{name}` replaced by its value; `${name}`, which would be an interpolation, stays as it is."""
+    if text is None:
+        return None
+    return re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:

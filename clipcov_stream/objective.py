@@ -117,7 +117,14 @@ class SelectionState:
         }
 
     def restored(self, state: dict[str, Any]) -> SelectionState:
-        """This state with another's memories, from `state_dict`; settings, half-life included, and rank stay."""
+        """This state with another's memories, from `state_dict`; settings, half-life included, and rank stay.
+
+        Raises:
+            ValueError: keys missing, or sketches of other widths.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
         stream, kept = self.stream.clone(), self.kept.clone()
         for mine, theirs in ((stream, state["stream"]), (kept, state["kept"])):
             mine.load_state_dict({**theirs, "half_life": self.settings.half_life})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from clipcov_stream.build import check_same_tokens, tokenizer_of
 from clipcov_stream.config import ModelConfig, load_config
 from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.rivals import sem_dedup
 from clipcov_stream.selection import SELECTORS
 from clipcov_stream.stream import Tokenizer
 from clipcov_stream.train import build_trainer
@@ -205,20 +209,50 @@ def launch(command: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns")]
+    ("key", "value"),
+    [
+        *[("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
+        *[("coverage", 0.0), ("learnability", 0.5), ("quality", 9.0), ("ridge", 0.2), ("overshoot", 2.0)],
+        *[("warmup", "7ba"), ("half_life", 5.0), ("teacher_momentum", 0.5), ("logit_scale", 3.0)],
+    ],
 )
 def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
     arguments: dict[str, Any] = {"filter_ratio": 0.75, "selector": "clipcov"}
     saved = ClipCov(**arguments).state_dict()
     ClipCov(**arguments).load_state_dict(saved)
-    with pytest.raises(ValueError, match=rf"saved with selection\.{key}=.*, not {value!r}.*load_weights_only"):
+    with pytest.raises(ValueError, match=rf"began with selection.*{key}=.*, not {value!r}.*load_weights_only"):
         ClipCov(**{**arguments, key: value}).load_state_dict(saved)
+
+
+def test_the_checkpoint_of_another_proxy_pool_or_version_is_refused(tmp_path: Path, corpus: Path) -> None:
+    proxies = [build_towers(config=TINY_MODEL) for _ in range(2)]
+    saved = ClipCov(embed="proxy", proxy=proxies[0]).state_dict()
+    ClipCov(embed="proxy", proxy=copy.deepcopy(proxies[0])).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"selection\.proxy="):
+        ClipCov(embed="proxy", proxy=proxies[1]).load_state_dict(saved)
+    del saved["samples_seen"]
+    with pytest.raises(ValueError, match=r"lacks \['samples_seen'\]: another version wrote it"):
+        ClipCov(embed="proxy", proxy=proxies[0]).load_state_dict(saved)
+    first, *_ = run(tmp_path, recipe(corpus, max_duration="3ba"))
+    second, *_ = trainer_of(tmp_path, recipe(corpus, stream={"global_pool_size": 64}))
+    algorithm_of(second).load_state_dict(algorithm_of(first).state_dict())
+    with pytest.raises(ValueError, match="global_pool_size=32, not 64"):
+        second.fit()
+
+
+def test_a_selector_keeps_its_name_in_another_process() -> None:
+    class Mine:
+        def __call__(self, pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            return torch.arange(num_survivors)
+
+    assert ClipCov(selector=Mine()).selector.endswith("Mine")
+    assert ClipCov(selector=partial(sem_dedup, eps=0.2)).selector == "sem_dedup, eps=0.2"
 
 
 def test_a_restored_state_is_saved_again_before_the_first_step(tmp_path: Path, corpus: Path) -> None:
     trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
     saved = algorithm_of(trainer).state_dict()
-    again = ClipCov(filter_ratio=0.75)
+    again = ClipCov(filter_ratio=0.75, warmup="2ba")
     again.load_state_dict(saved)
     for name in ("selection", "teacher", "samples_seen", "num_invalid"):
         assert_same(again.state_dict()[name], saved[name])
@@ -242,21 +276,31 @@ from clipcov_stream.train import build_trainer
 trainer = build_trainer(load_config(sys.argv[1]))
 trainer.fit()
 clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
-torch.save({"teacher": clipcov.teacher.state_dict()}, f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+states = {"model": trainer.state.model.module.state_dict()}
+if clipcov.teacher is not None:
+    states["teacher"] = clipcov.teacher.state_dict()
+torch.save(states, f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
 trainer.close()
 torch.distributed.destroy_process_group()
 """
 
 
-def test_ranks_share_batch_norm_statistics(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("selector", ["clipcov", "random"])
+def test_ranks_share_batch_norm_statistics(tmp_path: Path, corpus: Path, selector: str) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(BATCH_NORM, encoding="utf-8")
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
-    tree = recipe(corpus, model={"config": {**TINY_MODEL, "vision_cfg": vision}}, max_duration="3ba")
+    tree = recipe(
+        corpus,
+        model={"config": {**TINY_MODEL, "vision_cfg": vision}},
+        selection={"selector": selector},
+        max_duration="3ba",
+    )
     launch([*composer(), "-n", "2", str(script), str(write_recipe(tmp_path / "recipe.yaml", tree)), str(tmp_path)])
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["teacher"] for rank in range(2)]
-    means = [name for name in ranks[0] if name.endswith("running_mean")]
-    assert means and all(ranks[0][name].any() for name in means)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    means = [name for name in ranks[0]["model"] if name.endswith("running_mean")]
+    assert means and all(ranks[0]["model"][name].any() for name in means)
+    assert ("teacher" in ranks[0]) == (selector == "clipcov")
     assert_same(ranks[0], ranks[1])
 
 
@@ -303,7 +347,9 @@ class OwnModel(ComposerModel):
         return torch.nn.functional.cross_entropy(outputs, torch.arange(len(outputs)))
 
 
-def own_trainer(algorithms: list[Algorithm], rows: int = 32, sampler: bool = False, **kwargs: Any) -> Trainer:
+def own_trainer(
+    algorithms: list[Algorithm], rows: int = 32, sampler: bool = False, loader: Any = None, **kwargs: Any
+) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     data = [
         {"pixels": torch.randn(6, generator=generator), "words": torch.randn(5, generator=generator)} for _ in range(64)
@@ -311,7 +357,7 @@ def own_trainer(algorithms: list[Algorithm], rows: int = 32, sampler: bool = Fal
     batches = {"batch_sampler": BatchSampler(range(64), rows, True)} if sampler else {"batch_size": rows}
     return Trainer(
         model=OwnModel(),
-        train_dataloader=DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
+        train_dataloader=loader or DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
         optimizers=None,
         max_duration="4ba",
         device="cpu",
@@ -336,6 +382,27 @@ class TestOwnTrainer:
         trainer.fit()
         assert set(trainer.state.model.rows) == {8}
         assert clipcov.selection is not None and clipcov.selection.stream.half_life == 20 * 32
+        with pytest.raises(ValueError, match="device_train_microbatch_size=4 must be the survivors per rank"):
+            own_trainer(
+                [ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")],
+                sampler=True,
+                device_train_microbatch_size=4,
+            ).fit()
+
+    def test_pools_that_grow_are_refused(self) -> None:
+        class Growing:
+            def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+                for rows in (16, 16, 32):
+                    yield {"pixels": torch.randn(rows, 6), "words": torch.randn(rows, 5)}
+
+            def __len__(self) -> int:
+                return 3
+
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], loader=Growing(), device_train_microbatch_size=4)
+        with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be .* pool_size=32"):
+            trainer.fit()
+        assert trainer.state.model.rows == [4, 4]
 
     def test_a_function_called_random_gets_embeddings(self) -> None:
         pools = []
@@ -561,7 +628,7 @@ def test_proxy_selects_without_changing_itself(tmp_path: Path, corpus: Path) -> 
 
 def test_a_proxy_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     def letters(caption: str) -> torch.Tensor:
-        return torch.tensor([ord(letter) for letter in caption[:8]])
+        return torch.tensor([ord(letter) for letter in caption[:8].ljust(8, "\0")])
 
     def tokens(length: int) -> Tokenizer:
         return tokenizer_of(
@@ -569,7 +636,9 @@ def test_a_proxy_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
             ModelConfig(config=TINY_MODEL),
         )
 
-    check_same_tokens(tokens(32), tokens(16))
+    for length in (4, 8, 16, 77):
+        check_same_tokens(tokens(77), tokens(length))
+        check_same_tokens(tokens(length), tokens(77))
     with pytest.raises(ValueError, match=r"selection.proxy reads .*both need one tokenizer"):
         check_same_tokens(letters, tokens(16))
 

@@ -60,11 +60,14 @@ def test_one_seed_seeds_everything_that_has_none_of_its_own(recipe: Any) -> None
 
 
 def test_twins_have_names_of_their_own(recipe: Any) -> None:
-    names = ("run_name=a_{selector}", "save_folder=runs/{run_name}/{rank}", "metrics_file=runs/{run_name}.jsonl")
-    config = recipe(MINIMAL, *names, "selection.selector=random")
-    assert config.run_name == "a_random"
-    assert config.save_folder == "runs/a_random/{rank}"  # Composer fills in the rest
-    assert config.metrics_file == "runs/a_random.jsonl"
+    names = ("run_name=a_{selector}_{seed}", "save_folder=runs/{run_name}/{rank}", "metrics_file=runs/{run_name}.jsonl")
+    config = recipe(MINIMAL, *names, "selection.selector=random", "seed=7")
+    assert config.run_name == "a_random_7"
+    assert config.save_folder == "runs/a_random_7/{rank}"  # Composer fills in the rest
+    assert config.metrics_file == "runs/a_random_7.jsonl"
+    config = recipe(MINIMAL, "save_folder=runs/{run_name}", "metrics_file=runs/{selector}.jsonl")
+    assert config.save_folder == "runs/{run_name}"  # by the name that Composer makes up
+    assert config.metrics_file == "runs/clipcov.jsonl"
     with pytest.raises(ValueError, match=r"metrics_file=.runs/\{run_name\}.jsonl. needs a run_name"):
         recipe(MINIMAL, "metrics_file=runs/{run_name}.jsonl")
 
@@ -211,7 +214,9 @@ def test_python_tags_are_refused(recipe: Any, tmp_path: Path, value: str) -> Non
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_are_yaml_and_python(path: Path) -> None:
     config = load_config(str(path))
-    assert config.run_name == f"{path.stem}_clipcov"
+    assert config.run_name == f"{path.stem}_clipcov_0"
+    for name in (config.save_folder, config.metrics_file):
+        assert name is None or config.run_name in name
     text = path.read_text(encoding="utf-8")
     compile(text, str(path), "exec")
     first, *_, last = text.splitlines()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+from streaming import MDSWriter
 
 from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer
@@ -119,6 +120,14 @@ def test_bad_recipes_stop_before_training(
         build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, **sections)))))
 
 
+def test_retrieval_over_empty_captions_is_refused(tmp_path: Path, corpus: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "labelled"), columns={"image": "bytes", "caption": "str"}) as writer:
+        writer.write({"image": b"", "caption": " "})
+    split = {"tasks": ["retrieval"], "local": str(tmp_path / "labelled")}
+    with pytest.raises(ValueError, match=r"eval\.x\.tasks has retrieval, but captions in .* are empty"):
+        build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, eval={"x": split})))))
+
+
 def test_autoresume_goes_on_from_the_newest_checkpoint(tmp_path: Path, corpus: Path) -> None:
     tree = recipe(
         corpus, run_name="again", autoresume=True, save_interval="2ba", save_folder=str(tmp_path / "checkpoints")
@@ -148,6 +157,7 @@ def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None
         [
             *(sys.executable, "tools/quickstart.py", "--data", str(corpus), "--out", str(tmp_path), "--steps", "4"),
             *(TINY, "stream.global_pool_size=40", "stream.num_workers=0", "selection.warmup=2ba", "eval_interval=2ba"),
+            "eval_first=true",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -160,6 +170,6 @@ def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None
     result = json.loads(done.stdout.splitlines()[-1])
     assert [run["selector"] for run in result["runs"]] == ["random", "clipcov"]
     for run in result["runs"]:
-        assert [point["samples_seen"] for point in run["curve"]] == [2 * 8, 4 * 8]
-        assert [point["samples_streamed"] for point in run["curve"]] == [2 * 40, 4 * 40]
+        assert [point["samples_seen"] for point in run["curve"]] == [0, 2 * 8, 4 * 8]
+        assert [point["samples_streamed"] for point in run["curve"]] == [0, 2 * 40, 4 * 40]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000

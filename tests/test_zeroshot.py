@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from composer.utils import dist
 
     from clipcov_stream.build import build_evaluators, tokenizer_of
-    from clipcov_stream.config import EvalConfig
+    from clipcov_stream.config import EvalConfig, ModelConfig
     from clipcov_stream.model import ClipModel, build_towers
     from clipcov_stream.zeroshot import (
         RETRIEVAL_METRICS,
@@ -215,7 +215,7 @@ def test_class_embeddings_equal_those_of_open_clip(chunk: int) -> None:
     towers = build_towers(config=CONFIG).eval()
     tokenizer = open_clip.SimpleTokenizer(context_length=8)
     wanted = open_clip.build_zero_shot_classifier(towers, tokenizer, CLASSES, TEMPLATES).T
-    prompts = tokenize_prompts(CLASSES, TEMPLATES, tokenizer_of(towers, None))
+    prompts = tokenize_prompts(CLASSES, TEMPLATES, tokenizer_of(towers, ModelConfig()))
     assert prompts.shape == (len(CLASSES), len(TEMPLATES), 8)
     with torch.no_grad():
         found = class_embeddings(ClipModel(towers), prompts, chunk)
@@ -271,7 +271,7 @@ def evaluate(folder: Path, head: bool = True) -> dict[str, float]:
     towers = build_towers(config=CONFIG)
     metrics = metrics_for("zeroshot") | metrics_for("retrieval")
     section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)
-    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, ModelConfig()))
     trainer = trainer_of(ClipModel(towers, metrics=metrics), evaluators, [ZeroShotHead(prompts)] if head else [])
     try:
         trainer.eval()
@@ -318,7 +318,7 @@ def test_figures_through_composer_equal_numpy(tmp_path: Path) -> None:
     torch.manual_seed(0)
     towers = build_towers(config=CONFIG).eval()
     section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(write_split(tmp_path / "copy")), batch_size=99)
-    evaluators, _ = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    evaluators, _ = build_evaluators({"noise": section}, towers, tokenizer_of(towers, ModelConfig()))
     batch = next(iter(evaluators[0].dataloader.dataloader))
     assert batch["valid"].sum() == NUM_SAMPLES - 1
     tokenizer = open_clip.SimpleTokenizer(context_length=8)
@@ -341,7 +341,7 @@ def test_class_embeddings_do_not_outlive_the_evaluation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     towers = build_towers(config=CONFIG)
     section = EvalConfig(local=str(write_split(tmp_path / "split")), batch_size=4)
-    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, None))
+    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, ModelConfig()))
     trainer = trainer_of(ClipModel(towers, metrics=metrics_for("zeroshot")), evaluators, [ZeroShotHead(prompts)])
     trainer.eval()
     metrics = trainer.state.eval_metrics["noise"]

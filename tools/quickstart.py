@@ -56,8 +56,13 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     # The launcher beside this interpreter, so that no environment has to be activated.
     launcher = str(Path(sys.executable).with_name("composer"))
     # What tells the runs apart comes last, where no override can make two of them share it.
-    own = [f"run_name=quickstart_{selector}_{seed}", f"selection.selector={selector}", f"metrics_file={metrics}"]
-    command = ["yamls/quickstart.yaml", f"seed={seed}", *overrides, *own]
+    own = [
+        f"seed={seed}",
+        f"run_name=quickstart_{selector}_{seed}",
+        f"selection.selector={selector}",
+        f"metrics_file={metrics}",
+    ]
+    command = ["yamls/quickstart.yaml", *overrides, *own]
     print(f"$ composer {shlex.join(command)}", flush=True)
     start = time.perf_counter()
     result = subprocess.run([launcher, *command], cwd=ROOT)
@@ -71,7 +76,7 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
         )
     curve = [
         {
-            "samples_seen": row["selection/samples_seen"],
+            "samples_seen": row.get("selection/samples_seen", 0),  # eval_first comes before any
             "samples_streamed": row["samples_streamed"],
             METRIC: row[METRIC],
         }

@@ -1,0 +1,38 @@
+"""What makes a run what it is, kept in its checkpoint so that two runs are never mixed in silence."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming every difference, unless a checkpoint's arguments are this run's."""
+    other = [f"{name}={saved.get(name)!r}, not {now[name]!r}" for name in now if saved.get(name) != now[name]]
+    if other:
+        raise ValueError(
+            f"the checkpoint's run began with selection.{'; selection.'.join(other)}. To go on, use its settings; to "
+            "start anew, another run_name or save_folder; to take its weights alone, both of these with load_path=... "
+            "and load_weights_only=true"
+        )
+
+
+def name_of(selector: Any) -> str:
+    """A name that another process gives the same function; the keyword arguments of a partial belong to it."""
+    if isinstance(selector, functools.partial):
+        knobs = "".join(f", {key}={value!r}" for key, value in sorted(selector.keywords.items()))
+        return f"{name_of(selector.func)}{knobs}"
+    return getattr(selector, "__name__", type(selector).__qualname__)
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A number that tells frozen models apart: of the names, shapes and first values of their weights."""
+    total = 0
+    for name, value in model.state_dict().items():
+        head = value.detach().flatten()[:256].double().cpu().numpy().tobytes()
+        total = zlib.crc32(head + f"{name}{tuple(value.shape)}".encode(), total)
+    return total
