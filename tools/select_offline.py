@@ -1,0 +1,498 @@
+"""CLIPCov as published, offline: rank the pairs of an MDS folder within latent classes and write the best of them.
+
+    python tools/select_offline.py FOLDER OUT --fraction 0.1 --class-embeddings prompts.npy --mds
+    python tools/select_offline.py FOLDER OUT --num 5000 --clusters 100
+    composer yamls/clip_pairs.yaml stream.local=OUT/train                # with --mds
+
+Source: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267, as its notebook clip_core.ipynb computes it.
+With x_i and y_i the unit embeddings of image and caption, V_k the n_k samples of latent class k = class(i),
+
+    S_ij  = max(<x_i, y_j>, 0)  within a class        raw_i = (1/n_k) sum_{j in V_k} (S_ij + S_ji)
+    e_i   = <x_i, y_i>, not cut off at 0              L_i   = cos(y_i, text of class k)
+    itc_i = <x_i, mean caption of the OTHER classes>  tic_i = <y_i, mean image of the OTHER classes>
+    score = raw_i + 2 e_i + L_i / 2 - (itc_i + tic_i)
+
+Picks are the global argmax. Class k is refreshed when its number of picks plus one is a multiple of --refresh (at 199,
+399, ...); until then its scores are stale. A refresh lowers all scores of the class by
+
+    (1/n_k) sum_{j newly picked} (S_ij + S_ji) + (1/n_k) sum_{j EVER picked} raw_j + (1/n_k) sum_{j newly picked} L_j/2
+
+so the raw of earlier picks is subtracted once more each time, as released.
+
+Three choices where the notebook is silent, because it loads files that were never published:
+  * itc, tic: the mean cosine to every sample of the other classes, the paper's inter-class term; 0 with a single class.
+  * --clusters: clusters of images have no class text; the normalized mean of a class's captions stands in for it.
+  * equal scores: the lower row goes first.
+Not here: the paper's double-greedy pruning, which the notebook does not have either.
+
+OUT/subset.csv has the row in FOLDER, its uid (if there is that column), latent class, rank from 0 and score, by rank:
+its first n rows are what --num n would have picked.
+
+Costs: about 24 n dim bytes of memory, since images and captions stay on disk; similarities are never stored whole.
+40,000 samples of width 64 in 100 classes: 7 s on one CPU core, 5 of them for imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mds_folder import write_source_json
+from pairs import positive
+from staged_folder import staged_folder
+from streaming import MDSWriter
+from streaming.base.compression import decompress
+from streaming.base.format import reader_from_json
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Int64
+
+BLOCK = 2**21
+"""Entries of a similarity matrix that are held at a time: 8 MiB in float32, which a cache holds."""
+SUBSET_FILES = {"subset.csv", "source.json"}
+
+
+def clipcov_greedy(
+    image: Float[Tensor, "n dim"],
+    text: Float[Tensor, "n dim"],
+    labels: Int64[Tensor, " n"],
+    num: int,
+    class_text: Float[Tensor, "classes dim"] | None = None,
+    refresh: int = 200,
+    progress: bool = False,
+) -> tuple[Int64[Tensor, " num"], Float64[Tensor, " num"]]:
+    """The `num` picks of offline CLIPCov, in order, and the score of each at the moment it was picked.
+
+    Formulas and source: the module's docstring. Between two refreshes the scores of a class are constant, so a class is
+    a sorted queue and the argmax is the top of a heap over classes.
+
+    Args:
+        image, text: embeddings of any length but 0; cosines are taken. Arithmetic is theirs, at least float32, with
+            sums and scores in float64.
+        labels: latent class of each sample, from 0; numbers without a sample are fine.
+        class_text: embedding of each class's text; None: the mean of its captions.
+        refresh: picks of a class between two updates of its scores. One above the size of a class never updates it.
+        progress: show bars on stderr.
+
+    Returns:
+        picks, distinct indices into the n samples, and scores. Of equal scores the lower index goes first; identical
+        samples may still differ by rounding.
+
+    Raises:
+        ValueError: shapes that do not fit, num outside 1..n, refresh below 1, a label that is negative or has no
+            class_text, rows that are zero or not finite.
+
+    Costs: 4 n_k^2 dim flops per class and 4 n_k dim per pick. Memory: a sorted copy of both embeddings, and BLOCK
+        similarities at a time or one row of n_k, whichever is more: never n^2, nor n_k^2 for a large class.
+    """
+    _check_input(image, text, labels, num, class_text, refresh)
+    order = torch.argsort(labels, stable=True)  # a class is then one slice, its samples in their own order
+    image, text = unit_rows(image[order]), unit_rows(text[order])
+    class_text = None if class_text is None else unit_rows(class_text).to(text)
+    image_sum, text_sum = (rows.sum(0, dtype=torch.float64) for rows in (image, text))
+    queues: dict[int, _ClassQueue] = {}
+    start = 0
+    for label, size in enumerate(_bar(torch.bincount(labels).tolist(), "score", "classes", progress)):
+        if size == 0:
+            continue
+        x, y, index = (rows[start : start + size] for rows in (image, text, order))
+        own_image, own_text = (rows.sum(0, dtype=torch.float64) for rows in (x, y))
+        num_others = max(len(order) - size, 1)  # a single class has none; its sums are the totals, so the means are 0
+        others = ((image_sum - own_image) / num_others).to(x), ((text_sum - own_text) / num_others).to(y)
+        center = F.normalize(own_text, dim=0).to(y) if class_text is None else class_text[label]
+        queues[label] = _ClassQueue(index, x, y, center, others, refresh)
+        start += size
+    heap = [queue.head(label) for label, queue in queues.items()]
+    heapq.heapify(heap)
+    picks, scores = [], []
+    for _ in _bar(range(num), "pick", "samples", progress):
+        cost, index, label = heap[0]
+        picks.append(index)
+        scores.append(-cost)
+        if queues[label].take():
+            heapq.heapreplace(heap, queues[label].head(label))
+        else:
+            heapq.heappop(heap)
+    return torch.tensor(picks), torch.tensor(scores, dtype=torch.float64)
+
+
+class _ClassQueue:
+    """One latent class: the scores of its samples, and those next in line until the next refresh."""
+
+    def __init__(
+        self,
+        index: Tensor,
+        image: Tensor,
+        text: Tensor,
+        class_text: Tensor,
+        others: tuple[Tensor, Tensor],
+        refresh: int,
+    ) -> None:
+        self.index, self.image, self.text, self.refresh = index, image, text, refresh
+        self.raw = _cross(image, text, torch.arange(len(index))) / len(index)
+        self.label = (text @ class_text).double()
+        easy, inter = (image * text).sum(1).double(), (text @ others[0] + image @ others[1]).double()
+        self.score = self.raw + 2 * easy + self.label / 2 - inter
+        self.raw_picked, self.num_picked = 0.0, 0
+        self._line_up()
+
+    def head(self, label: int) -> tuple[float, int, int]:
+        """(-score, index, label) of the next in line, ordered as a heap wants it."""
+        score, index = self._line[self._next]
+        return -score, index, label
+
+    def take(self) -> bool:
+        """Count the head as picked, and refresh when it is time; False once nobody is left."""
+        self._next += 1
+        self.num_picked += 1
+        if (self.num_picked + 1) % self.refresh == 0:
+            self._deduct(self._places[: self._next])
+            self._line_up()
+        return self._next < len(self._line)
+
+    def _deduct(self, new: Int64[Tensor, " new"]) -> None:
+        size = len(self.index)
+        self.raw_picked += self.raw[new].sum().item()
+        self.score -= _cross(self.image, self.text, new) / size
+        self.score -= (self.raw_picked + self.label[new].sum().item() / 2) / size
+        self.score[new] = -torch.inf
+
+    def _line_up(self) -> None:
+        """Sort; no more than `refresh` can be taken before the next sort."""
+        left = min(len(self.index) - self.num_picked, self.refresh)
+        self._places = torch.argsort(self.score, descending=True, stable=True)[:left]
+        self._line = list(zip(self.score[self._places].tolist(), self.index[self._places].tolist(), strict=True))
+        self._next = 0
+
+
+def _cross(
+    image: Float[Tensor, "size dim"], text: Float[Tensor, "size dim"], chosen: Int64[Tensor, " chosen"]
+) -> Float64[Tensor, " size"]:
+    """sum_{j in chosen} S_ij + S_ji for each i."""
+    total = torch.zeros(len(image), dtype=torch.float64)
+    for part in chosen.split(max(1, BLOCK // len(image))):
+        total += (image @ text[part].T).clamp_(min=0).sum(1).double()
+        total += (text @ image[part].T).clamp_(min=0).sum(1).double()
+    return total
+
+
+def spherical_kmeans(
+    rows: Float[Tensor, "n dim"], clusters: int, seed: int = 0, iterations: int = 50, progress: bool = False
+) -> Int64[Tensor, " n"]:
+    """Cluster of each row by cosine: k-means++ seeding, then Lloyd's steps with normalized means.
+
+    Args: rows: of any length but 0.  clusters: at most n.  iterations: of Lloyd's, at most; it stops when no row moves.
+    Returns: cluster numbers. Some may go unused, and do where fewer directions than clusters are distinct.
+    Raises: ValueError for clusters outside 1..n.
+    Costs: n * clusters * dim * 2 flops for seeding and for each step; BLOCK cosines of memory. The same seed, machine
+        and number of threads give the same clusters.
+    """
+    if not 1 <= clusters <= len(rows):
+        raise ValueError(f"clusters={clusters} must be from 1 to the {len(rows)} usable samples (--clusters)")
+    rows = unit_rows(rows)
+    generator = torch.Generator().manual_seed(seed)
+    centers = rows[torch.randint(len(rows), (1,), generator=generator)]
+    distance = 1 - rows @ centers[0]
+    for _ in _bar(range(clusters - 1), "seed", "clusters", progress):
+        distance[distance < 1e-6] = 0  # repeats of a centre: what is left of them is rounding
+        cumulative = distance.double().cumsum(0)
+        if cumulative[-1] == 0:
+            break
+        draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        new = rows[torch.searchsorted(cumulative, draw, right=True).clamp_(max=len(rows) - 1)]
+        centers = torch.cat([centers, new])
+        distance = torch.minimum(distance, 1 - rows @ new[0])
+    labels = nearest(rows, centers)
+    for _ in _bar(range(iterations), "k-means", "steps", progress):
+        sums = torch.zeros_like(centers).index_add_(0, labels, rows)
+        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums), centers)
+        before, labels = labels, nearest(rows, centers)
+        if torch.equal(before, labels):
+            break
+    return labels
+
+
+def nearest(rows: Float[Tensor, "n dim"], centers: Float[Tensor, "classes dim"]) -> Int64[Tensor, " n"]:
+    """The centre of highest inner product with each row, the first of equals; BLOCK products at a time."""
+    parts = rows.split(max(1, BLOCK // len(centers)))
+    return torch.cat([(part @ centers.T).argmax(1) for part in parts])
+
+
+def unit_rows(rows: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+    """Rows of length 1, in float32 or better. Scaled by the largest entry first, lest its square overflow."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.normalize(rows / rows.abs().amax(1, keepdim=True))
+
+
+def usable_rows(rows: Float[Tensor, "n dim"]) -> Bool[Tensor, " n"]:
+    """True where every entry is finite and one is not 0, so that the row has a direction."""
+    return rows.isfinite().all(1) & (rows != 0).any(1)
+
+
+def _check_input(
+    image: Tensor, text: Tensor, labels: Tensor, num: int, class_text: Tensor | None, refresh: int
+) -> None:
+    if image.ndim != 2 or image.shape != text.shape or labels.shape != image.shape[:1]:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (image, text, labels))
+        raise ValueError(f"image, text and labels have shapes {shapes}; they must be (n, dim), (n, dim) and (n,)")
+    for name, value, most in (("num", num, len(image)), ("refresh", refresh, float("inf"))):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}={value} must be from 1 to {most}")
+    for name, rows in {"image": image, "text": text, "class_text": class_text}.items():
+        if rows is not None and not usable_rows(rows).all():
+            row = int((~usable_rows(rows)).nonzero()[0])
+            raise ValueError(f"{name} row {row} is zero or not finite and has no cosine; leave such rows out")
+    most = float("inf") if class_text is None else len(class_text) - 1
+    if labels.min() < 0 or labels.max() > most:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; they must be from 0 to {most}")
+    if class_text is not None and class_text.shape[1] != image.shape[1]:
+        raise ValueError(f"class_text has width {class_text.shape[1]}, the samples have {image.shape[1]}")
+
+
+def _bar(steps: Iterable[Any], what: str, unit: str, show: bool = True, total: int | None = None) -> Iterable[Any]:
+    return tqdm(steps, what, total, unit=f" {unit}", file=sys.stderr, disable=not show)
+
+
+class PairFolder:
+    """The samples of a local MDS folder, in order; the folder is only read.
+
+    Raises: ValueError for a folder without index.json, without samples, or whose shards differ in their columns.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder).expanduser().resolve()
+        index = self.path / "index.json"
+        if not index.is_file():
+            below = sorted(path.parent.name for path in self.path.glob("*/index.json"))
+            hint = f"did you mean one of its splits, {below}?" if below else "give a local MDS folder"
+            raise ValueError(f"FOLDER={folder!r} has no index.json (checked {index}); {hint}")
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+            self._shards: list[Any] = [reader_from_json(str(self.path), None, shard) for shard in shards]
+            columns = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in self._shards]
+        except Exception as error:  # whatever another kind of index makes Streaming say
+            raise ValueError(f"{index} is not the index of an MDS folder: {error!r}") from error
+        if len(self) == 0 or any(other != columns[0] for other in columns):
+            raise ValueError(f"FOLDER={folder!r} has no samples, or shards with other columns than the first")
+        self.columns: dict[str, str] = columns[0]
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self._shards)
+
+    def samples(self, rows: Sequence[int], decode: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+        """The samples of ascending `rows`: `decode` columns as values, all others as the bytes they are stored in.
+
+        So a pickled column runs no code. A compressed shard is unpacked into a scratch folder while it is read.
+
+        Raises: ValueError for a shard that is missing or broken.
+        """
+        decode, first = set(decode), 0
+        for shard in self._shards:
+            own = rows[bisect_left(rows, first) : bisect_left(rows, first + len(shard))]
+            name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    shard.dirname = str(self.path)
+                    if own and packed and not (self.path / name).is_file():
+                        shard.dirname = scratch
+                        Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
+                    shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
+                    for row in own:
+                        yield shard[row - first]
+                except Exception as error:  # whatever a broken file makes a decoder say
+                    raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
+            first += len(shard)
+
+    def embeddings(self, names: Mapping[str, str]) -> list[Float[Tensor, "n dim"]]:
+        """The ndarray columns of these names, option -> column, in float32: 4 n dim bytes each.
+
+        Raises: ValueError for a column that is missing or no ndarray, and for widths that differ.
+        """
+        arrays = sorted(name for name, encoding in self.columns.items() if encoding.startswith("ndarray"))
+        for option, name in names.items():
+            if name not in arrays:
+                raise ValueError(f"{option} {name!r} is no ndarray column of {self.path}; those are {arrays}")
+        tables: list[np.ndarray] = []
+        samples = self.samples(range(len(self)), decode=names.values())
+        for row, sample in enumerate(_bar(samples, "read", "samples", total=len(self))):
+            values = [np.ravel(sample[name]) for name in names.values()]
+            tables = tables or [np.empty((len(self), len(values[0])), np.float32) for _ in values]
+            width, widths = tables[0].shape[1], [len(value) for value in values]
+            if width == 0 or any(other != width for other in widths):
+                text = f"row {row} of {self.path} has embeddings of widths {widths}; all must have that of the first"
+                raise ValueError(f"{text}, {width}, and above 0 ({', '.join(names)})")
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is then counted
+                for table, value in zip(tables, values, strict=True):
+                    table[row] = value
+        return [torch.from_numpy(table) for table in tables]
+
+
+class _VerbatimWriter(MDSWriter):
+    """Writes samples whose values are encoded already."""
+
+    def encode_sample(self, sample: dict[str, Any]) -> bytes:
+        values = [sample[name] for name in self.column_names]
+        variable = [len(value) for value, size in zip(values, self.column_sizes, strict=True) if size is None]
+        return np.array(variable, np.uint32).tobytes() + b"".join(values)
+
+    def flush_shard(self) -> None:
+        if self.new_samples:  # a sample above the size limit would otherwise follow an empty shard
+            super().flush_shard()
+
+
+def load_class_text(path: str, dim: int) -> Float[Tensor, "classes dim"]:
+    """Class text embeddings of a .npy file.
+
+    Raises: ValueError for a file that cannot be read, another shape or width, and for rows without direction.
+    """
+    wanted = f"give a .npy file of numbers of shape (classes, {dim}) (--class-embeddings)"
+    try:
+        table = np.lib.format.open_memmap(Path(path).expanduser(), mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path!r} cannot be read: {error}; {wanted}") from error
+    if table.ndim != 2 or table.shape[1] != dim or len(table) == 0 or table.dtype.kind not in "fiu":
+        raise ValueError(f"{path!r} holds {table.dtype} of shape {table.shape}; {wanted}")
+    rows = torch.from_numpy(np.array(table, np.float32))
+    if not usable_rows(rows).all():
+        raise ValueError(f"{path!r}: rows {(~usable_rows(rows)).nonzero()[:5, 0].tolist()} are zero or not finite")
+    return rows
+
+
+@contextmanager
+def subset_folder(out: str, overwrite: bool) -> Iterator[Path]:
+    """`staged_folder`, whose `overwrite` also replaces a subset without --mds, which has no index.json."""
+    path = Path(out).expanduser().resolve()
+    is_subset = path.is_dir() and {entry.name for entry in path.iterdir()} == SUBSET_FILES
+    if not (overwrite and is_subset and not os.path.ismount(path)):
+        with staged_folder(out, overwrite) as folder:
+            yield folder
+        return
+    owner = f"{platform.node()}-{os.getpid()}"  # names by which staged_folder finds what a killed run leaves
+    new, old = (path.with_name(f".{path.name}.{kind}-{owner}") for kind in ("partial", "replaced"))
+    with staged_folder(new) as folder:
+        yield folder
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_subset(
+    folder: Path, pairs: PairFolder, rows: Sequence[int], classes: Sequence[int], scores: Sequence[float], mds: bool
+) -> None:
+    """Write folder/subset.csv in order of picks and, with `mds`, folder/train in order of rows."""
+    uids: dict[int, str] = {}
+    has_uid = pairs.columns.get("uid") == "str"
+    if mds or has_uid:
+        out, ascending = str(folder / "train"), sorted(rows)
+        writer = _VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
+        samples = _bar(pairs.samples(ascending), "write", "samples", total=len(rows))
+        for row, sample in zip(ascending, samples, strict=True):
+            if has_uid:
+                uids[row] = sample["uid"].decode("utf-8")
+            if writer:
+                writer.write(sample)
+        if writer:
+            writer.finish()
+    with (folder / "subset.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["row", *(["uid"] if has_uid else []), "class", "rank", "score"])
+        for rank, (row, label, score) in enumerate(zip(rows, classes, scores, strict=True)):
+            table.writerow([row, *([uids[row]] if has_uid else []), label, rank, score])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line asks; returns the figures that are printed last.
+
+    Raises: ValueError for whatever the user can mend; OUT is then as it was.
+    """
+    began = time.monotonic()
+    if args.num is None and not 0 < args.fraction <= 1:
+        raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
+    pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
+    if out == pairs.path or out in pairs.path.parents:
+        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    with subset_folder(args.out, args.overwrite) as folder:
+        columns = {"--image-embedding": args.image_embedding, "--text-embedding": args.text_embedding}
+        image, text = pairs.embeddings(columns)
+        usable = usable_rows(image) & usable_rows(text)
+        rows, invalid = usable.nonzero()[:, 0], (~usable).nonzero()[:, 0].tolist()
+        if invalid:
+            image, text = image[rows], text[rows]
+            shown = ", ".join(map(str, invalid[:20])) + (", ..." if len(invalid) > 20 else "")
+            print(f"{len(invalid)} samples with a NaN, inf or zero embedding, never picked: rows {shown}")
+        num = args.num or max(1, int(args.fraction * len(rows) + 1e-9))
+        if num > len(rows):
+            raise ValueError(f"{num} samples to pick, but {len(rows)} of {len(pairs)} are usable (--num)")
+        image, text, class_text = unit_rows(image), unit_rows(text), None
+        if args.class_embeddings:
+            class_text = load_class_text(args.class_embeddings, image.shape[1])
+            labels = nearest(image, unit_rows(class_text))
+        else:
+            labels = spherical_kmeans(image, args.clusters, args.seed, progress=True)
+        picks, scores = clipcov_greedy(image, text, labels, num, class_text, args.refresh, progress=True)
+        alignment = (image * text).sum(1, dtype=torch.float64)
+        classes = len(labels.unique())
+        counts = {
+            "samples": len(pairs),
+            "invalid": len(invalid),
+            "classes": classes,
+            "selected": num,
+            "classes_covered": len(labels[picks].unique()) / classes,
+            "alignment_all": alignment.mean().item(),
+            "alignment_selected": alignment[picks].mean().item(),
+        }
+        write_subset(folder, pairs, rows[picks].tolist(), labels[picks].tolist(), scores.tolist(), args.mds)
+        paths = {key: Path(value) for key in ("folder", "class_embeddings") if (value := getattr(args, key))}
+        arguments = {key: value for key, value in vars(args).items() if key != "out"} | paths
+        write_source_json(folder, {"tool": "select_offline.py", "arguments": arguments}, counts)
+    return {**counts, "seconds": round(time.monotonic() - began, 3)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; the last line on stdout is one JSON document. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
+    parser.add_argument("out", metavar="OUT", help="folder to write: subset.csv, source.json, train/ with --mds")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--fraction", type=float, help="share of the usable samples to pick, rounded down, at least one")
+    size.add_argument("--num", type=positive, metavar="N", help="number of samples to pick")
+    classes = parser.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--class-embeddings", metavar="FILE", help=".npy (classes, dim): class texts, embedded")
+    classes.add_argument("--clusters", type=positive, metavar="K", help="spherical k-means of the images instead")
+    parser.add_argument("--seed", type=int, default=0, help="of --clusters (0)")
+    parser.add_argument("--image-embedding", default="image_embedding", metavar="NAME", help="column (image_embedding)")
+    parser.add_argument("--text-embedding", default="text_embedding", metavar="NAME", help="column (text_embedding)")
+    parser.add_argument("--refresh", type=positive, default=200, help="picks of a class between updates of it (200)")
+    parser.add_argument("--mds", action="store_true", help="write the chosen samples too, byte for byte, to OUT/train")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
+    args = parser.parse_args(argv)
+    try:
+        figures = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{figures['selected']} of {figures['samples']} samples written to {args.out}")
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
