@@ -35,18 +35,10 @@ Costs: about 24 n dim bytes of memory, since images and captions stay on disk; s
 from __future__ import annotations
 
 import argparse
-import csv
 import heapq
 import json
-import os
-import platform
-import shutil
 import sys
-import tempfile
 import time
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,19 +47,14 @@ import torch
 import torch.nn.functional as F
 from mds_folder import write_source_json
 from pairs import positive
-from staged_folder import staged_folder
-from streaming import MDSWriter
-from streaming.base.compression import decompress
-from streaming.base.format import reader_from_json
+from subset_folder import PairFolder, bar, subset_folder, write_subset
 from torch import Tensor
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64
 
 BLOCK = 2**21
 """Entries of a similarity matrix that are held at a time: 8 MiB in float32, which a cache holds."""
-SUBSET_FILES = {"subset.csv", "source.json"}
 
 
 def clipcov_greedy(
@@ -110,7 +97,7 @@ def clipcov_greedy(
     image_sum, text_sum = (rows.sum(0, dtype=torch.float64) for rows in (image, text))
     queues: dict[int, _ClassQueue] = {}
     start = 0
-    for label, size in enumerate(_bar(torch.bincount(labels).tolist(), "score", "classes", progress)):
+    for label, size in enumerate(bar(torch.bincount(labels).tolist(), "score", "classes", progress)):
         if size == 0:
             continue
         x, y, index = (rows[start : start + size] for rows in (image, text, order))
@@ -123,7 +110,7 @@ def clipcov_greedy(
     heap = [queue.head(label) for label, queue in queues.items()]
     heapq.heapify(heap)
     picks, scores = [], []
-    for _ in _bar(range(num), "pick", "samples", progress):
+    for _ in bar(range(num), "pick", "samples", progress):
         cost, index, label = heap[0]
         picks.append(index)
         scores.append(-cost)
@@ -211,7 +198,7 @@ def spherical_kmeans(
     generator = torch.Generator().manual_seed(seed)
     centers = rows[torch.randint(len(rows), (1,), generator=generator)]
     distance = 1 - rows @ centers[0]
-    for _ in _bar(range(clusters - 1), "seed", "clusters", progress):
+    for _ in bar(range(clusters - 1), "seed", "clusters", progress):
         distance[distance < 1e-6] = 0  # repeats of a centre: what is left of them is rounding
         cumulative = distance.double().cumsum(0)
         if cumulative[-1] == 0:
@@ -221,7 +208,7 @@ def spherical_kmeans(
         centers = torch.cat([centers, new])
         distance = torch.minimum(distance, 1 - rows @ new[0])
     labels = nearest(rows, centers)
-    for _ in _bar(range(iterations), "k-means", "steps", progress):
+    for _ in bar(range(iterations), "k-means", "steps", progress):
         sums = torch.zeros_like(centers).index_add_(0, labels, rows)
         centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums), centers)
         before, labels = labels, nearest(rows, centers)
@@ -267,97 +254,6 @@ def _check_input(
         raise ValueError(f"class_text has width {class_text.shape[1]}, the samples have {image.shape[1]}")
 
 
-def _bar(steps: Iterable[Any], what: str, unit: str, show: bool = True, total: int | None = None) -> Iterable[Any]:
-    return tqdm(steps, what, total, unit=f" {unit}", file=sys.stderr, disable=not show)
-
-
-class PairFolder:
-    """The samples of a local MDS folder, in order; the folder is only read.
-
-    Raises: ValueError for a folder without index.json, without samples, or whose shards differ in their columns.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.path = Path(folder).expanduser().resolve()
-        index = self.path / "index.json"
-        if not index.is_file():
-            below = sorted(path.parent.name for path in self.path.glob("*/index.json"))
-            hint = f"did you mean one of its splits, {below}?" if below else "give a local MDS folder"
-            raise ValueError(f"FOLDER={folder!r} has no index.json (checked {index}); {hint}")
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-            self._shards: list[Any] = [reader_from_json(str(self.path), None, shard) for shard in shards]
-            columns = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in self._shards]
-        except Exception as error:  # whatever another kind of index makes Streaming say
-            raise ValueError(f"{index} is not the index of an MDS folder: {error!r}") from error
-        if len(self) == 0 or any(other != columns[0] for other in columns):
-            raise ValueError(f"FOLDER={folder!r} has no samples, or shards with other columns than the first")
-        self.columns: dict[str, str] = columns[0]
-
-    def __len__(self) -> int:
-        return sum(len(shard) for shard in self._shards)
-
-    def samples(self, rows: Sequence[int], decode: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
-        """The samples of ascending `rows`: `decode` columns as values, all others as the bytes they are stored in.
-
-        So a pickled column runs no code. A compressed shard is unpacked into a scratch folder while it is read.
-
-        Raises: ValueError for a shard that is missing or broken.
-        """
-        decode, first = set(decode), 0
-        for shard in self._shards:
-            own = rows[bisect_left(rows, first) : bisect_left(rows, first + len(shard))]
-            name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
-            with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    shard.dirname = str(self.path)
-                    if own and packed and not (self.path / name).is_file():
-                        shard.dirname = scratch
-                        Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
-                    shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
-                    for row in own:
-                        yield shard[row - first]
-                except Exception as error:  # whatever a broken file makes a decoder say
-                    raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
-            first += len(shard)
-
-    def embeddings(self, names: Mapping[str, str]) -> list[Float[Tensor, "n dim"]]:
-        """The ndarray columns of these names, option -> column, in float32: 4 n dim bytes each.
-
-        Raises: ValueError for a column that is missing or no ndarray, and for widths that differ.
-        """
-        arrays = sorted(name for name, encoding in self.columns.items() if encoding.startswith("ndarray"))
-        for option, name in names.items():
-            if name not in arrays:
-                raise ValueError(f"{option} {name!r} is no ndarray column of {self.path}; those are {arrays}")
-        tables: list[np.ndarray] = []
-        samples = self.samples(range(len(self)), decode=names.values())
-        for row, sample in enumerate(_bar(samples, "read", "samples", total=len(self))):
-            values = [np.ravel(sample[name]) for name in names.values()]
-            tables = tables or [np.empty((len(self), len(values[0])), np.float32) for _ in values]
-            width, widths = tables[0].shape[1], [len(value) for value in values]
-            if width == 0 or any(other != width for other in widths):
-                text = f"row {row} of {self.path} has embeddings of widths {widths}; all must have that of the first"
-                raise ValueError(f"{text}, {width}, and above 0 ({', '.join(names)})")
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is then counted
-                for table, value in zip(tables, values, strict=True):
-                    table[row] = value
-        return [torch.from_numpy(table) for table in tables]
-
-
-class _VerbatimWriter(MDSWriter):
-    """Writes samples whose values are encoded already."""
-
-    def encode_sample(self, sample: dict[str, Any]) -> bytes:
-        values = [sample[name] for name in self.column_names]
-        variable = [len(value) for value, size in zip(values, self.column_sizes, strict=True) if size is None]
-        return np.array(variable, np.uint32).tobytes() + b"".join(values)
-
-    def flush_shard(self) -> None:
-        if self.new_samples:  # a sample above the size limit would otherwise follow an empty shard
-            super().flush_shard()
-
-
 def load_class_text(path: str, dim: int) -> Float[Tensor, "classes dim"]:
     """Class text embeddings of a .npy file.
 
@@ -374,48 +270,6 @@ def load_class_text(path: str, dim: int) -> Float[Tensor, "classes dim"]:
     if not usable_rows(rows).all():
         raise ValueError(f"{path!r}: rows {(~usable_rows(rows)).nonzero()[:5, 0].tolist()} are zero or not finite")
     return rows
-
-
-@contextmanager
-def subset_folder(out: str, overwrite: bool) -> Iterator[Path]:
-    """`staged_folder`, whose `overwrite` also replaces a subset without --mds, which has no index.json."""
-    path = Path(out).expanduser().resolve()
-    is_subset = path.is_dir() and {entry.name for entry in path.iterdir()} == SUBSET_FILES
-    if not (overwrite and is_subset and not os.path.ismount(path)):
-        with staged_folder(out, overwrite) as folder:
-            yield folder
-        return
-    owner = f"{platform.node()}-{os.getpid()}"  # names by which staged_folder finds what a killed run leaves
-    new, old = (path.with_name(f".{path.name}.{kind}-{owner}") for kind in ("partial", "replaced"))
-    with staged_folder(new) as folder:
-        yield folder
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_subset(
-    folder: Path, pairs: PairFolder, rows: Sequence[int], classes: Sequence[int], scores: Sequence[float], mds: bool
-) -> None:
-    """Write folder/subset.csv in order of picks and, with `mds`, folder/train in order of rows."""
-    uids: dict[int, str] = {}
-    has_uid = pairs.columns.get("uid") == "str"
-    if mds or has_uid:
-        out, ascending = str(folder / "train"), sorted(rows)
-        writer = _VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
-        samples = _bar(pairs.samples(ascending), "write", "samples", total=len(rows))
-        for row, sample in zip(ascending, samples, strict=True):
-            if has_uid:
-                uids[row] = sample["uid"].decode("utf-8")
-            if writer:
-                writer.write(sample)
-        if writer:
-            writer.finish()
-    with (folder / "subset.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["row", *(["uid"] if has_uid else []), "class", "rank", "score"])
-        for rank, (row, label, score) in enumerate(zip(rows, classes, scores, strict=True)):
-            table.writerow([row, *([uids[row]] if has_uid else []), label, rank, score])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

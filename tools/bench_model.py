@@ -1,0 +1,57 @@
+"""A CLIP small enough to train hundreds of times on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TinyTowers(nn.Module):
+    """Three strided convolutions, and the mean of word embeddings through one hidden layer.
+
+    Called and attributed as an open_clip model with `output_dict=True` is.
+
+    Args:
+        vocab_size: token ids are below it; id 0 is padding and does not count.
+        dim: width of the embeddings.
+        width: channels of the first convolution.
+    """
+
+    def __init__(self, vocab_size: int, dim: int = 64, width: int = 24) -> None:
+        super().__init__()
+        channels = (3, width, 2 * width, 4 * width)
+        self.convolutions = nn.Sequential(
+            *(
+                layer
+                for inner, outer in itertools.pairwise(channels)
+                for layer in (nn.Conv2d(inner, outer, 3, 2, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU())
+            )
+        )
+        self.image_head = nn.Linear(4 * width, dim)
+        self.words = nn.Embedding(vocab_size, dim)
+        self.text_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.words.weight, std=0.1)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(n, dim) unit-norm image embeddings."""
+        features = self.convolutions(image)
+        return F.normalize(self.image_head(features.mean((2, 3)) + features.amax((2, 3))), dim=1)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """(n, dim) unit-norm caption embeddings."""
+        counts = (text > 0)[..., None]
+        mean = (self.words(text) * counts).sum(1) / counts.sum(1).clamp_min(1)
+        return F.normalize(self.text_head(mean), dim=1)
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
+        return {
+            "image_features": None if image is None else self.encode_image(image),
+            "text_features": None if text is None else self.encode_text(text),
+            "logit_scale": self.logit_scale.exp(),
+        }

@@ -1,0 +1,121 @@
+"""Runs of a benchmark -> means, paired intervals, a table and a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+OURS = "clipcov"
+FIGURES = ("mean_per_class", "top1", "r1", "clean_share", "duplicate_share", "class_entropy", "embed_ms", "select_ms")
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and half width of its 95% interval (Student's t); None for fewer than two values."""
+    values = list(values)
+    count, mean = len(values), sum(values) / len(values)
+    if count < 2:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, T95[min(count - 1, len(T95)) - 1] * math.sqrt(variance / count)
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One dict per (corpus, embed, selector): means over seeds, and our paired lead over it."""
+    cells: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["corpus"], row["embed"], row["selector"]), {})[row["seed"]] = row
+    summary = []
+    for (corpus, embed, selector), by_seed in cells.items():
+        cell: dict[str, Any] = {"corpus": corpus, "embed": embed, "selector": selector, "seeds": sorted(by_seed)}
+        cell |= {key: next(iter(by_seed.values()))[key] for key in ("samples_streamed", "samples_seen")}
+        for figure in FIGURES:
+            values = [row[figure] for row in by_seed.values() if figure in row]
+            if values:
+                cell[figure], cell[f"{figure}_95"] = mean_and_interval(values)
+        ours = cells.get((corpus, embed, OURS), {})
+        shared = sorted(ours.keys() & by_seed.keys())
+        if selector != OURS and shared:
+            for figure in ("mean_per_class", "r1"):
+                lead = mean_and_interval(ours[seed][figure] - by_seed[seed][figure] for seed in shared)
+                cell[f"{figure}_lead"], cell[f"{figure}_lead_95"] = lead
+        summary.append(cell)
+    return summary
+
+
+def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Markdown, a table per (corpus, embed), best mean-per-class accuracy first."""
+    job = rows[0]
+    lines = [
+        f"{job['steps']} steps, pool {job['pool']}, {job['survivors']} survivors, warm-up {job['warmup']} steps; "
+        f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
+    ]
+    for corpus, embed in dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary):
+        cells = [cell for cell in summary if (cell["corpus"], cell["embed"]) == (corpus, embed)]
+        lines += [
+            f"\n### {corpus}, embed: {embed}\n",
+            "| selector | mean per class | lead of clipcov | top-1 | R@1 | clean | duplicates | class entropy "
+            "| embed ms | select ms | streamed | seen |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for cell in sorted(cells, key=lambda cell: -cell["mean_per_class"]):
+            texts = [
+                cell["selector"],
+                with_interval(cell, "mean_per_class", ".3f"),
+                with_interval(cell, "mean_per_class_lead", "+.3f"),
+                f"{cell['top1']:.3f}",
+                f"{cell['r1']:.3f}",
+                f"{cell['clean_share']:.2f}",
+                f"{cell['duplicate_share']:.2f}",
+                f"{cell['class_entropy']:.2f}",
+                *(f"{cell[name]:.0f}" if name in cell else "" for name in ("embed_ms", "select_ms")),
+                *(f"{cell[name]:,}" for name in ("samples_streamed", "samples_seen")),
+            ]
+            lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_interval(cell: dict[str, Any], figure: str, form: str) -> str:
+    if figure not in cell:
+        return ""
+    half = cell[f"{figure}_95"]
+    return f"{cell[figure]:{form}}" + ("" if half is None else f" +- {half:.3f}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Mean-per-class accuracy over samples_seen, a panel per (corpus, embed)."""
+    panels = list(dict.fromkeys((row["corpus"], row["embed"]) for row in rows))
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(6 * columns, 4.2 * -(-len(panels) // columns)), squeeze=False
+    )
+    colours = dict(zip(dict.fromkeys(row["selector"] for row in rows), plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for (corpus, embed), axis in zip(panels, axes.flat, strict=False):
+        for selector, colour in colours.items():
+            curves = [
+                row["curve"]
+                for row in rows
+                if (row["corpus"], row["embed"], row["selector"]) == (corpus, embed, selector)
+            ]
+            if not curves or selector.startswith("random ("):
+                continue
+            seen = [point["samples_seen"] for point in curves[0]]
+            means = [sum(curve[i]["mean_per_class"] for curve in curves) / len(curves) for i in range(len(seen))]
+            width = 2.5 if selector == OURS else 1.2
+            axis.plot(seen, means, label=selector, color=colour, linewidth=width)
+        axis.set(title=f"{corpus}, embed: {embed}", xlabel="samples_seen", ylabel="mean per class", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,310 @@
+"""Every selector beside every other: same stream, same initial weights, same number of survivors, several seeds.
+
+    python tools/bench_selectors.py --corpus shapes=data/shapes --embed teacher --selectors clipcov,random --seeds 5
+
+A small convolutional CLIP is trained by the real Composer Trainer with the real ClipCov on a corpus held in memory
+(`bench_corpus` has the forms of --corpus). Where the embeddings come from (--embed):
+
+    teacher       the learner's moving average: no reference model anywhere
+    proxy-noisy   a frozen model trained on the first fifth of the same noisy stream
+    proxy-clean   a frozen model trained on a clean slice of 2,000 samples
+    columns       embeddings of proxy-clean, computed beforehand
+
+Finished runs are kept in OUT/runs.jsonl and not run again, so a long benchmark can be interrupted. Writes OUT/NAME.md
+and OUT/NAME.png; the last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_report
+import torch
+import torch.multiprocessing as mp
+from bench_corpus import SIZE, Corpus, Split, load_corpus
+from bench_model import TinyTowers
+from torch import Tensor
+from tqdm import tqdm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from composer import Trainer
+    from composer.core import Callback, State
+    from composer.loggers import Logger, LoggerDestination
+    from composer.optim import CosineAnnealingWithWarmupScheduler
+
+from clipcov_stream import SELECTORS
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.embed import Proxy
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
+from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
+
+EMBEDS = ("teacher", "proxy-noisy", "proxy-clean", "columns")
+ALL_STREAMED = "random (all streamed)"
+"""Random without selection: it trains on every sample streamed, in as many more steps."""
+
+
+class Stream:
+    """Pools in a seeded order, epoch after epoch."""
+
+    def __init__(self, corpus: Corpus, pool_size: int, steps: int, seed: int, columns: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        epochs = -(-pool_size * steps // len(corpus.train))
+        order = torch.cat([torch.randperm(len(corpus.train), generator=generator) for _ in range(epochs)])
+        self.rows = order[: pool_size * steps].view(steps, pool_size)
+        self.corpus, self.columns = corpus, columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for rows in self.rows:
+            split = self.corpus.train.at(rows)
+            columns = {key: value[rows] for key, value in self.columns.items()}
+            yield {"image": normalize(split.image), "text": split.text, "row": rows, "id": rows, **columns}
+
+
+class Survivors(Callback):
+    """The rows that were trained on after the warm-up."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.rows = warmup, []
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) >= self.warmup:
+            self.rows.append(state.batch["row"])
+
+
+class Curve(Callback):
+    """Accuracy at eighths of the run."""
+
+    def __init__(self, corpus: Corpus, steps: int, survivors: int) -> None:
+        self.corpus, self.every, self.survivors = corpus, max(1, steps // 8), survivors
+        self.points: list[dict[str, float]] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        if step % self.every == 0:
+            accuracy = evaluate(state.model, self.corpus)["mean_per_class"]
+            self.points.append({"samples_seen": step * self.survivors, "mean_per_class": accuracy})
+
+
+class Milliseconds(LoggerDestination):
+    """What selection cost at each step."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, list[float]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name in ("embed_ms", "select_ms", "residual", "residual_random"):
+            if f"selection/{name}" in metrics:
+                self.logged.setdefault(name, []).append(float(metrics[f"selection/{name}"]))
+
+    def medians(self) -> dict[str, float]:
+        return {name: float(torch.tensor(values).median()) for name, values in self.logged.items()}
+
+
+def normalize(image: Tensor) -> Tensor:
+    return ImageTransform(SIZE).normalize()(image)
+
+
+def evaluate(model: Any, corpus: Corpus) -> dict[str, float]:
+    """Zero-shot accuracy and retrieval on the evaluation split."""
+    metrics = {name: ZeroShotAccuracy(name) for name in ("mean_per_class", "top1")}
+    recall = RetrievalRecall("image_to_text_r1")
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        head = class_embeddings(model, corpus.prompts)
+        rows = torch.arange(len(corpus.eval))
+        for part in rows.split(512):
+            split = corpus.eval.at(part)
+            outputs = model({"image": normalize(split.image), "text": split.text})
+            batch = {"id": part, "label": split.label, "valid": torch.ones(len(part), dtype=torch.bool)}
+            for metric in metrics.values():
+                metric.class_embeddings = head
+                metric.update(outputs, batch)
+            recall.update(outputs, batch)
+    model.train(was_training)
+    return {**{name: float(metric.compute()) for name, metric in metrics.items()}, "r1": float(recall.compute())}
+
+
+def train(
+    corpus: Corpus, stream: Any, algorithms: list[ClipCov], survivors: int, seed: int, callbacks: list[Callback]
+) -> tuple[ClipModel, Milliseconds]:
+    """A small CLIP on a stream of pools, by Composer."""
+    torch.manual_seed(seed)
+    model = ClipModel(TinyTowers(corpus.vocab_size), num_survivors=survivors)
+    logged = Milliseconds()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=stream,
+        optimizers=torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.98)),
+        schedulers=CosineAnnealingWithWarmupScheduler(t_warmup="20ba"),
+        max_duration=f"{len(stream)}ba",
+        algorithms=algorithms,
+        callbacks=[ClampLogitScale(), *callbacks],
+        loggers=[logged],
+        device_train_microbatch_size=survivors,
+        device="cpu",
+        seed=seed,
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    return model, logged
+
+
+def trained_proxy(corpus: Corpus, embed: str, seed: int) -> ClipModel:
+    """The frozen model of a proxy cell, trained without selection on a slice of its own."""
+    clean = torch.nonzero(~corpus.mismatched & ~corpus.duplicate).squeeze(1)
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed + 1000))
+    rows = clean[order[:2000]] if embed != "proxy-noisy" else torch.arange(len(corpus.train) // 5)
+    part = replace(
+        corpus, train=corpus.train.at(rows), mismatched=corpus.mismatched[rows], duplicate=corpus.duplicate[rows]
+    )
+    stream = Stream(part, 128, 300, seed + 1000, {})
+    model, _ = train(part, stream, [ClipCov(0.0, selector="random")], 128, seed + 1000, [])
+    return model
+
+
+def run(corpus: Corpus, job: dict[str, Any]) -> dict[str, Any]:
+    """One training run; its figures."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    seed, steps, survivors, embed, selector = (job[key] for key in ("seed", "steps", "survivors", "embed", "selector"))
+    pool_size = job["pool"]
+    columns: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
+    if selector == ALL_STREAMED:
+        pool_size, steps = survivors, steps * pool_size // survivors
+        options = {"selector": "random"}
+    else:
+        options = {"selector": selector, "embed": embed.split("-")[0], **job["knobs"]}
+        if embed.startswith("proxy"):
+            options["proxy"] = Proxy(trained_proxy(corpus, embed, seed).towers)
+        elif embed == "columns":
+            columns, options["logit_scale"] = embedded(trained_proxy(corpus, embed, seed), corpus.train)
+    start = time.perf_counter()
+    clipcov = ClipCov(1 - survivors / pool_size, warmup=job["warmup"], seed=seed, **options)
+    kept, curve = Survivors(job["warmup"]), Curve(corpus, steps, survivors)
+    model, logged = train(
+        corpus, Stream(corpus, pool_size, steps, seed, columns), [clipcov], survivors, seed, [kept, curve]
+    )
+    rows = torch.cat(kept.rows)
+    share = torch.bincount(corpus.train.label[rows]) / len(rows)
+    return {
+        **job,
+        **evaluate(model, corpus),
+        "samples_streamed": pool_size * steps,
+        "samples_seen": survivors * steps,
+        "clean_share": float((~corpus.mismatched[rows]).float().mean()),
+        "duplicate_share": float(corpus.duplicate[rows].float().mean()),
+        "class_entropy": float(torch.special.entr(share).sum()),
+        **logged.medians(),
+        "seconds": time.perf_counter() - start,
+        "curve": curve.points,
+    }
+
+
+def embedded(model: ClipModel, split: Split) -> tuple[dict[str, Tensor], float]:
+    """Columns of embeddings, and the model's logit scale."""
+    model.eval()
+    with torch.no_grad():
+        parts = [split.at(rows) for rows in torch.arange(len(split)).split(1024)]
+        image = torch.cat([model.encode_image(normalize(part.image)) for part in parts])
+        text = torch.cat([model.encode_text(part.text) for part in parts])
+    return {"image_embedding": image, "text_embedding": text}, float(model.logit_scale.exp())
+
+
+def key_of(job: dict[str, Any]) -> str:
+    names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "knobs")
+    return json.dumps([job[name] for name in names], sort_keys=True)
+
+
+def parse_knobs(items: list[str]) -> dict[str, Any]:
+    """`SELECTOR:key=value` items, as keyword arguments of ClipCov by selector.
+
+    Raises:
+        ValueError: another form.
+    """
+    knobs: dict[str, dict[str, Any]] = {}
+    for item in items:
+        selector, colon, pair = item.partition(":")
+        key, equals, value = pair.partition("=")
+        if not (colon and equals) or selector not in SELECTORS:
+            raise ValueError(f"--knob {item!r} is not of the form SELECTOR:key=value")
+        knobs.setdefault(selector, {})[key] = json.loads(value)
+    return knobs
+
+
+CORPORA: dict[str, Corpus] = {}
+"""Loaded before the workers fork, which then share the memory."""
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    return run(CORPORA[job["corpus"]], job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", action="append", required=True, help="NAME=FOLDER[:mismatched=F,duplicates=F]")
+    parser.add_argument("--embed", default="teacher", help=f"some of {','.join(EMBEDS)}")
+    parser.add_argument("--selectors", default=",".join(n for n in SELECTORS if n != "concept_balance"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--pool", type=int, default=640)
+    parser.add_argument("--survivors", type=int, default=128)
+    parser.add_argument("--warmup", type=int, default=60, help="steps of random survivors, the same for all")
+    parser.add_argument("--knob", action="append", default=[], metavar="SELECTOR:key=value")
+    parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("tools/results"))
+    parser.add_argument("--name", default="bench_selectors")
+    args = parser.parse_args()
+    embeds, selectors = args.embed.split(","), args.selectors.split(",")
+    unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
+    if unknown:
+        parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
+    try:
+        knobs = parse_knobs(args.knob)
+        CORPORA.update({corpus.name: corpus for corpus in map(load_corpus, args.corpus)})
+    except ValueError as error:
+        parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    shape = {"steps": args.steps, "pool": args.pool, "survivors": args.survivors, "warmup": args.warmup}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    names = [*selectors, *([ALL_STREAMED] if args.all_streamed else [])]
+    jobs = [
+        {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, "knobs": knobs.get(name, {})}
+        # Seeds outermost: what is interrupted has every selector for some seeds.
+        for seed, corpus, embed, name in itertools.product(seeds, CORPORA, embeds, names)
+    ]
+    kept = args.out / "runs.jsonl"
+    done = {key_of(row): row for row in map(json.loads, kept.read_text().splitlines())} if kept.is_file() else {}
+    todo = [job for job in jobs if key_of(job) not in done]
+    with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool, kept.open("a") as file:
+        for row in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc="runs"):
+            done[key_of(row)] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    rows = [done[key_of(job)] for job in jobs]
+    summary = bench_report.summarize(rows)
+    (args.out / f"{args.name}.md").write_text(bench_report.table(summary, rows), encoding="utf-8")
+    bench_report.plot(rows, args.out / f"{args.name}.png")
+    print(bench_report.table(summary, rows))
+    print(json.dumps({"shape": shape, "seeds": list(seeds), "cells": summary}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Reads the samples of an MDS folder as they are stored, and writes a chosen subset of them.
+
+PairFolder        columns as values or as the bytes they are stored in; no pickled column is ever loaded
+subset_folder     a folder that is either complete or absent
+write_subset      subset.csv, and the samples themselves, byte for byte
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from staged_folder import staged_folder
+from streaming import MDSWriter
+from streaming.base.compression import decompress
+from streaming.base.format import reader_from_json
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SUBSET_FILES = {"subset.csv", "source.json"}
+
+
+class PairFolder:
+    """The samples of a local MDS folder, in order; the folder is only read.
+
+    Raises: ValueError for a folder without index.json, without samples, or whose shards differ in their columns.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder).expanduser().resolve()
+        index = self.path / "index.json"
+        if not index.is_file():
+            below = sorted(path.parent.name for path in self.path.glob("*/index.json"))
+            hint = f"did you mean one of its splits, {below}?" if below else "give a local MDS folder"
+            raise ValueError(f"FOLDER={folder!r} has no index.json (checked {index}); {hint}")
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+            self._shards: list[Any] = [reader_from_json(str(self.path), None, shard) for shard in shards]
+            columns = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in self._shards]
+        except Exception as error:  # whatever another kind of index makes Streaming say
+            raise ValueError(f"{index} is not the index of an MDS folder: {error!r}") from error
+        if len(self) == 0 or any(other != columns[0] for other in columns):
+            raise ValueError(f"FOLDER={folder!r} has no samples, or shards with other columns than the first")
+        self.columns: dict[str, str] = columns[0]
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self._shards)
+
+    def samples(self, rows: Sequence[int], decode: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+        """The samples of ascending `rows`: `decode` columns as values, all others as the bytes they are stored in.
+
+        So a pickled column runs no code. A compressed shard is unpacked into a scratch folder while it is read.
+
+        Raises: ValueError for a shard that is missing or broken.
+        """
+        decode, first = set(decode), 0
+        for shard in self._shards:
+            own = rows[bisect_left(rows, first) : bisect_left(rows, first + len(shard))]
+            name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    shard.dirname = str(self.path)
+                    if own and packed and not (self.path / name).is_file():
+                        shard.dirname = scratch
+                        Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
+                    shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
+                    for row in own:
+                        yield shard[row - first]
+                except Exception as error:  # whatever a broken file makes a decoder say
+                    raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
+            first += len(shard)
+
+    def embeddings(self, names: Mapping[str, str]) -> list[Float[Tensor, "n dim"]]:
+        """The ndarray columns of these names, option -> column, in float32: 4 n dim bytes each.
+
+        Raises: ValueError for a column that is missing or no ndarray, and for widths that differ.
+        """
+        arrays = sorted(name for name, encoding in self.columns.items() if encoding.startswith("ndarray"))
+        for option, name in names.items():
+            if name not in arrays:
+                raise ValueError(f"{option} {name!r} is no ndarray column of {self.path}; those are {arrays}")
+        tables: list[np.ndarray] = []
+        samples = self.samples(range(len(self)), decode=names.values())
+        for row, sample in enumerate(bar(samples, "read", "samples", total=len(self))):
+            values = [np.ravel(sample[name]) for name in names.values()]
+            tables = tables or [np.empty((len(self), len(values[0])), np.float32) for _ in values]
+            width, widths = tables[0].shape[1], [len(value) for value in values]
+            if width == 0 or any(other != width for other in widths):
+                text = f"row {row} of {self.path} has embeddings of widths {widths}; all must have that of the first"
+                raise ValueError(f"{text}, {width}, and above 0 ({', '.join(names)})")
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is then counted
+                for table, value in zip(tables, values, strict=True):
+                    table[row] = value
+        return [torch.from_numpy(table) for table in tables]
+
+
+class _VerbatimWriter(MDSWriter):
+    """Writes samples whose values are encoded already."""
+
+    def encode_sample(self, sample: dict[str, Any]) -> bytes:
+        values = [sample[name] for name in self.column_names]
+        variable = [len(value) for value, size in zip(values, self.column_sizes, strict=True) if size is None]
+        return np.array(variable, np.uint32).tobytes() + b"".join(values)
+
+    def flush_shard(self) -> None:
+        if self.new_samples:  # a sample above the size limit would otherwise follow an empty shard
+            super().flush_shard()
+
+
+@contextmanager
+def subset_folder(out: str, overwrite: bool) -> Iterator[Path]:
+    """`staged_folder`, whose `overwrite` also replaces a subset without --mds, which has no index.json."""
+    path = Path(out).expanduser().resolve()
+    is_subset = path.is_dir() and {entry.name for entry in path.iterdir()} == SUBSET_FILES
+    if not (overwrite and is_subset and not os.path.ismount(path)):
+        with staged_folder(out, overwrite) as folder:
+            yield folder
+        return
+    owner = f"{platform.node()}-{os.getpid()}"  # names by which staged_folder finds what a killed run leaves
+    new, old = (path.with_name(f".{path.name}.{kind}-{owner}") for kind in ("partial", "replaced"))
+    with staged_folder(new) as folder:
+        yield folder
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_subset(
+    folder: Path, pairs: PairFolder, rows: Sequence[int], classes: Sequence[int], scores: Sequence[float], mds: bool
+) -> None:
+    """Write folder/subset.csv in order of picks and, with `mds`, folder/train in order of rows."""
+    uids: dict[int, str] = {}
+    has_uid = pairs.columns.get("uid") == "str"
+    if mds or has_uid:
+        out, ascending = str(folder / "train"), sorted(rows)
+        writer = _VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
+        samples = bar(pairs.samples(ascending), "write", "samples", total=len(rows))
+        for row, sample in zip(ascending, samples, strict=True):
+            if has_uid:
+                uids[row] = sample["uid"].decode("utf-8")
+            if writer:
+                writer.write(sample)
+        if writer:
+            writer.finish()
+    with (folder / "subset.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["row", *(["uid"] if has_uid else []), "class", "rank", "score"])
+        for rank, (row, label, score) in enumerate(zip(rows, classes, scores, strict=True)):
+            table.writerow([row, *([uids[row]] if has_uid else []), label, rank, score])
+
+
+def bar(steps: Iterable[Any], what: str, unit: str, show: bool = True, total: int | None = None) -> Iterable[Any]:
+    """A progress bar on stderr."""
+    return tqdm(steps, what, total, unit=f" {unit}", file=sys.stderr, disable=not show)
