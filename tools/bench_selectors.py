@@ -164,7 +164,7 @@ def train(
     return model, logged
 
 
-def trained_proxy(corpus: Corpus, embed: str, seed: int) -> ClipModel:
+def trained_proxy(corpus: Corpus, embed: str, seed: int, steps: int) -> ClipModel:
     """The frozen model of a proxy cell, trained without selection on a slice of its own."""
     clean = torch.nonzero(~corpus.mismatched & ~corpus.duplicate).squeeze(1)
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed + 1000))
@@ -172,7 +172,7 @@ def trained_proxy(corpus: Corpus, embed: str, seed: int) -> ClipModel:
     part = replace(
         corpus, train=corpus.train.at(rows), mismatched=corpus.mismatched[rows], duplicate=corpus.duplicate[rows]
     )
-    stream = Stream(part, 128, 300, seed + 1000, {})
+    stream = Stream(part, 128, steps, seed + 1000, {})
     model, _ = train(part, stream, [ClipCov(0.0, selector="random")], 128, seed + 1000, [])
     return model
 
@@ -191,9 +191,11 @@ def run(corpus: Corpus, job: dict[str, Any]) -> dict[str, Any]:
     else:
         options = {"selector": selector, "embed": embed.split("-")[0], **job["knobs"]}
         if embed.startswith("proxy"):
-            options["proxy"] = Proxy(trained_proxy(corpus, embed, seed).towers)
+            options["proxy"] = Proxy(trained_proxy(corpus, embed, seed, job["proxy_steps"]).towers)
         elif embed == "columns":
-            columns, options["logit_scale"] = embedded(trained_proxy(corpus, embed, seed), corpus.train)
+            columns, options["logit_scale"] = embedded(
+                trained_proxy(corpus, embed, seed, job["proxy_steps"]), corpus.train
+            )
     start = time.perf_counter()
     clipcov = ClipCov(1 - survivors / pool_size, warmup=job["warmup"], seed=seed, **options)
     kept, curve = Survivors(job["warmup"]), Curve(corpus, steps, survivors)
@@ -227,7 +229,7 @@ def embedded(model: ClipModel, split: Split) -> tuple[dict[str, Tensor], float]:
 
 
 def key_of(job: dict[str, Any]) -> str:
-    names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "knobs")
+    names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
     return json.dumps([job[name] for name in names], sort_keys=True)
 
 
@@ -266,6 +268,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=640)
     parser.add_argument("--survivors", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=60, help="steps of random survivors, the same for all")
+    parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of a proxy, 128 samples each")
     parser.add_argument("--knob", action="append", default=[], metavar="SELECTOR:key=value")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--jobs", type=int, default=2)
@@ -282,7 +285,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = {"steps": args.steps, "pool": args.pool, "survivors": args.survivors, "warmup": args.warmup}
+    shape = {name: getattr(args, name) for name in ("steps", "pool", "survivors", "warmup", "proxy_steps")}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     names = [*selectors, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
