@@ -164,11 +164,11 @@ def train(
     return model, logged
 
 
-def trained_proxy(corpus: Corpus, embed: str, seed: int, steps: int) -> ClipModel:
+def trained_proxy(corpus: Corpus, kind: str, seed: int, steps: int) -> ClipModel:
     """The frozen model of a proxy cell, trained without selection on a slice of its own."""
     clean = torch.nonzero(~corpus.mismatched & ~corpus.duplicate).squeeze(1)
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed + 1000))
-    rows = clean[order[:2000]] if embed != "proxy-noisy" else torch.arange(len(corpus.train) // 5)
+    rows = clean[order[:2000]] if kind == "proxy-clean" else torch.arange(len(corpus.train) // 5)
     part = replace(
         corpus, train=corpus.train.at(rows), mismatched=corpus.mismatched[rows], duplicate=corpus.duplicate[rows]
     )
@@ -177,10 +177,16 @@ def trained_proxy(corpus: Corpus, embed: str, seed: int, steps: int) -> ClipMode
     return model
 
 
-def run(corpus: Corpus, job: dict[str, Any]) -> dict[str, Any]:
+def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
+    """What proxy a job needs: (corpus, kind, seed, steps)."""
+    if job["embed"] == "teacher" or job["selector"] == ALL_STREAMED:
+        return None
+    kind = "proxy-clean" if job["embed"] == "columns" else job["embed"]
+    return job["corpus"], kind, job["seed"], job["proxy_steps"]
+
+
+def run(corpus: Corpus, proxy: dict[str, Tensor] | None, job: dict[str, Any]) -> dict[str, Any]:
     """One training run; its figures."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     seed, steps, survivors, embed, selector = (job[key] for key in ("seed", "steps", "survivors", "embed", "selector"))
     pool_size = job["pool"]
     columns: dict[str, Tensor] = {}
@@ -190,12 +196,13 @@ def run(corpus: Corpus, job: dict[str, Any]) -> dict[str, Any]:
         options = {"selector": "random"}
     else:
         options = {"selector": selector, "embed": embed.split("-")[0], **job["knobs"]}
-        if embed.startswith("proxy"):
-            options["proxy"] = Proxy(trained_proxy(corpus, embed, seed, job["proxy_steps"]).towers)
-        elif embed == "columns":
-            columns, options["logit_scale"] = embedded(
-                trained_proxy(corpus, embed, seed, job["proxy_steps"]), corpus.train
-            )
+    if proxy is not None:
+        model = ClipModel(TinyTowers(corpus.vocab_size))
+        model.load_state_dict(proxy)
+        if embed == "columns":
+            columns, options["logit_scale"] = embedded(model, corpus.train)
+        else:
+            options["proxy"] = Proxy(model.towers)
     start = time.perf_counter()
     clipcov = ClipCov(1 - survivors / pool_size, warmup=job["warmup"], seed=seed, **options)
     kept, curve = Survivors(job["warmup"]), Curve(corpus, steps, survivors)
@@ -250,11 +257,27 @@ def parse_knobs(items: list[str]) -> dict[str, Any]:
 
 
 CORPORA: dict[str, Corpus] = {}
-"""Loaded before the workers fork, which then share the memory."""
+PROXIES: dict[tuple[str, str, int, int], dict[str, Tensor]] = {}
+"""Filled before the workers fork, which then share the memory."""
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    return run(CORPORA[job["corpus"]], job)
+    quiet()
+    proxy = proxy_of(job)
+    return run(CORPORA[job["corpus"]], None if proxy is None else PROXIES[proxy], job)
+
+
+def work_proxy(proxy: tuple[str, str, int, int]) -> dict[str, Any]:
+    quiet()
+    corpus, kind, seed, steps = proxy
+    model = trained_proxy(CORPORA[corpus], kind, seed, steps)
+    # As arrays: tensors would be sent by file descriptors, which run out.
+    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def main() -> None:
@@ -296,6 +319,11 @@ def main() -> None:
     kept = args.out / "runs.jsonl"
     done = {key_of(row): row for row in map(json.loads, kept.read_text().splitlines())} if kept.is_file() else {}
     todo = [job for job in jobs if key_of(job) not in done]
+    wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
+    with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        trained = tqdm(pool.imap(work_proxy, wanted), total=len(wanted), desc="proxies")
+        for proxy, weights in zip(wanted, trained, strict=True):
+            PROXIES[proxy] = {name: torch.from_numpy(value) for name, value in weights.items()}
     with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool, kept.open("a") as file:
         for row in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc="runs"):
             done[key_of(row)] = row
