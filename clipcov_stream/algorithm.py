@@ -49,7 +49,7 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, gate, quality, overshoot, ridge: see `selection.Settings`.
+        coverage, gate, quality, overshoot, memory, ridge: see `selection.Settings`.
         learnability: weight of the lag. None is the default weight for the teacher, whose own logits show what is
             learned, and 0 for columns and proxy, where any other value costs a forward pass of the learner per pool.
         seed: of everything random in selection.
@@ -80,6 +80,7 @@ class ClipCov(Algorithm):
         gate: float = Settings.gate,
         quality: float = Settings.quality,
         overshoot: float = Settings.overshoot,
+        memory: float = Settings.memory,
         ridge: float = Settings.ridge,
         proxy: nn.Module | None = None,
         teacher_momentum: float = 0.99,
@@ -116,6 +117,7 @@ class ClipCov(Algorithm):
             learnability=self.own_learnability if learnability is None else learnability,
             coverage=coverage,
             overshoot=overshoot,
+            memory=memory,
             ridge=ridge,
             seed=seed,
         )

@@ -101,6 +101,7 @@ class SelectionConfig:
     gate: float | None = None
     quality: float | None = None
     overshoot: float | None = None
+    memory: float | None = None
     ridge: float | None = None
     seed: int | None = None
     proxy: ProxyConfig | None = None

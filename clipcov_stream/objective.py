@@ -34,8 +34,11 @@ class Settings:
         quality: weight of the margin, in standard deviations of the pool.
         learnability: weight of the lag, in standard deviations of the pool.
         coverage: weight of the residual; a survivor chosen twice loses `coverage`.
-        overshoot: multiple of the stream's cross-covariance that is the target. 1 preserves it, noise included; more
-            filters mismatched pairs, which shrink it but do not rotate it (Pareek, Oh and Du, NeurIPS 2025, Thm 1).
+        overshoot: multiple of the stream's cross-covariance T that each batch aims at. 1 preserves it, noise included;
+            more filters mismatched pairs, which shrink it but do not rotate it (Pareek, Oh and Du, NeurIPS 2025,
+            Thm 1); 0 leaves the aim to `memory`.
+        memory: weight of T - M, what earlier survivors (M) still miss of the stream. With overshoot 1, 0 preserves each
+            batch by itself and more brings the survivors of all steps together closer to the stream.
         ridge: added to both covariances before whitening, as a fraction of their mean variance.
         seed: of everything random.
 
@@ -48,7 +51,8 @@ class Settings:
     quality: float = 1.0
     learnability: float = 1.0
     coverage: float = 3.0
-    overshoot: float = 1.0
+    overshoot: float = 0.0
+    memory: float = 1.0
     ridge: float = 0.1
     seed: int = 0
 
@@ -57,7 +61,7 @@ class Settings:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
         if not 0 <= self.gate < 1:
             raise ValueError(f"selection.gate={self.gate} must be in [0, 1)")
-        for name in ("quality", "learnability", "coverage", "overshoot"):
+        for name in ("quality", "learnability", "coverage", "overshoot", "memory"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
@@ -204,8 +208,10 @@ class Whitened:
 
     Args:
         image, text: rows, scaled so that a typical atom x y^T has norm 1.
-        target: the stream's cross-covariance; memory: that of earlier survivors; lag: the mean over EARLIER pools of
-            what the learner does not reproduce of it (`updated_lag`), zeros before there is one.
+        target: the stream's cross-covariance.
+        memory: that of earlier survivors, zero before there are any.
+        lag: the mean over EARLIER pools of what the learner does not reproduce of the target (`updated_lag`), zeros
+            before there is one.
     """
 
     image: Float[Tensor, "pool dim"]

@@ -44,7 +44,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """Survivors that cover the stream's cross-covariance, among candidates that match their captions.
 
     gain_i = quality * margin_i + learnability * lag_i
-             + coverage * (overshoot * K <T, z_i> - K <M, z_i> - sum_{j in S} <z_i, z_j>)
+             + coverage * (K <overshoot * T + memory * (T - M), z_i> - sum_{j in S} <z_i, z_j>)
 
     with margin and lag in standard deviations of the pool, atoms z whitened and of unit typical norm, T the stream's
     cross-covariance, M that of earlier survivors. The `gate` drops the lowest margins first, because both lag and
@@ -58,7 +58,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     gain = settings.quality * standardize(margins, valid)
     if settings.learnability > 0:
         gain = gain + settings.learnability * standardize(frame.along(frame.lag), valid)
-    needed = settings.overshoot * frame.target - frame.memory
+    needed = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
     gain = gain + settings.coverage * num_survivors * frame.along(needed)
     open_ = gated(margins, valid, settings.gate, num_survivors)
     return greedy_select(frame.image, frame.text, gain, settings.coverage, open_, num_survivors)

@@ -212,7 +212,14 @@ def launch(command: list[str]) -> str:
     ("key", "value"),
     [
         *[("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
-        *[("coverage", 0.0), ("learnability", 0.5), ("quality", 9.0), ("ridge", 0.2), ("overshoot", 2.0)],
+        *[
+            ("coverage", 0.0),
+            ("learnability", 0.5),
+            ("quality", 9.0),
+            ("ridge", 0.2),
+            ("overshoot", 2.0),
+            ("memory", 0.5),
+        ],
         *[("warmup", "7ba"), ("half_life", 5.0), ("teacher_momentum", 0.5), ("logit_scale", 3.0)],
     ],
 )

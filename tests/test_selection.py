@@ -614,11 +614,11 @@ def test_the_tripwire_trips():
             sync()
 
 
-def test_coverage_alone_preserves_better_than_chance():
-    """On clean embeddings, with nothing but the residual, survivors lie closer to the stream than random ones."""
+def preserve(memory: float) -> tuple[float, float]:
+    """With nothing but coverage, on clean embeddings: residual of a step and of all survivors, each over chance's."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(16, 16, generator=generator)
-    settings = Settings(gate=0.0, quality=0.0, learnability=0.0)
+    settings = Settings(gate=0.0, quality=0.0, learnability=0.0, overshoot=1.0, memory=memory)
     selector = Selector("clipcov", settings=settings)
     ratios = []
     for _ in range(10):
@@ -627,4 +627,13 @@ def test_coverage_alone_preserves_better_than_chance():
         text = shared @ mixing + 0.5 * torch.randn(320, 16, generator=generator)
         selector(Pool(image=image, text=text), 64)
         ratios.append(float(selector.report["residual"] / selector.report["residual_random"]))
-    assert sum(ratios) / len(ratios) < 0.75
+    total = float(selector.report["residual_total"] / selector.report["residual_total_random"])
+    return sum(ratios) / len(ratios), total
+
+
+def test_coverage_alone_preserves_better_than_chance_and_memory_adds_up():
+    step, total = preserve(memory=0.0)
+    assert step < 0.65 and total < 1.0
+    step_with, total_with = preserve(memory=1.0)
+    # What a batch gives up for the sake of the sum is less than what the sum gains.
+    assert step < step_with < 0.75 and total_with < 0.7 * total
