@@ -22,6 +22,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors, survivors_of
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
@@ -29,9 +30,6 @@ from clipcov_stream.objective import SelectionState, Settings, mix, random_survi
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import resolve, select
-
-NOT_TRAINED_ON = ("valid", "id", "concepts", "image_embedding", "text_embedding")
-"""Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 
 class ClipCov(Algorithm):
@@ -287,7 +285,7 @@ class ClipCov(Algorithm):
             survivors = random_survivors(valid, num_survivors, generator)
             num_invalid = pool_size - int(valid.sum())
         self._count(state, pool_size, num_survivors, num_invalid)
-        state.batch = {key: rows_of(value, survivors) for key, value in batch.items() if key not in NOT_TRAINED_ON}
+        state.batch = survivors_of(batch, survivors)
         streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
         figures |= {
             "samples_streamed": streamed,
@@ -371,54 +369,6 @@ class ClipCov(Algorithm):
                 f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
                 f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
             )
-
-
-def check_ratio(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"selection.{name}={value} must be in [0, 1)")
-
-
-def count_survivors(pool_size: int, filter_ratio: float) -> int:
-    """pool_size * (1 - filter_ratio), checked; see `ClipCov.num_survivors`."""
-    check_ratio("filter_ratio", filter_ratio)
-    exact = pool_size * (1 - filter_ratio)
-    count = round(exact)
-    if abs(exact - count) > 1e-6 * pool_size:
-        raise ValueError(
-            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {exact:.1f} survivors; it must be "
-            "a whole number"
-        )
-    if count < 2:
-        raise ValueError(
-            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {count} survivors per rank; a "
-            "contrastive loss needs at least 2"
-        )
-    return count
-
-
-def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
-    """The batch, if it is a dict whose entries all have one row per candidate.
-
-    Raises:
-        ValueError: anything else; Composer would train on misaligned rows in silence.
-    """
-    if not isinstance(batch, Mapping) or image_key not in batch:
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"ClipCov reads a dict with the key {image_key!r} (image_key); the batch is {found}")
-    single = [key for key, value in batch.items() if not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0]
-    if single:
-        raise ValueError(f"entries {single} of the batch have no rows; ClipCov needs one row per candidate in each")
-    sizes = {key: len(value) for key, value in batch.items()}
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"entries of the batch differ in length: {sizes}")
-    return dict(batch)
-
-
-def rows_of(value: Any, survivors: Tensor) -> Any:
-    """The survivors' rows of a tensor or a list."""
-    if isinstance(value, Tensor):
-        return value.index_select(0, survivors.to(value.device))
-    return [value[i] for i in survivors.tolist()]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -23,7 +23,8 @@ from open_clip.tokenizer import HFTokenizer
 from streaming import StreamingDataLoader, StreamingDataset
 from torch import Tensor, nn
 
-from clipcov_stream.algorithm import ClipCov, count_survivors
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.batch import count_survivors
 from clipcov_stream.config import (
     EvalConfig,
     ModelConfig,

@@ -1,0 +1,64 @@
+"""The loader's batch, which is a pool: how many of it survive, what it must look like, and its survivors' rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+NOT_TRAINED_ON = ("valid", "id", "concepts", "image_embedding", "text_embedding")
+"""Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
+
+
+def check_ratio(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"selection.{name}={value} must be in [0, 1)")
+
+
+def count_survivors(pool_size: int, filter_ratio: float) -> int:
+    """pool_size * (1 - filter_ratio), checked; see `ClipCov.num_survivors`."""
+    check_ratio("filter_ratio", filter_ratio)
+    exact = pool_size * (1 - filter_ratio)
+    count = round(exact)
+    if abs(exact - count) > 1e-6 * pool_size:
+        raise ValueError(
+            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {exact:.1f} survivors; it must be "
+            "a whole number"
+        )
+    if count < 2:
+        raise ValueError(
+            f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {count} survivors per rank; a "
+            "contrastive loss needs at least 2"
+        )
+    return count
+
+
+def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
+    """The batch, if it is a dict whose entries all have one row per candidate.
+
+    Raises:
+        ValueError: anything else; Composer would train on misaligned rows in silence.
+    """
+    if not isinstance(batch, Mapping) or image_key not in batch:
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"ClipCov reads a dict with the key {image_key!r} (image_key); the batch is {found}")
+    single = [key for key, value in batch.items() if not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0]
+    if single:
+        raise ValueError(f"entries {single} of the batch have no rows; ClipCov needs one row per candidate in each")
+    sizes = {key: len(value) for key, value in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"entries of the batch differ in length: {sizes}")
+    return dict(batch)
+
+
+def survivors_of(batch: Mapping[str, Any], survivors: Tensor) -> dict[str, Any]:
+    """The survivors' rows of every entry that a model may train on."""
+    return {key: rows_of(value, survivors) for key, value in batch.items() if key not in NOT_TRAINED_ON}
+
+
+def rows_of(value: Any, survivors: Tensor) -> Any:
+    """The survivors' rows of a tensor or a list."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, survivors.to(value.device))
+    return [value[i] for i in survivors.tolist()]
