@@ -69,8 +69,9 @@ def vas(
 ) -> Int64[Tensor, " survivors"]:
     """Highest variance alignment x_i^T S x_i among the better half by CLIP score (Wang et al., 2402.02055).
 
-    S is the image embeddings' second moment over the stream so far: the VAS-D form, which needs no target set. As in
-    the released code it is neither centred nor whitened, and images alone count.
+    S is the image embeddings' second moment over the stream so far, VAS(Traindata) of the released code: one step of
+    VAS-D, which would recompute S from what is kept, 168 times. As there it is neither centred nor whitened, and
+    images alone count.
 
     Args:
         clip_gate: fraction of the pool with the lowest CLIP score that is dropped first.
@@ -122,7 +123,8 @@ def rho(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, 
 def high_loss(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
     """Drawn with probability CDF(loss)^beta, the learner's contrastive loss (Selective-Backprop: Jiang et al., 2019).
 
-    beta = 1 / keep - 1 for a share `keep` of survivors, as Composer's SelectiveBackprop has it.
+    beta = 1 / keep - 1 for a share `keep` of survivors, as Composer's SelectiveBackprop has it; but at every step,
+    where Composer's default selects from 50% to 90% of training, and then at every other step.
     """
     valid = valid_of(pool)
     loss = (-learner_margin(pool)).masked_fill(~valid, -torch.inf)
@@ -160,8 +162,9 @@ def dissect(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """Largest fall of a sample's CLIP score below its own history (DISSect, ICCV 2025, 2507.12998).
 
     The history is a moving average of the learner's scores by sample id. A sample without one counts as the mean of
-    those that have it; before a second epoch that is all of them, and the draw is random. In a pool without `ids` the
-    embedder's score is the history, which with embed="teacher" is a moving average of the learner too.
+    those that have it. ClipCov's warm-up embeds nothing and so records nothing (the authors' does): until samples come
+    a second time after it, the draw is random. In a pool without `ids` the embedder's score is the history, which with
+    embed="teacher" is a moving average of the learner too.
     """
     history, known = history_of(state, pool)
     known = known & valid_of(pool)

@@ -105,10 +105,12 @@ def select(
     stream.update(pool.image, pool.text, valid, all_reduce)
     seen = replace(state, stream=stream)
     survivors = selector(pool, num_survivors, seen)
-    check_survivors(survivors, len(pool), num_survivors, selector)
+    check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     kept.update(image, text, counted, all_reduce, elapsed=stream.num_samples - state.stream.num_samples)
-    lag_sum, lag_weight = updated_lag(seen, pool, all_reduce)
+    # The rivals do not read the lag, and must not be charged for it.
+    wants_lag = plain(selector) not in RIVALS.values()
+    lag_sum, lag_weight = updated_lag(seen, pool, all_reduce) if wants_lag else (state.lag, state.lag_weight)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight, own=own)
@@ -204,8 +206,9 @@ def resolve(selector: str | SelectorFn) -> SelectorFn:
     return SELECTORS[selector]
 
 
-def check_survivors(survivors: Tensor, pool_size: int, num_survivors: int, selector: SelectorFn) -> None:
+def check_survivors(survivors: Tensor, valid: Tensor, num_survivors: int, selector: SelectorFn) -> None:
     """Raise RuntimeError unless a selector returned what it must."""
+    pool_size = len(valid)
     name = getattr(plain(selector), "__name__", repr(selector))
     if survivors.dtype != torch.int64 or survivors.shape != (num_survivors,):
         raise RuntimeError(
@@ -217,3 +220,5 @@ def check_survivors(survivors: Tensor, pool_size: int, num_survivors: int, selec
     distinct = torch.unique(survivors)
     if len(distinct) != num_survivors or int(distinct[0]) < 0 or int(distinct[-1]) >= pool_size:
         raise RuntimeError(f"selector {name} must return distinct indices from 0 to {pool_size - 1}")
+    if not bool(valid[survivors].all()) and int(valid.sum()) >= num_survivors:
+        raise RuntimeError(f"selector {name} returned samples that are not valid (pool.valid), though others are left")

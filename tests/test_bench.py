@@ -164,10 +164,10 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
 
     options = ("--embed", "teacher,columns", "--selectors", "clipcov,rho")
     first = bench(*options, "--seeds", "1")
-    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    lines = (tmp_path / "bench_selectors.jsonl").read_text().splitlines()
     assert len(lines) == 4
     again = bench(*options, "--seeds", "2", "--all-streamed")
-    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "bench_selectors.jsonl").read_text().splitlines()]
     assert [json.dumps(row) for row in rows[:4]] == lines and len(rows) == 4 + 4 + 4
     assert {cell["seeds"][0] for cell in first["cells"]} == {0}
     assert {tuple(cell["seeds"]) for cell in again["cells"]} == {(0, 1)}

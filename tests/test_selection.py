@@ -536,7 +536,22 @@ def test_a_bad_selector_is_named(survivors, message):
     with pytest.raises(RuntimeError, match=f"selector careless .*{message}"):
         Selector(careless)(draw(8, 3), 3)
     with pytest.raises(RuntimeError, match=message):
-        check_survivors(survivors, 8, 3, careless)
+        check_survivors(survivors, torch.arange(8) != 7, 3, careless)
+
+
+def test_a_selector_that_takes_invalid_samples_is_named():
+    def first(pool, num_survivors, state):
+        return torch.arange(num_survivors)
+
+    pool = replace(draw(8, 3), valid=torch.arange(8) != 2)
+    with pytest.raises(RuntimeError, match="selector first returned samples that are not valid"):
+        Selector(first)(pool, 3)
+    assert Selector(first)(pool, 2).tolist() == [0, 1]
+
+
+def test_rivals_are_not_charged_for_the_lag():
+    assert float(after([draw(20, 4)], selector="clip_score").lag_weight) == 0
+    assert float(after([draw(20, 4)]).lag_weight) == 20
 
 
 def test_errors_name_the_values():

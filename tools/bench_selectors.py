@@ -6,11 +6,12 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 (`bench_corpus` has the forms of --corpus). Where the embeddings come from (--embed):
 
     teacher       the learner's moving average: no reference model anywhere
-    proxy-noisy   a frozen model trained on the first fifth of the same noisy stream
-    proxy-clean   a frozen model trained on a clean slice of 2,000 samples
+    proxy-noisy   a frozen model trained on a fifth of the noisy corpus
+    proxy-clean   a frozen model trained on 2,000 clean samples
     columns       embeddings of proxy-clean, computed beforehand
 
-Finished runs are kept in OUT/runs.jsonl and not run again, so a long benchmark can be interrupted. Writes OUT/NAME.md
+What a proxy was trained on is left out of the stream, for every selector. Finished runs are kept in OUT/NAME.jsonl and
+not run again while corpus, settings and code are the same, so a long benchmark can be interrupted. Writes OUT/NAME.md
 and OUT/NAME.png; the last line is one JSON document.
 """
 
@@ -21,6 +22,7 @@ import itertools
 import json
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,10 +58,13 @@ ALL_STREAMED = "random (all streamed)"
 class Stream:
     """Pools in a seeded order, epoch after epoch."""
 
-    def __init__(self, corpus: Corpus, pool_size: int, steps: int, seed: int, columns: dict[str, Tensor]) -> None:
+    def __init__(
+        self, corpus: Corpus, pool_size: int, steps: int, seed: int, columns: dict[str, Tensor], without: Tensor
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        epochs = -(-pool_size * steps // len(corpus.train))
-        order = torch.cat([torch.randperm(len(corpus.train), generator=generator) for _ in range(epochs)])
+        left = torch.ones(len(corpus.train), dtype=torch.bool).index_fill_(0, without, False).nonzero().squeeze(1)
+        epochs = -(-pool_size * steps // len(left))
+        order = torch.cat([left[torch.randperm(len(left), generator=generator)] for _ in range(epochs)])
         self.rows = order[: pool_size * steps].view(steps, pool_size)
         self.corpus, self.columns = corpus, columns
 
@@ -165,16 +170,26 @@ def train(
 
 
 def trained_proxy(corpus: Corpus, kind: str, seed: int, steps: int) -> ClipModel:
-    """The frozen model of a proxy cell, trained without selection on a slice of its own."""
-    clean = torch.nonzero(~corpus.mismatched & ~corpus.duplicate).squeeze(1)
-    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed + 1000))
-    rows = clean[order[:2000]] if kind == "proxy-clean" else torch.arange(len(corpus.train) // 5)
+    """The frozen model of a proxy cell, trained without selection on rows of its own."""
+    rows = proxy_rows(corpus, kind, seed)
     part = replace(
         corpus, train=corpus.train.at(rows), mismatched=corpus.mismatched[rows], duplicate=corpus.duplicate[rows]
     )
-    stream = Stream(part, 128, steps, seed + 1000, {})
+    stream = Stream(part, 128, steps, seed + 1000, {}, rows[:0])
     model, _ = train(part, stream, [ClipCov(0.0, selector="random")], 128, seed + 1000, [])
     return model
+
+
+def proxy_rows(corpus: Corpus, embed: str, seed: int) -> Tensor:
+    """The training samples of a cell's proxy, which its stream leaves out; none for the teacher."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    if embed == "teacher":
+        return torch.zeros(0, dtype=torch.int64)
+    if embed == "proxy-noisy":
+        return torch.randperm(len(corpus.train), generator=generator)[: len(corpus.train) // 5]
+    clean = torch.nonzero(~corpus.mismatched & ~corpus.duplicate).squeeze(1)
+    # Of a small corpus, at most half of what is clean: the stream needs the rest.
+    return clean[torch.randperm(len(clean), generator=generator)[: min(2000, len(clean) // 2)]]
 
 
 def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
@@ -206,9 +221,8 @@ def run(corpus: Corpus, proxy: dict[str, Tensor] | None, job: dict[str, Any]) ->
     start = time.perf_counter()
     clipcov = ClipCov(1 - survivors / pool_size, warmup=job["warmup"], seed=seed, **options)
     kept, curve = Survivors(job["warmup"]), Curve(corpus, steps, survivors)
-    model, logged = train(
-        corpus, Stream(corpus, pool_size, steps, seed, columns), [clipcov], survivors, seed, [kept, curve]
-    )
+    stream = Stream(corpus, pool_size, steps, seed, columns, proxy_rows(corpus, embed, seed))
+    model, logged = train(corpus, stream, [clipcov], survivors, seed, [kept, curve])
     rows = torch.cat(kept.rows)
     share = torch.bincount(corpus.train.label[rows]) / len(rows)
     return {
@@ -237,7 +251,30 @@ def embedded(model: ClipModel, split: Split) -> tuple[dict[str, Tensor], float]:
 
 def key_of(job: dict[str, Any]) -> str:
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
-    return json.dumps([job[name] for name in names], sort_keys=True)
+    return json.dumps([job[name] for name in (*names, "data", "code")], sort_keys=True)
+
+
+def fingerprint_of_code() -> int:
+    """A number that changes with anything in the package or in this benchmark."""
+    root = Path(__file__).resolve().parent
+    files = sorted([*(root.parent / "clipcov_stream").glob("*.py"), *root.glob("bench_*.py")])
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
+
+
+def fingerprint_of_data(corpus: Corpus) -> int:
+    """A number that changes with any sample, caption or fault of a corpus."""
+    parts = (
+        corpus.train.image,
+        corpus.train.text,
+        corpus.mismatched,
+        corpus.duplicate,
+        corpus.eval.image,
+        corpus.prompts,
+    )
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part.contiguous().numpy().tobytes(), total)
+    return total
 
 
 def parse_knobs(items: list[str]) -> dict[str, Any]:
@@ -310,13 +347,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     shape = {name: getattr(args, name) for name in ("steps", "pool", "survivors", "warmup", "proxy_steps")}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     names = [*selectors, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, "knobs": knobs.get(name, {})}
+        | {"data": data[corpus], "code": code}
         # Seeds outermost: what is interrupted has every selector for some seeds.
         for seed, corpus, embed, name in itertools.product(seeds, CORPORA, embeds, names)
     ]
-    kept = args.out / "runs.jsonl"
+    kept = args.out / f"{args.name}.jsonl"
     done = {key_of(row): row for row in map(json.loads, kept.read_text().splitlines())} if kept.is_file() else {}
     todo = [job for job in jobs if key_of(job) not in done]
     wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
