@@ -47,7 +47,7 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, gate, quality, overshoot, memory, ridge: see `selection.Settings`.
+        coverage, gate, balance, quality, temperature, overshoot, memory, ridge: see `selection.Settings`.
         learnability: weight of the lag. None is the default weight for the teacher, whose own logits show what is
             learned, and 0 for columns and proxy, where any other value costs a forward pass of the learner per pool.
         seed: of everything random in selection.
@@ -76,7 +76,9 @@ class ClipCov(Algorithm):
         seed: int = 0,
         *,
         gate: float = Settings.gate,
+        balance: float = Settings.balance,
         quality: float = Settings.quality,
+        temperature: float = Settings.temperature,
         overshoot: float = Settings.overshoot,
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
@@ -111,7 +113,9 @@ class ClipCov(Algorithm):
         self.settings = Settings(
             half_life=math.inf if half_life is None else half_life,
             gate=gate,
+            balance=balance,
             quality=quality,
+            temperature=temperature,
             learnability=self.own_learnability if learnability is None else learnability,
             coverage=coverage,
             overshoot=overshoot,

@@ -99,7 +99,9 @@ class SelectionConfig:
     coverage: float | None = None
     learnability: float | None = None
     gate: float | None = None
+    balance: float | None = None
     quality: float | None = None
+    temperature: float | None = None
     overshoot: float | None = None
     memory: float | None = None
     ridge: float | None = None

@@ -19,6 +19,7 @@ from clipcov_stream.sketch import AllReduce, CrossCovSketch
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
+SKETCHES = ("stream", "balanced", "kept")
 LAG_DECAY = 0.9
 """Per pool: the learner moves, so its lag is forgotten within some ten pools whatever the sketch's half-life."""
 
@@ -29,16 +30,18 @@ class Settings:
 
     Args:
         half_life: of the sketches, in samples streamed; inf for embeddings that do not change (columns, proxy).
-        gate: fraction of the pool with the lowest margin that is never chosen, in [0, 1); capped so that at least
-            `num_survivors` candidates stay.
-        quality: weight of the margin, in standard deviations of the pool.
-        learnability: weight of the lag, in standard deviations of the pool.
-        coverage: weight of the residual; a survivor chosen twice loses `coverage`.
-        overshoot: multiple of the stream's cross-covariance T that each batch aims at. 1 preserves it, noise included;
-            more filters mismatched pairs, which shrink it but do not rotate it (Pareek, Oh and Du, NeurIPS 2025,
-            Thm 1); 0 leaves the aim to `memory`.
-        memory: weight of T - M, what earlier survivors (M) still miss of the stream. With overshoot 1, 0 preserves each
-            batch by itself and more brings the survivors of all steps together closer to the stream.
+        gate: candidates that stay open, best matches first, for each that is estimated to match its caption
+            (`evidence.matching`); below 1 leaves the doubtful ones out, inf opens all. At least `num_survivors` stay.
+        balance: power of 1 / density (`evidence.log_density`) in a pair's weight. 0 keeps the stream's own shares, 1
+            evens out what is common and what is rare.
+        quality: log weight per standard deviation of the margin over the open candidates.
+        learnability: log weight per standard deviation of the lag over the open candidates.
+        temperature: of the draw by those weights; 0 takes the heaviest.
+        coverage: weight of the distance to the target, beside the log weights.
+        overshoot: multiple of the target T that each batch aims at. 1 preserves it; more filters mismatched pairs,
+            which shrink it but do not rotate it (Pareek, Oh and Du, NeurIPS 2025, Thm 1); 0 leaves the aim to `memory`.
+        memory: weight of T - M, what earlier survivors (M) still miss of the target. With overshoot 1, 0 preserves each
+            batch by itself and more brings the survivors of all steps together closer to the target.
         ridge: added to both covariances before whitening, as a fraction of their mean variance.
         seed: of everything random.
 
@@ -47,11 +50,13 @@ class Settings:
     """
 
     half_life: float = math.inf
-    gate: float = 0.5
-    quality: float = 1.0
+    gate: float = 0.8
+    balance: float = 1.5
+    quality: float = 0.0
     learnability: float = 1.0
-    coverage: float = 3.0
-    overshoot: float = 0.0
+    temperature: float = 1.0
+    coverage: float = 1.0
+    overshoot: float = 1.0
     memory: float = 1.0
     ridge: float = 0.1
     seed: int = 0
@@ -59,9 +64,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.half_life > 0:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
-        if not 0 <= self.gate < 1:
-            raise ValueError(f"selection.gate={self.gate} must be in [0, 1)")
-        for name in ("quality", "learnability", "coverage", "overshoot", "memory"):
+        if not self.gate > 0:
+            raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
+        for name in ("balance", "quality", "learnability", "temperature", "coverage", "overshoot", "memory"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
@@ -78,6 +83,7 @@ class SelectionState:
         step: pools selected from so far.
         rank: of this process; local random draws differ by it.
         stream: sketch of all candidates.
+        balanced: sketch of the open candidates, weighted by 1 / density: the target.
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
         lag_weight: sum of the decayed weights in `lag`.
@@ -88,6 +94,7 @@ class SelectionState:
     step: int
     rank: int
     stream: CrossCovSketch
+    balanced: CrossCovSketch
     kept: CrossCovSketch
     lag: Float[Tensor, "dim dim"]
     lag_weight: Float[Tensor, ""]
@@ -96,12 +103,14 @@ class SelectionState:
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
+        stream, balanced, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
         return cls(
             settings=settings,
             step=0,
             rank=rank,
-            stream=CrossCovSketch(dim, half_life=settings.half_life, device=device),
-            kept=CrossCovSketch(dim, half_life=settings.half_life, device=device),
+            stream=stream,
+            balanced=balanced,
+            kept=kept,
             lag=torch.zeros(dim, dim, device=device),
             lag_weight=torch.zeros((), device=device),
         )
@@ -113,8 +122,7 @@ class SelectionState:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "stream": self.stream.state_dict(),
-            "kept": self.kept.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in SKETCHES},
             "lag": self.lag.clone(),
             "lag_weight": self.lag_weight.clone(),
             "own": {name: value.clone() for name, value in self.own.items()},
@@ -129,14 +137,13 @@ class SelectionState:
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
-        stream, kept = self.stream.clone(), self.kept.clone()
-        for mine, theirs in ((stream, state["stream"]), (kept, state["kept"])):
-            mine.load_state_dict({**theirs, "half_life": self.settings.half_life})
+        sketches = {name: getattr(self, name).clone() for name in SKETCHES}
+        for name, sketch in sketches.items():
+            sketch.load_state_dict({**state[name], "half_life": self.settings.half_life})
         return replace(
             self,
             step=int(state["step"]),
-            stream=stream,
-            kept=kept,
+            **sketches,
             lag=state["lag"].to(self.lag, copy=True),
             lag_weight=state["lag_weight"].to(self.lag_weight, copy=True),
             own={name: value.to(self.lag.device, copy=True) for name, value in state["own"].items()},
@@ -208,8 +215,8 @@ class Whitened:
 
     Args:
         image, text: rows, scaled so that a typical atom x y^T has norm 1.
-        target: the stream's cross-covariance.
-        memory: that of earlier survivors, zero before there are any.
+        target: the balanced cross-covariance, about the stream's means.
+        memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
         lag: the mean over EARLIER pools of what the learner does not reproduce of the target (`updated_lag`), zeros
             before there is one.
     """
@@ -231,7 +238,7 @@ def whitened(pool: Pool, state: SelectionState) -> Whitened:
     Any square root of the inverse covariance gives the same inner products, so a Cholesky factor serves: no
     eigendecomposition.
     """
-    stream, kept = state.stream, state.kept
+    stream = state.stream
     image_root = cholesky(stream.image_cov, state.settings.ridge)
     text_root = cholesky(stream.text_cov, state.settings.ridge)
     image = solve(image_root, (pool.image - stream.image_mean).T).T
@@ -242,11 +249,13 @@ def whitened(pool: Pool, state: SelectionState) -> Whitened:
     def framed(matrix: Tensor) -> Tensor:
         return solve(text_root, solve(image_root, matrix).T).T / (image_size * text_size)
 
+    target = state.balanced.cross_cov_about(stream.image_mean, stream.text_mean)
+    memory = state.kept.cross_cov_about(stream.image_mean, stream.text_mean)
     return Whitened(
         image=image / image_size,
         text=text / text_size,
-        target=framed(stream.cross_cov),
-        memory=framed(kept.cross_cov_about(stream.image_mean, stream.text_mean) * (kept.weight > 0)),
+        target=framed(target),
+        memory=framed(torch.where(state.kept.weight > 0, memory, target)),
         lag=framed(state.lag / state.lag_weight.clamp_min(1e-12)),
     )
 
@@ -310,28 +319,71 @@ def gated(
 def greedy_select(
     image: Float[Tensor, "pool dim"],
     text: Float[Tensor, "pool dim"],
-    gain: Float[Tensor, " pool"],
-    redundancy: float,
+    worth: Float[Tensor, " pool"],
+    aim: Float[Tensor, "dim dim"],
+    coverage: float,
     valid: Bool[Tensor, " pool"],
     num_survivors: int,
 ) -> Int64[Tensor, " survivors"]:
-    """Greedy maximizer of sum_{i in S} gain_i - redundancy * sum_{i < j in S} (x_i.x_j)(y_i.y_j).
+    """Kernel herding of the atoms z_i = x_i y_i^T towards `aim`, beside what each sample is worth by itself.
 
-    Each pick lowers the gain of candidates whose atom points the same way, so a duplicate costs its full norm.
+    After m picks S, the next is the one of largest worth_i + coverage * ((m + 1) <A, z_i> - sum_{j in S} <z_j, z_i>)
+    (Chen, Welling and Smola, UAI 2010, here without replacement). A duplicate of a pick loses its whole norm. With
+    ||z_i||^2 / 2 taken off, a step would lower ||C_S - A|| as far as one pick can; it is left on, as a worth, because
+    a long whitened atom is one that few others resemble. `herding_bound` says how close C_S comes all the same.
 
     Returns: indices in the order chosen; of equal gains the earlier sample. No repeats.
     Costs: 4 * pool * dim * num_survivors flops, pool extra memory, no host sync.
     """
-    gain = gain.masked_fill(~valid, -torch.inf)
+    along = ((image @ aim) * text).sum(1)
+    gain = (worth + coverage * along).masked_fill(~valid, -torch.inf)
     picks = torch.empty(num_survivors, dtype=torch.int64, device=image.device)
     for step in range(num_survivors):
         # A one-element index instead of gain[best]: a 0-dim index is read back from the device.
         best = gain.argmax().view(1)
         picks[step : step + 1] = best
         x, y = image.index_select(0, best), text.index_select(0, best)
-        gain = gain - redundancy * (image @ x.T).squeeze(1) * (text @ y.T).squeeze(1)
+        gain = gain + coverage * (along - (image @ x.T).squeeze(1) * (text @ y.T).squeeze(1))
         gain.index_fill_(0, best, -torch.inf)
     return picks
+
+
+def herding_bound(
+    image: Float[Tensor, "pool dim"],
+    text: Float[Tensor, "pool dim"],
+    worth: Float[Tensor, " pool"],
+    aim: Float[Tensor, "dim dim"],
+    coverage: float,
+    valid: Bool[Tensor, " pool"],
+    num_survivors: int,
+) -> Float[Tensor, ""]:
+    """What ||C_S - A||_F of `greedy_select` cannot exceed, whatever the atoms, the worths and the aim.
+
+        ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 D / coverage) (N - (K + 1) / 2) / (K (N - 1)))
+
+    N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
+    ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
+    spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0 and
+    worths differ.
+    """
+    count = valid.sum()
+    weight = valid / count.clamp_min(1)
+    start = (image * weight[:, None]).T @ text - aim
+    size = image.square().sum(1) * text.square().sum(1)
+    apart = size - 2 * ((image @ aim) * text).sum(1) + aim.square().sum()
+    spread = (apart * weight).sum().clamp_min(0)
+    worth = worth + 0.5 * coverage * size
+    worths = worth.masked_fill(~valid, -torch.inf).amax() - worth.masked_fill(~valid, torch.inf).amin()
+    price = torch.where(worths > 0, 2 * worths / coverage if coverage > 0 else torch.inf, 0.0)
+    left = (count - (num_survivors + 1) / 2) / (num_survivors * (count - 1).clamp_min(1))
+    drift = ((spread + price) * left).clamp_min(0).sqrt()
+    return start.norm() + torch.where(count > num_survivors, drift, 0.0)
+
+
+def gumbel(num: int, generator: torch.Generator) -> Float[Tensor, " num"]:
+    """Noise that turns the largest of log weights into a draw by weight."""
+    uniform = torch.rand(num, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    return -(-uniform.log()).log()
 
 
 def certificate(pool: Pool, survivors: Tensor, state: SelectionState) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from clipcov_stream.objective import (
     alignment,
     contrastive_margin,
     gated,
+    gumbel,
     margin,
     random_survivors,
     top,
@@ -217,8 +218,7 @@ def sampled(
     log_weight: Float[Tensor, " pool"], open_: Tensor, num: int, generator: torch.Generator
 ) -> Int64[Tensor, " num"]:
     """Draws without replacement with probability proportional to exp(log_weight), by the Gumbel top-k trick."""
-    uniform = torch.rand(len(log_weight), generator=generator, dtype=torch.float64).clamp_min(1e-300)
-    noise = -(-uniform.log()).log()
+    noise = gumbel(len(log_weight), generator)
     return top((log_weight.double() + noise.to(log_weight.device)).masked_fill(~open_, -torch.inf), num)
 
 

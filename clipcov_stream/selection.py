@@ -4,64 +4,119 @@ The core is a pure function, `select(state, pool, num_survivors) -> (state', sur
 sketches, the lag and the step counter; everything random derives from (seed, step, rank), never from a global
 generator. That is what makes a resumed run equal a straight one and lets selection run ahead of training.
 
-The method, `clipcov`, lowers the distance between the survivors' whitened cross-covariance and a target
+The method, `clipcov`, has three parts, all from the pool's own embeddings, with no labels and no threshold to set for a
+corpus:
 
-    ||C_S - T||_F^2 = const - (2/K) sum_{i in S} <T, z_i> + (1/K^2) sum_{i,j in S} <z_i, z_j>,    z_i = x_i y_i^T
+1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
+   is estimated, and as many of the best stay open (`evidence.matching`).
+2. What is common? Each open pair weighs 1 / (density of its image x density of its caption), so that popular concepts
+   and near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
+   learner does not yet reproduce the stream's cross-covariance (`objective.updated_lag`).
+3. Survivors are drawn by those weights, herded so that their whitened cross-covariance stays close to that of the open
+   pairs by 1 / density (`objective.greedy_select`).
 
-greedily, beside a quality term for each sample (`objective` has the terms). This replaces the per-class sums of the
-paper's offline algorithm (CLIPCov: Joshi, Jain, Payani, Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which needs a
-partition of the whole data set.
+The weighted cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
+Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.evidence import log_density, matching
 from clipcov_stream.objective import (
     SelectionState,
     Settings,
     certificate,
-    gated,
     greedy_select,
-    margin,
+    gumbel,
+    herding_bound,
     standardize,
     updated_lag,
     whitened,
 )
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
-from clipcov_stream.sketch import AllReduce
+from clipcov_stream.sketch import AllReduce, CrossCovSketch
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Bool, Float, Int64
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
-    """Survivors that cover the stream's cross-covariance, among candidates that match their captions.
+    """Survivors that preserve the cross-covariance of what matches, with common and rare concepts evened out.
 
-    gain_i = quality * margin_i + learnability * lag_i
-             + coverage * (K <overshoot * T + memory * (T - M), z_i> - sum_{j in S} <z_i, z_j>)
+    A pair is open if it is among the `gate * share` best matches of the pool. Open pairs have the log weight
 
-    with margin and lag in standard deviations of the pool, atoms z whitened and of unit typical norm, T the stream's
-    cross-covariance, M that of earlier survivors. The `gate` drops the lowest margins first, because both lag and
-    residual are drawn to mismatched pairs: those are always new and never learned.
+        w_i = -balance * log density_i + quality * margin_i + learnability * lag_i + temperature * Gumbel noise,
 
-    Costs: pool^2 * dim flops for the margin and pool * survivors * dim for the picks; two Cholesky factors of dim^3.
+    margin and lag in standard deviations over the open pairs; alone, these would be a draw without replacement by
+    exp(w_i / temperature). Picks add coverage * the fall of ||m C_S - m A||^2 / 2, with A = overshoot * T + memory *
+    (T - M), T the mean whitened atom of open pairs by 1 / density, M that of earlier survivors.
+
+    Costs: 6 * pool^2 * dim flops for margins and densities, 4 * pool * survivors * dim for the picks, two Cholesky
+    factors of dim^3.
+    """
+    return choose(pool, num_survivors, state).survivors
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `clipcov` chose, the target it then knows, and figures of how; 0-dim tensors."""
+
+    survivors: Int64[Tensor, " survivors"]
+    balanced: CrossCovSketch
+    figures: dict[str, Tensor]
+
+
+def choose(
+    pool: Pool,
+    num_survivors: int,
+    state: SelectionState,
+    all_reduce: AllReduce | None = None,
+    elapsed: Tensor | None = None,
+) -> Choice:
+    """`clipcov`, with the target that it leaves behind; `all_reduce` and `elapsed` as in `CrossCovSketch.update`.
+
+    figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
+        aim_residual, ||C_S - A|| / ||A|| whitened, and aim_residual_bound, what it cannot exceed (`herding_bound`).
     """
     settings, valid = state.settings, valid_of(pool)
-    margins = margin(pool)
-    frame = whitened(pool, state)
-    gain = settings.quality * standardize(margins, valid)
+    match = matching(pool)
+    open_ = match.opened(valid, settings.gate, num_survivors)
+    density = log_density(pool, open_)
+    balanced = state.balanced.clone()
+    weights = rarity(density, open_, min(settings.balance, 1.0))
+    balanced.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed, weights)
+    frame = whitened(pool, replace(state, balanced=balanced))
+    worth = -settings.balance * density + settings.quality * standardize(match.score, open_)
     if settings.learnability > 0:
-        gain = gain + settings.learnability * standardize(frame.along(frame.lag), valid)
-    needed = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
-    gain = gain + settings.coverage * num_survivors * frame.along(needed)
-    open_ = gated(margins, valid, settings.gate, num_survivors)
-    return greedy_select(frame.image, frame.text, gain, settings.coverage, open_, num_survivors)
+        worth = worth + settings.learnability * standardize(frame.along(frame.lag), open_)
+    if settings.temperature > 0:
+        worth = worth + settings.temperature * gumbel(len(pool), state.generator()).to(worth)
+    aim = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
+    how = (frame.image, frame.text, worth, aim, settings.coverage, open_, num_survivors)
+    survivors = greedy_select(*how)
+    mean = frame.image.index_select(0, survivors).T @ frame.text.index_select(0, survivors) / num_survivors
+    size = aim.norm().clamp_min(1e-12)
+    figures = {
+        "matched_share": match.share,
+        "open_share": open_.sum() / valid.sum().clamp_min(1),
+        "aim_residual": (mean - aim).norm() / size,
+        "aim_residual_bound": herding_bound(*how) / size,
+    }
+    return Choice(survivors, balanced, figures)
+
+
+def rarity(density: Float[Tensor, " pool"], open_: Bool[Tensor, " pool"], power: float) -> Float[Tensor, " pool"]:
+    """density^-power, of mean 1 over the open samples and 0 elsewhere."""
+    least = density.masked_fill(~open_, torch.inf).amin()
+    weights = (-power * (density - least)).exp().masked_fill(~open_, 0.0)
+    return weights * open_.sum() / weights.sum().clamp_min(1e-30)
 
 
 SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
@@ -103,18 +158,24 @@ def select(
     valid = valid_of(pool)
     stream, kept = state.stream.clone(), state.kept.clone()
     stream.update(pool.image, pool.text, valid, all_reduce)
-    seen = replace(state, stream=stream)
-    survivors = selector(pool, num_survivors, seen)
+    seen, elapsed = replace(state, stream=stream), stream.num_samples - state.stream.num_samples
+    figures: dict[str, Tensor] = {}
+    if plain(selector) is clipcov:
+        choice = choose(pool, num_survivors, seen, all_reduce, elapsed)
+        survivors, figures = choice.survivors, choice.figures
+        seen = replace(seen, balanced=choice.balanced)
+    else:
+        survivors = selector(pool, num_survivors, seen)
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
-    kept.update(image, text, counted, all_reduce, elapsed=stream.num_samples - state.stream.num_samples)
+    kept.update(image, text, counted, all_reduce, elapsed)
     # The rivals do not read the lag, and must not be charged for it.
     wants_lag = plain(selector) not in RIVALS.values()
     lag_sum, lag_weight = updated_lag(seen, pool, all_reduce) if wants_lag else (state.lag, state.lag_weight)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight, own=own)
-    return after, survivors, certificate(pool, survivors, after)
+    return after, survivors, {**certificate(pool, survivors, after), **figures}
 
 
 class Selector:

@@ -79,19 +79,44 @@ def lag_sum(image, text, learner_image, learner_text, scale) -> np.ndarray:
     return total
 
 
-def objective(chosen, all_atoms, gain, redundancy) -> float:
-    """sum_i gain_i - redundancy * sum_{i<j} <z_i, z_j>."""
-    pairs = sum((all_atoms[i] * all_atoms[j]).sum() for i, j in combinations(chosen, 2))
-    return sum(gain[i] for i in chosen) - redundancy * pairs
+def objective(chosen, all_atoms, worth, aim, coverage) -> float:
+    """sum_i (worth_i + coverage / 2 * ||z_i||^2) - coverage / 2 * ||sum_i (z_i - A)||^2."""
+    error = sum((all_atoms[i] - as64(aim) for i in chosen), np.zeros_like(all_atoms[0]))
+    own = sum(worth[i] + coverage / 2 * (all_atoms[i] ** 2).sum() for i in chosen)
+    return own - coverage / 2 * (error**2).sum()
 
 
-def greedy(all_atoms, gain, redundancy, valid, num_survivors) -> list[int]:
+def greedy(all_atoms, worth, aim, coverage, valid, num_survivors) -> list[int]:
     """The objective evaluated from scratch for every candidate at every pick."""
     chosen: list[int] = []
     for _ in range(num_survivors):
-        rest = [i for i in range(len(gain)) if valid[i] and i not in chosen]
-        chosen.append(max(rest, key=lambda i: objective([*chosen, i], all_atoms, gain, redundancy)))
+        rest = [i for i in range(len(worth)) if valid[i] and i not in chosen]
+        chosen.append(max(rest, key=lambda i: objective([*chosen, i], all_atoms, worth, aim, coverage)))
     return chosen
+
+
+def match_p_values(image, text, scale) -> np.ndarray:
+    """Share of mismatched pairs of the same image or caption whose margin is at least the pair's own, one by one."""
+    logits = scale * as64(image) @ as64(text).T
+    n = len(logits)
+    by_image = [np.log(sum(np.exp(logits[i, k]) for k in range(n) if k != i)) for i in range(n)]
+    by_text = [np.log(sum(np.exp(logits[k, j]) for k in range(n) if k != j)) for j in range(n)]
+    margins = np.array([[logits[i, j] - (by_image[i] + by_text[j]) / 2 for j in range(n)] for i in range(n)])
+    others = [
+        [margins[i, j] for j in range(n) if j != i] + [margins[j, i] for j in range(n) if j != i] for i in range(n)
+    ]
+    return np.array([np.mean([other >= margins[i, i] for other in others[i]]) for i in range(n)])
+
+
+def log_density(image, text, among, power) -> np.ndarray:
+    """Sum over both sides of the log of the mean of max(centred cosine, 0)^power to the samples `among`."""
+    total = np.zeros(len(among))
+    for rows in (as64(image), as64(text)):
+        centred = unit(rows - rows[among].mean(0))
+        total += np.log(
+            [np.mean([max(row @ centred[j], 0) ** power for j in np.flatnonzero(among)]) for row in centred]
+        )
+    return total
 
 
 def residual(image, text, image_center, text_center, target) -> float:

@@ -216,6 +216,8 @@ def launch(command: list[str]) -> str:
             ("coverage", 0.0),
             ("learnability", 0.5),
             ("quality", 9.0),
+            ("balance", 0.5),
+            ("temperature", 0.5),
             ("ridge", 0.2),
             ("overshoot", 2.0),
             ("memory", 0.5),
@@ -458,7 +460,7 @@ class TestOwnTrainer:
         ({"warmup": "10sp"}, "must be in batches"),
         ({"half_life": 0.0}, "selection.half_life=0.0 must be a positive number"),
         ({"coverage": -1.0}, "selection.coverage=-1.0 must be a finite number"),
-        ({"gate": 1.0}, r"selection.gate=1.0 must be in \[0, 1\)"),
+        ({"gate": 0.0}, "selection.gate=0.0 must be above 0; inf opens every candidate"),
         ({"logit_scale": 0.0}, "selection.logit_scale=0.0"),
     ],
 )

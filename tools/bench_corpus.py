@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.stream import Columns, PairDataset
 
 SIZE, CONTEXT = 32, 24
-EVAL_PER_CLASS, LEAST_PER_CLASS = 8, 24
+EVAL_PER_CLASS, LEAST_PER_CLASS = 32, 24
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def drawn(name: str, folder: Path) -> Corpus:
 def held_out(name: str, folder: Path, seed: int = 0) -> Corpus:
     """A labelled folder, with a balanced evaluation split taken out of the classes that can spare it.
 
-    The classes evaluated are those with at least `LEAST_PER_CLASS` samples, or the ten largest if there are fewer.
+    The classes evaluated are those with at least `LEAST_PER_CLASS` samples, or the ten largest if there are fewer; each
+    gives up to `EVAL_PER_CLASS` samples, at most a third of what it has. An image that is held out leaves the training
+    split with all its captions and copies.
     """
     every, _ = read(folder, "label")
     order = np.random.default_rng(seed).permutation(len(every))
@@ -116,8 +119,9 @@ def held_out(name: str, folder: Path, seed: int = 0) -> Corpus:
     classes = np.flatnonzero(counts >= LEAST_PER_CLASS)
     if len(classes) < 10:
         classes = np.sort(np.argsort(-counts)[:10])
-    held = np.concatenate([order[labels == c][: min(EVAL_PER_CLASS, counts[c] // 2)] for c in classes])
-    rest = np.setdiff1d(np.arange(len(every)), held)
+    held = np.concatenate([order[labels == c][: min(EVAL_PER_CLASS, counts[c] // 3)] for c in classes])
+    image = identical(every.image)
+    rest = np.flatnonzero(~np.isin(image, image[held]))
     split = every.at(torch.from_numpy(held))
     number = torch.full((len(counts),), -1)
     number[classes] = torch.arange(len(classes))
@@ -131,6 +135,12 @@ def held_out(name: str, folder: Path, seed: int = 0) -> Corpus:
         prompts=prompts_of(folder)[classes],
         vocab_size=49408,
     )
+
+
+def identical(image: Tensor) -> NDArray[np.int64]:
+    """(n,) numbers, equal for images of equal pixels."""
+    rows = np.ascontiguousarray(image.flatten(1).numpy())
+    return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1].ravel()
 
 
 def spoilt(corpus: Corpus, mismatched: float, duplicates: float, seed: int = 1) -> Corpus:

@@ -8,9 +8,11 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
     teacher       the learner's moving average: no reference model anywhere
     proxy-noisy   a frozen model trained on a fifth of the noisy corpus
     proxy-clean   a frozen model trained on 2,000 clean samples
-    columns       embeddings of proxy-clean, computed beforehand
+    columns       embeddings of proxy-clean in float16, as an MDS folder would hold them
 
-What a proxy was trained on is left out of the stream, for every selector. Finished runs are kept in OUT/NAME.jsonl and
+A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
+trained on is left out of the stream. With the teacher the first --warmup steps train on random survivors, the same for
+all selectors; with a proxy selection begins at once. Finished runs are kept in OUT/NAME.jsonl and
 not run again while corpus, settings and code are the same, so a long benchmark can be interrupted. Writes OUT/NAME.md
 and OUT/NAME.png; the last line is one JSON document.
 """
@@ -24,7 +26,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,6 @@ with warnings.catch_warnings():
 
 from clipcov_stream import SELECTORS
 from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
@@ -93,13 +94,15 @@ class Curve(Callback):
     """Accuracy at eighths of the run."""
 
     def __init__(self, corpus: Corpus, steps: int, survivors: int) -> None:
-        self.corpus, self.every, self.survivors = corpus, max(1, steps // 8), survivors
+        # A quarter of the evaluation split, or the curve would cost as much as the training.
+        self.coarse = replace(corpus, eval=corpus.eval.at(slice(None, None, 4)))
+        self.every, self.survivors = max(1, steps // 8), survivors
         self.points: list[dict[str, float]] = []
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         if step % self.every == 0:
-            accuracy = evaluate(state.model, self.corpus)["mean_per_class"]
+            accuracy = evaluate(state.model, self.coarse)["mean_per_class"]
             self.points.append({"samples_seen": step * self.survivors, "mean_per_class": accuracy})
 
 
@@ -200,27 +203,24 @@ def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
     return job["corpus"], kind, job["seed"], job["proxy_steps"]
 
 
-def run(corpus: Corpus, proxy: dict[str, Tensor] | None, job: dict[str, Any]) -> dict[str, Any]:
+def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[str, Any]:
     """One training run; its figures."""
     seed, steps, survivors, embed, selector = (job[key] for key in ("seed", "steps", "survivors", "embed", "selector"))
-    pool_size = job["pool"]
+    pool_size, warmup = job["pool"], job["warmup"] if embed == "teacher" else 0
     columns: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
     if selector == ALL_STREAMED:
         pool_size, steps = survivors, steps * pool_size // survivors
         options = {"selector": "random"}
     else:
-        options = {"selector": selector, "embed": embed.split("-")[0], **job["knobs"]}
+        options = {"selector": selector, "embed": "teacher" if proxy is None else "columns", **job["knobs"]}
     if proxy is not None:
-        model = ClipModel(TinyTowers(corpus.vocab_size))
-        model.load_state_dict(proxy)
-        if embed == "columns":
-            columns, options["logit_scale"] = embedded(model, corpus.train)
-        else:
-            options["proxy"] = Proxy(model.towers)
+        dtype = torch.float16 if embed == "columns" else torch.float32
+        columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
+        options["logit_scale"] = proxy.logit_scale
     start = time.perf_counter()
-    clipcov = ClipCov(1 - survivors / pool_size, warmup=job["warmup"], seed=seed, **options)
-    kept, curve = Survivors(job["warmup"]), Curve(corpus, steps, survivors)
+    clipcov = ClipCov(1 - survivors / pool_size, warmup=warmup, seed=seed, **options)
+    kept, curve = Survivors(warmup), Curve(corpus, steps, survivors)
     stream = Stream(corpus, pool_size, steps, seed, columns, proxy_rows(corpus, embed, seed))
     model, logged = train(corpus, stream, [clipcov], survivors, seed, [kept, curve])
     rows = torch.cat(kept.rows)
@@ -239,14 +239,22 @@ def run(corpus: Corpus, proxy: dict[str, Tensor] | None, job: dict[str, Any]) ->
     }
 
 
-def embedded(model: ClipModel, split: Split) -> tuple[dict[str, Tensor], float]:
-    """Columns of embeddings, and the model's logit scale."""
+@dataclass(frozen=True)
+class Embeddings:
+    """A frozen model's view of a whole training split. `image`, `text` (n, dim) float32."""
+
+    image: Tensor
+    text: Tensor
+    logit_scale: float
+
+
+def embedded(model: ClipModel, split: Split) -> Embeddings:
     model.eval()
     with torch.no_grad():
         parts = [split.at(rows) for rows in torch.arange(len(split)).split(1024)]
         image = torch.cat([model.encode_image(normalize(part.image)) for part in parts])
         text = torch.cat([model.encode_text(part.text) for part in parts])
-    return {"image_embedding": image, "text_embedding": text}, float(model.logit_scale.exp())
+    return Embeddings(image, text, float(model.logit_scale.exp()))
 
 
 def key_of(job: dict[str, Any]) -> str:
@@ -294,7 +302,7 @@ def parse_knobs(items: list[str]) -> dict[str, Any]:
 
 
 CORPORA: dict[str, Corpus] = {}
-PROXIES: dict[tuple[str, str, int, int], dict[str, Tensor]] = {}
+PROXIES: dict[tuple[str, str, int, int], Embeddings] = {}
 """Filled before the workers fork, which then share the memory."""
 
 
@@ -309,12 +317,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return run(CORPORA[job["corpus"]], None if proxy is None else PROXIES[proxy], job)
 
 
-def work_proxy(proxy: tuple[str, str, int, int]) -> dict[str, Any]:
+def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float]:
     quiet()
     corpus, kind, seed, steps = proxy
-    model = trained_proxy(CORPORA[corpus], kind, seed, steps)
+    seen = embedded(trained_proxy(CORPORA[corpus], kind, seed, steps), CORPORA[corpus].train)
     # As arrays: tensors would be sent by file descriptors, which run out.
-    return {name: value.numpy() for name, value in model.state_dict().items()}
+    return seen.image.numpy(), seen.text.numpy(), seen.logit_scale
 
 
 def main() -> None:
@@ -361,8 +369,8 @@ def main() -> None:
     wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
     with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         trained = tqdm(pool.imap(work_proxy, wanted), total=len(wanted), desc="proxies")
-        for proxy, weights in zip(wanted, trained, strict=True):
-            PROXIES[proxy] = {name: torch.from_numpy(value) for name, value in weights.items()}
+        for proxy, (image, text, logit_scale) in zip(wanted, trained, strict=True):
+            PROXIES[proxy] = Embeddings(torch.from_numpy(image), torch.from_numpy(text), logit_scale)
     with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool, kept.open("a") as file:
         for row in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc="runs"):
             done[key_of(row)] = row
