@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHARPNESS = 8
 """Power of the centred cosine in `log_density`. Measured in tools/LOG.md."""
 LEAST_DENSITY = 1e-4
+"""Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def matching(pool: Pool) -> Matching:
         m_ij = s x_i.y_j - 1/2 log sum_{k != i} exp(s x_i.y_k) - 1/2 log sum_{k != j} exp(s x_k.y_j)
 
     (negCLIPLoss: Wang et al., NeurIPS 2024, arXiv 2405.19547, without a pair's own term). If a caption has nothing to
-    do with its image, m_ii is exchangeable with m_ij and m_ji, so its p-value is uniform; those above 1/2 are half of
-    the mismatched pairs (Storey, JRSS B 2002, with lambda = 1/2).
+    do with its image, m_ii is one of the m_ij and m_ji but for what the normalizers leave out, so its p-value is nearly
+    uniform (in pools below a hundred small ones are too frequent); those above 1/2 are half of the mismatched pairs
+    (Storey, JRSS B 2002, with lambda = 1/2).
 
     A class that fills a share r of the pool makes r of its mismatched pairs match by accident, which this cannot see;
     and pairs that the embedder has not learned look mismatched: a weak embedder underestimates the share.
@@ -86,9 +88,10 @@ def log_density(pool: Pool, among: Bool[Tensor, " pool"]) -> Float[Tensor, " poo
     """How common each pair is: the log density of its image plus that of its caption, among the samples `among`.
 
     A kernel density estimate on the sphere, of rows centred by their mean over `among`: the mean of max(cosine, 0) to
-    the power `SHARPNESS`. Near-duplicates and popular concepts are dense, the tail is not. It plays the part of the
-    concept counts that data curation balances by where there are tags or metadata (MetaCLIP: Xu et al., ICLR 2024,
-    arXiv 2309.16671; CABS, arXiv 2511.20643).
+    the power `SHARPNESS`. Near-duplicates and popular concepts are dense, the tail is not; but a concept that fills
+    half of the pool draws the mean to itself, and what is left of its samples once centred looks rare. It plays the
+    part of the concept counts that data curation balances by where there are tags or metadata (MetaCLIP: Xu et al.,
+    ICLR 2024, arXiv 2309.16671; CABS, arXiv 2511.20643).
 
     Costs: 4 * pool^2 * dim flops.
     """
@@ -96,7 +99,7 @@ def log_density(pool: Pool, among: Bool[Tensor, " pool"]) -> Float[Tensor, " poo
 
 
 def row_log_density(rows: Float[Tensor, "pool dim"], among: Bool[Tensor, " pool"]) -> Float[Tensor, " pool"]:
-    """`log_density` of one side; a sample that is alone has that of its own share."""
+    """`log_density` of one side."""
     share = among / among.sum().clamp_min(1)
     centred = F.normalize(rows - share @ rows, dim=1)
     kernel = (centred @ centred.T).clamp_min(0.0) ** SHARPNESS

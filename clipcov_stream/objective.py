@@ -32,8 +32,9 @@ class Settings:
         half_life: of the sketches, in samples streamed; inf for embeddings that do not change (columns, proxy).
         gate: candidates that stay open, best matches first, for each that is estimated to match its caption
             (`evidence.matching`); below 1 leaves the doubtful ones out, inf opens all. At least `num_survivors` stay.
-        balance: power of 1 / density (`evidence.log_density`) in a pair's weight. 0 keeps the stream's own shares, 1
-            evens out what is common and what is rare.
+        balance: power of 1 / density in a pair's weight, the density of its image times that of its caption
+            (`evidence.log_density`). 0 keeps the stream's own shares, .5 evens out common and rare concepts, more
+            favours the rare. The target counts powers up to 1.
         quality: log weight per standard deviation of the margin over the open candidates.
         learnability: log weight per standard deviation of the lag over the open candidates.
         temperature: of the draw by those weights; 0 takes the heaviest.
@@ -83,7 +84,7 @@ class SelectionState:
         step: pools selected from so far.
         rank: of this process; local random draws differ by it.
         stream: sketch of all candidates.
-        balanced: sketch of the open candidates, weighted by 1 / density: the target.
+        balanced: sketch of the open candidates, weighted by density^-min(balance, 1): the target.
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
         lag_weight: sum of the decayed weights in `lag`.
@@ -363,8 +364,8 @@ def herding_bound(
 
     N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
     ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
-    spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0 and
-    worths differ.
+    spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0, which
+    does not look at the atoms.
     """
     count = valid.sum()
     weight = valid / count.clamp_min(1)
@@ -374,7 +375,7 @@ def herding_bound(
     spread = (apart * weight).sum().clamp_min(0)
     worth = worth + 0.5 * coverage * size
     worths = worth.masked_fill(~valid, -torch.inf).amax() - worth.masked_fill(~valid, torch.inf).amin()
-    price = torch.where(worths > 0, 2 * worths / coverage if coverage > 0 else torch.inf, 0.0)
+    price = 2 * worths.clamp_min(0) / coverage if coverage > 0 else torch.full_like(worths, torch.inf)
     left = (count - (num_survivors + 1) / 2) / (num_survivors * (count - 1).clamp_min(1))
     drift = ((spread + price) * left).clamp_min(0).sqrt()
     return start.norm() + torch.where(count > num_survivors, drift, 0.0)

@@ -50,16 +50,18 @@ if TYPE_CHECKING:
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
     """Survivors that preserve the cross-covariance of what matches, with common and rare concepts evened out.
 
-    A pair is open if it is among the `gate * share` best matches of the pool. Open pairs have the log weight
+    A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
+    needed, the best matches are all that survives. Open pairs have the log weight
 
-        w_i = -balance * log density_i + quality * margin_i + learnability * lag_i + temperature * Gumbel noise,
+        w_i = -balance * log density_i + quality * margin_i + learnability * lag_i,
 
-    margin and lag in standard deviations over the open pairs; alone, these would be a draw without replacement by
-    exp(w_i / temperature). Picks add coverage * the fall of ||m C_S - m A||^2 / 2, with A = overshoot * T + memory *
-    (T - M), T the mean whitened atom of open pairs by 1 / density, M that of earlier survivors.
+    margin and lag in standard deviations over the open pairs; by themselves these would be a draw without replacement
+    by exp(w_i / temperature). The draw is herded towards A = overshoot * T + memory * (T - M), with weight `coverage`
+    (`greedy_select`): T is the mean whitened atom of all pools' open pairs by density^-min(balance, 1), M that of
+    earlier survivors. Called by itself, rather than by `select`, it takes T from the state and this pool.
 
     Costs: 6 * pool^2 * dim flops for margins and densities, 4 * pool * survivors * dim for the picks, two Cholesky
-    factors of dim^3.
+    factors of dim^3 and their triangular solves; 4 * pool^2 * dim for the lag's update if learnability is above 0.
     """
     return choose(pool, num_survivors, state).survivors
 
@@ -83,7 +85,7 @@ def choose(
     """`clipcov`, with the target that it leaves behind; `all_reduce` and `elapsed` as in `CrossCovSketch.update`.
 
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
-        aim_residual, ||C_S - A|| / ||A|| whitened, and aim_residual_bound, what it cannot exceed (`herding_bound`).
+        aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`herding_bound`).
     """
     settings, valid = state.settings, valid_of(pool)
     match = matching(pool)
@@ -102,7 +104,7 @@ def choose(
     how = (frame.image, frame.text, worth, aim, settings.coverage, open_, num_survivors)
     survivors = greedy_select(*how)
     mean = frame.image.index_select(0, survivors).T @ frame.text.index_select(0, survivors) / num_survivors
-    size = aim.norm().clamp_min(1e-12)
+    size = frame.target.norm().clamp_min(1e-12)
     figures = {
         "matched_share": match.share,
         "open_share": open_.sum() / valid.sum().clamp_min(1),

@@ -164,7 +164,7 @@ class CrossCovSketch:
         y = (y - y_shift).masked_fill(~counted[:, None], 0.0)
         weighted = x * each[:, None]
         xx, yy, xy = summed([weighted.T @ x, (y * each[:, None]).T @ y, weighted.T @ y], all_reduce)
-        elapsed = total.double() if elapsed is None else elapsed.double()
+        elapsed = count.double() if elapsed is None else elapsed.double()
         self._absorb(elapsed, total.double(), total_sq.double(), count.long(), x_shift, y_shift, xx, yy, xy)
 
     def merge(self, other: CrossCovSketch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from bench_corpus import Corpus, load_corpus
+from bench_corpus import Corpus, identical, load_corpus
 from corpora import draw_corpus
 from PIL import Image
 
@@ -100,12 +100,19 @@ def check_tokens(corpus: Corpus) -> None:
 
 def test_a_labelled_folder_spares_an_evaluation_split(labelled: Path) -> None:
     corpus = load_corpus(f"x={labelled}")
-    assert corpus.eval.label.bincount().tolist() == [8] * 12 and len(corpus.prompts) == 12
-    assert len(corpus.train) == 12 * 22 + 3
+    assert corpus.eval.label.bincount().tolist() == [10] * 12 and len(corpus.prompts) == 12
+    assert len(corpus.train) == 12 * 20 + 3
     keys = [{tuple(image.flatten().tolist()) for image in split.image} for split in (corpus.train, corpus.eval)]
     assert not keys[0] & keys[1]
     assert not corpus.mismatched.any() and not corpus.duplicate.any()
     check_tokens(corpus)
+
+
+def test_identical_images_share_a_number() -> None:
+    image = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first, second, *_, last = identical(image[[3, 0, 1, 3, 0, 3]])
+    assert [len({first, last}), len({first, second})] == [1, 2]
+    assert len(set(identical(image))) == 5
 
 
 def test_faults_come_in_the_dose_asked_for(labelled: Path) -> None:

@@ -55,7 +55,8 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     """Markdown, a table per (corpus, embed), best mean-per-class accuracy first."""
     job = rows[0]
     lines = [
-        f"{job['steps']} steps, pool {job['pool']}, {job['survivors']} survivors, warm-up {job['warmup']} steps; "
+        f"{job['steps']} steps, pool {job['pool']}, {job['survivors']} survivors, warm-up {job['warmup']} steps "
+        "with the teacher and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
     for corpus, embed in dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary):
