@@ -52,11 +52,11 @@ class Settings:
 
     half_life: float = math.inf
     gate: float = 0.8
-    balance: float = 1.5
+    balance: float = 0.5
     quality: float = 0.0
     learnability: float = 1.0
-    temperature: float = 1.0
-    coverage: float = 1.0
+    temperature: float = 0.2
+    coverage: float = 3.0
     overshoot: float = 1.0
     memory: float = 1.0
     ridge: float = 0.1
