@@ -216,7 +216,7 @@ def launch(command: list[str]) -> str:
             ("coverage", 0.0),
             ("learnability", 0.5),
             ("quality", 9.0),
-            ("balance", 0.5),
+            ("balance", 0.7),
             ("temperature", 0.5),
             ("ridge", 0.2),
             ("overshoot", 2.0),
