@@ -183,7 +183,8 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert row["samples_streamed"] == 8 * 40
         assert row["samples_seen"] == (8 * 40 if everything else 8 * 8)
         assert 0 <= row["mean_per_class"] <= 1 and 0 <= row["clean_share"] <= 1
-        assert row["curve"][-1]["mean_per_class"] == row["mean_per_class"]
+        assert row["curve"][-1]["samples_seen"] == row["samples_seen"]
+        assert all(0 <= point["mean_per_class"] <= 1 for point in row["curve"])
         assert ("select_ms" in row) == (not everything)
     assert np.isfinite([row["mean_per_class"] for row in rows]).all()
     assert "### shapes, embed: columns" in (tmp_path / "bench_selectors.md").read_text()
