@@ -9,11 +9,11 @@ corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
    is estimated, and as many of the best stay open (`evidence.matching`).
-2. What is common? Each open pair weighs 1 / (density of its image x density of its caption), so that popular concepts
-   and near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
+2. What is common? An open pair weighs less the denser its image and its caption lie, so that popular concepts and
+   near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
    learner does not yet reproduce the stream's cross-covariance (`objective.updated_lag`).
 3. Survivors are drawn by those weights, herded so that their whitened cross-covariance stays close to that of the open
-   pairs by 1 / density (`objective.greedy_select`).
+   pairs, weighted by rarity (`objective.greedy_select`).
 
 The weighted cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
 Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
