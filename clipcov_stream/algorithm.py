@@ -33,7 +33,7 @@ from clipcov_stream.selection import resolve, select
 
 
 class ClipCov(Algorithm):
-    """Trains on the survivors of every candidate pool: samples that match and preserve a balanced cross-covariance.
+    """Trains on the survivors of every candidate pool: samples that match, preserve the cross-covariance and are not common.
 
     The loader's batch is the pool; the model sees `num_survivors` of it. Composer's clock, and so `max_duration` in
     samples or epochs, counts candidates (samples_streamed); use `ba` durations. `device_train_microbatch_size` must be
@@ -47,7 +47,7 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, gate, balance, quality, temperature, overshoot, memory, ridge: see `selection.Settings`.
+        coverage, gate, balance, quality, overshoot, memory, ridge: see `selection.Settings`.
         learnability: weight of the lag. None is the default weight for the teacher, whose own logits show what is
             learned, and 0 for columns and proxy, where any other value costs a forward pass of the learner per pool.
         seed: of everything random in selection.
@@ -78,7 +78,6 @@ class ClipCov(Algorithm):
         gate: float = Settings.gate,
         balance: float = Settings.balance,
         quality: float = Settings.quality,
-        temperature: float = Settings.temperature,
         overshoot: float = Settings.overshoot,
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
@@ -115,7 +114,6 @@ class ClipCov(Algorithm):
             gate=gate,
             balance=balance,
             quality=quality,
-            temperature=temperature,
             learnability=self.own_learnability if learnability is None else learnability,
             coverage=coverage,
             overshoot=overshoot,

@@ -101,7 +101,6 @@ class SelectionConfig:
     gate: float | None = None
     balance: float | None = None
     quality: float | None = None
-    temperature: float | None = None
     overshoot: float | None = None
     memory: float | None = None
     ridge: float | None = None

@@ -19,7 +19,7 @@ from clipcov_stream.sketch import AllReduce, CrossCovSketch
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
-SKETCHES = ("stream", "balanced", "kept")
+SKETCHES = ("stream", "matched", "kept")
 LAG_DECAY = 0.9
 """Per pool: the learner moves, so its lag is forgotten within some ten pools whatever the sketch's half-life."""
 
@@ -32,13 +32,11 @@ class Settings:
         half_life: of the sketches, in samples streamed; inf for embeddings that do not change (columns, proxy).
         gate: candidates that stay open, best matches first, for each that is estimated to match its caption
             (`evidence.matching`); below 1 leaves the doubtful ones out, inf opens all. At least `num_survivors` stay.
-        balance: power of 1 / density in a pair's weight, the density of its image times that of its caption
-            (`evidence.log_density`). 0 keeps the stream's own shares, .5 evens out common and rare concepts, more
-            favours the rare. The target counts powers up to 1.
-        quality: log weight per standard deviation of the margin over the open candidates.
-        learnability: log weight per standard deviation of the lag over the open candidates.
-        temperature: of the draw by those weights; 0 takes the heaviest.
-        coverage: weight of the distance to the target, beside the log weights.
+        balance: what a pair is worth per unit of -log density, the density of its image times that of its caption
+            (`evidence.log_density`): 0 keeps the stream's own shares, more favours the rare.
+        quality: worth per standard deviation of the margin over the open candidates.
+        learnability: worth per standard deviation of the lag over the open candidates.
+        coverage: weight of the distance to the target, beside what pairs are worth.
         overshoot: multiple of the target T that each batch aims at. 1 preserves it; more filters mismatched pairs,
             which shrink it but do not rotate it (Pareek, Oh and Du, NeurIPS 2025, Thm 1); 0 leaves the aim to `memory`.
         memory: weight of T - M, what earlier survivors (M) still miss of the target. With overshoot 1, 0 preserves each
@@ -52,11 +50,10 @@ class Settings:
 
     half_life: float = math.inf
     gate: float = 0.8
-    balance: float = 0.5
+    balance: float = 1.0
     quality: float = 0.0
-    learnability: float = 1.0
-    temperature: float = 0.2
-    coverage: float = 3.0
+    learnability: float = 0.5
+    coverage: float = 1.0
     overshoot: float = 1.0
     memory: float = 1.0
     ridge: float = 0.1
@@ -67,7 +64,7 @@ class Settings:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
         if not self.gate > 0:
             raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
-        for name in ("balance", "quality", "learnability", "temperature", "coverage", "overshoot", "memory"):
+        for name in ("balance", "quality", "learnability", "coverage", "overshoot", "memory"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
@@ -84,7 +81,7 @@ class SelectionState:
         step: pools selected from so far.
         rank: of this process; local random draws differ by it.
         stream: sketch of all candidates.
-        balanced: sketch of the open candidates, weighted by density^-min(balance, 1): the target.
+        matched: sketch of the candidates that the gate let through: the target.
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
         lag_weight: sum of the decayed weights in `lag`.
@@ -95,7 +92,7 @@ class SelectionState:
     step: int
     rank: int
     stream: CrossCovSketch
-    balanced: CrossCovSketch
+    matched: CrossCovSketch
     kept: CrossCovSketch
     lag: Float[Tensor, "dim dim"]
     lag_weight: Float[Tensor, ""]
@@ -104,13 +101,13 @@ class SelectionState:
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
-        stream, balanced, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
+        stream, matched, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
         return cls(
             settings=settings,
             step=0,
             rank=rank,
             stream=stream,
-            balanced=balanced,
+            matched=matched,
             kept=kept,
             lag=torch.zeros(dim, dim, device=device),
             lag_weight=torch.zeros((), device=device),
@@ -216,7 +213,7 @@ class Whitened:
 
     Args:
         image, text: rows, scaled so that a typical atom x y^T has norm 1.
-        target: the balanced cross-covariance, about the stream's means.
+        target: the matched pairs' cross-covariance, about the stream's means.
         memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
         lag: the mean over EARLIER pools of what the learner does not reproduce of the target (`updated_lag`), zeros
             before there is one.
@@ -250,7 +247,7 @@ def whitened(pool: Pool, state: SelectionState) -> Whitened:
     def framed(matrix: Tensor) -> Tensor:
         return solve(text_root, solve(image_root, matrix).T).T / (image_size * text_size)
 
-    target = state.balanced.cross_cov_about(stream.image_mean, stream.text_mean)
+    target = state.matched.cross_cov_about(stream.image_mean, stream.text_mean)
     memory = state.kept.cross_cov_about(stream.image_mean, stream.text_mean)
     return Whitened(
         image=image / image_size,

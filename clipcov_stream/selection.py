@@ -12,10 +12,10 @@ corpus:
 2. What is common? An open pair weighs less the denser its image and its caption lie, so that popular concepts and
    near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
    learner does not yet reproduce the stream's cross-covariance (`objective.updated_lag`).
-3. Survivors are drawn by those weights, herded so that their whitened cross-covariance stays close to that of the open
-   pairs, weighted by rarity (`objective.greedy_select`).
+3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
+   that of the open pairs (`objective.greedy_select`).
 
-The weighted cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
+That cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
 Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
 """
 
@@ -33,7 +33,6 @@ from clipcov_stream.objective import (
     Settings,
     certificate,
     greedy_select,
-    gumbel,
     herding_bound,
     standardize,
     updated_lag,
@@ -51,14 +50,14 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """Survivors that preserve the cross-covariance of what matches, with common and rare concepts evened out.
 
     A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
-    needed, the best matches are all that survives. Open pairs have the log weight
+    needed, the best matches are all that survives. An open pair is worth
 
         w_i = -balance * log density_i + quality * margin_i + learnability * lag_i,
 
-    margin and lag in standard deviations over the open pairs; by themselves these would be a draw without replacement
-    by exp(w_i / temperature). The draw is herded towards A = overshoot * T + memory * (T - M), with weight `coverage`
-    (`greedy_select`): T is the mean whitened atom of all pools' open pairs by density^-min(balance, 1), M that of
-    earlier survivors. Called by itself, rather than by `select`, it takes T from the state and this pool.
+    margin and lag in standard deviations over the open pairs. Beside that, picks are herded towards
+    A = overshoot * T + memory * (T - M), with weight `coverage` (`greedy_select`): T is the mean whitened atom of all
+    pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
+    Called by itself, rather than by `select`, it takes T from the state and this pool.
 
     Costs: 6 * pool^2 * dim flops for margins and densities, 4 * pool * survivors * dim for the picks, two Cholesky
     factors of dim^3 and their triangular solves; 4 * pool^2 * dim for the lag's update if learnability is above 0.
@@ -71,7 +70,7 @@ class Choice:
     """What `clipcov` chose, the target it then knows, and figures of how; 0-dim tensors."""
 
     survivors: Int64[Tensor, " survivors"]
-    balanced: CrossCovSketch
+    matched: CrossCovSketch
     figures: dict[str, Tensor]
 
 
@@ -91,15 +90,12 @@ def choose(
     match = matching(pool)
     open_ = match.opened(valid, settings.gate, num_survivors)
     density = log_density(pool, open_)
-    balanced = state.balanced.clone()
-    weights = rarity(density, open_, min(settings.balance, 1.0))
-    balanced.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed, weights)
-    frame = whitened(pool, replace(state, balanced=balanced))
+    matched = state.matched.clone()
+    matched.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed)
+    frame = whitened(pool, replace(state, matched=matched))
     worth = -settings.balance * density + settings.quality * standardize(match.score, open_)
     if settings.learnability > 0:
         worth = worth + settings.learnability * standardize(frame.along(frame.lag), open_)
-    if settings.temperature > 0:
-        worth = worth + settings.temperature * gumbel(len(pool), state.generator()).to(worth)
     aim = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
     how = (frame.image, frame.text, worth, aim, settings.coverage, open_, num_survivors)
     survivors = greedy_select(*how)
@@ -111,14 +107,7 @@ def choose(
         "aim_residual": (mean - aim).norm() / size,
         "aim_residual_bound": herding_bound(*how) / size,
     }
-    return Choice(survivors, balanced, figures)
-
-
-def rarity(density: Float[Tensor, " pool"], open_: Bool[Tensor, " pool"], power: float) -> Float[Tensor, " pool"]:
-    """density^-power, of mean 1 over the open samples and 0 elsewhere."""
-    least = density.masked_fill(~open_, torch.inf).amin()
-    weights = (-power * (density - least)).exp().masked_fill(~open_, 0.0)
-    return weights * open_.sum() / weights.sum().clamp_min(1e-30)
+    return Choice(survivors, matched, figures)
 
 
 SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
@@ -165,7 +154,7 @@ def select(
     if plain(selector) is clipcov:
         choice = choose(pool, num_survivors, seen, all_reduce, elapsed)
         survivors, figures = choice.survivors, choice.figures
-        seen = replace(seen, balanced=choice.balanced)
+        seen = replace(seen, matched=choice.matched)
     else:
         survivors = selector(pool, num_survivors, seen)
     check_survivors(survivors, valid, num_survivors, selector)

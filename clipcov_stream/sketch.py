@@ -130,7 +130,6 @@ class CrossCovSketch:
         valid: Bool[Tensor, " n"] | None = None,
         all_reduce: AllReduce | None = None,
         elapsed: Tensor | None = None,
-        weights: Float[Tensor, " n"] | None = None,
     ) -> None:
         """Add n pairs, older samples decaying by n samples first.
 
@@ -138,10 +137,9 @@ class CrossCovSketch:
             image, text: embeddings of the pairs, finite where `valid`.
             valid: pairs to count; all of them if not given.
             all_reduce: sums over ranks, in place. With it every rank adds every rank's pairs, and all ranks end with
-                the same sketch. Two collectives: 3 + d_x + d_y numbers, then d_x^2 + d_y^2 + d_x d_y.
+                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x^2 + d_y^2 + d_x d_y.
             elapsed: 0-dim, samples by which the older ones decay; the number added if not given. The sketch of a
                 stream's survivors passes the number streamed, so that both forget at one pace.
-            weights: of the pairs, at least 0; 1 if not given. A pair of weight 2 counts as two alike.
 
         Raises:
             ValueError: rows or widths that do not match.
@@ -153,19 +151,16 @@ class CrossCovSketch:
         counted = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
         # masked_fill, not a product: NaN * 0 is NaN.
         x, y = x.masked_fill(~counted[:, None], 0.0), y.masked_fill(~counted[:, None], 0.0)
-        each = counted.to(dtype) if weights is None else weights.to(dtype).masked_fill(~counted, 0.0)
-        sums = [each.sum()[None], each.square().sum()[None], counted.sum().to(dtype)[None]]
-        first = summed([*sums, each @ x, each @ y], all_reduce)
-        total, total_sq, count = (part[0] for part in first[:3])
-        tiny = torch.finfo(dtype).tiny
-        x_shift, y_shift = first[3] / total.clamp_min(tiny), first[4] / total.clamp_min(tiny)
+        first = summed([counted.sum().to(dtype)[None], x.sum(0), y.sum(0)], all_reduce)
+        count = first[0][0]
+        x_shift, y_shift = first[1] / count.clamp_min(1), first[2] / count.clamp_min(1)
         # About the batch's own means: with the running ones, a long mean or a jump of the stream would cancel.
         x = (x - x_shift).masked_fill(~counted[:, None], 0.0)
         y = (y - y_shift).masked_fill(~counted[:, None], 0.0)
-        weighted = x * each[:, None]
-        xx, yy, xy = summed([weighted.T @ x, (y * each[:, None]).T @ y, weighted.T @ y], all_reduce)
-        elapsed = count.double() if elapsed is None else elapsed.double()
-        self._absorb(elapsed, total.double(), total_sq.double(), count.long(), x_shift, y_shift, xx, yy, xy)
+        xx, yy, xy = summed([x.T @ x, y.T @ y, x.T @ y], all_reduce)
+        weight = count.double()
+        elapsed = weight if elapsed is None else elapsed.double()
+        self._absorb(elapsed, weight, weight, count.long(), x_shift, y_shift, xx, yy, xy)
 
     def merge(self, other: CrossCovSketch) -> None:
         """Append another sketch's stream to this one's, as if its samples had come after ours.

@@ -108,14 +108,12 @@ def match_p_values(image, text, scale) -> np.ndarray:
     return np.array([np.mean([other >= margins[i, i] for other in others[i]]) for i in range(n)])
 
 
-def log_density(image, text, among, power) -> np.ndarray:
-    """Sum over both sides of the log of the mean of max(centred cosine, 0)^power to the samples `among`."""
+def log_density(image, text, among) -> np.ndarray:
+    """Sum over both sides of the log of the mean of max(centred cosine, 0)^8 to the samples `among`."""
     total = np.zeros(len(among))
     for rows in (as64(image), as64(text)):
         centred = unit(rows - rows[among].mean(0))
-        total += np.log(
-            [np.mean([max(row @ centred[j], 0) ** power for j in np.flatnonzero(among)]) for row in centred]
-        )
+        total += np.log([np.mean([max(row @ centred[j], 0) ** 8 for j in np.flatnonzero(among)]) for row in centred])
     return total
 
 

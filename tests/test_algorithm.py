@@ -217,7 +217,6 @@ def launch(command: list[str]) -> str:
             ("learnability", 0.5),
             ("quality", 9.0),
             ("balance", 0.7),
-            ("temperature", 0.5),
             ("ridge", 0.2),
             ("overshoot", 2.0),
             ("memory", 0.5),

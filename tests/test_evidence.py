@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from clipcov_stream.evidence import SHARPNESS, log_density, matching
+from clipcov_stream.evidence import log_density, matching
 from clipcov_stream.pool import Pool, prepared
 
 
@@ -65,7 +65,7 @@ def test_the_gate_lets_matches_through():
 
 def test_density_equals_the_oracle():
     pool, among = draw(15, 4, 0.5), torch.arange(15) % 4 != 2
-    want = oracle.log_density(pool.image, pool.text, among.numpy(), SHARPNESS)
+    want = oracle.log_density(pool.image, pool.text, among.numpy())
     np.testing.assert_allclose(log_density(pool, among)[among], want[among.numpy()], rtol=1e-4, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcov_stream.evidence import LEAST_DENSITY, SHARPNESS, matching
+from clipcov_stream.evidence import matching
 from clipcov_stream.objective import (
     LAG_DECAY,
     SKETCHES,
@@ -212,33 +212,29 @@ def test_whitened_inner_products_equal_those_of_symmetric_roots():
     assert not np.allclose(kept, stream.cross_cov)
     mean_lag = np.asarray(state.lag / state.lag_weight, np.float64)
     assert mean_lag.any()
-    balanced = np.asarray(state.balanced.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
-    assert not np.allclose(balanced, stream.cross_cov)
-    for got, matrix in ((target, balanced), (memory, kept), (lag, mean_lag)):
+    matched = np.asarray(state.matched.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
+    assert not np.allclose(matched, stream.cross_cov)
+    for got, matrix in ((target, matched), (memory, kept), (lag, mean_lag)):
         want = np.einsum("na,ab,nb->n", x, image_root @ matrix @ text_root, y) / (x_size * y_size) ** 2
         close(np.einsum("na,ab,nb->n", image, got, text), want)
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.7, 3.0])
-def test_the_target_is_the_open_pairs_by_density(balance):
+def test_the_target_is_what_the_gate_let_through():
     pools = [replace(draw(30, 4, seed), valid=torch.arange(30) % 7 != seed) for seed in range(2)]
-    state = after(pools, balance=balance, gate=0.9, half_life=40.0)
+    state = after(pools, gate=0.9, half_life=40.0)
     image, text, weights = [], [], []
     for age, pool in enumerate(map(prepared, pools)):
         open_ = matching(pool).opened(pool.valid, 0.9, 3)
         assert 3 < int(open_.sum()) < int(pool.valid.sum())
-        density = oracle.log_density(pool.image, pool.text, open_.numpy(), SHARPNESS)[open_.numpy()]
-        density = np.maximum(density, 2 * math.log(LEAST_DENSITY))
-        rare = np.exp(-min(balance, 1.0) * (density - density.min()))
         # The second pool's valid samples age the first's.
         decay = 2 ** (-int(prepared(pools[1]).valid.sum()) / 40) if age == 0 else 1.0
         image.append(pool.image[open_])
         text.append(pool.text[open_])
-        weights.append(decay * rare / rare.mean())
+        weights.append(np.full(int(open_.sum()), decay))
     expected = oracle.moments(torch.cat(image), torch.cat(text), np.concatenate(weights))
-    close(state.balanced.cross_cov, expected.cross_cov)
-    close(state.balanced.image_mean, expected.image_mean)
-    assert int(state.balanced.num_samples) == sum(map(len, image))
+    close(state.matched.cross_cov, expected.cross_cov)
+    close(state.matched.image_mean, expected.image_mean)
+    assert int(state.matched.num_samples) == sum(map(len, image))
 
 
 # Lag
@@ -391,7 +387,7 @@ def test_permuting_the_pool_permutes_the_survivors(name, seed):
     pool = draw(40, 6, seed)
     pool.text[3] = math.inf
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
-    state = after([draw(40, 6, 50)], 10, name, temperature=0.0)
+    state = after([draw(40, 6, 50)], 10, name)
     straight = select(state, pool, 10, SELECTORS[name])[1]
     permuted = select(state, rows_of(pool, order), 10, SELECTORS[name])[1]
     assert torch.equal(order[permuted], straight)
@@ -643,7 +639,7 @@ def test_errors_name_the_values():
     ("knob", "value"),
     [
         *[("half_life", 0.0), ("gate", 0.0), ("gate", math.nan), ("balance", -1.0), ("quality", -1.0)],
-        *[("temperature", -0.1), ("coverage", math.inf), ("ridge", 0.0)],
+        *[("coverage", math.inf), ("ridge", 0.0)],
     ],
 )
 def test_settings_out_of_range_name_the_knob(knob, value):
@@ -705,7 +701,7 @@ def preserve(memory: float) -> tuple[float, float]:
     """With nothing but coverage, on clean embeddings: residual of a step and of all survivors, each over chance's."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(16, 16, generator=generator)
-    settings = Settings(gate=math.inf, balance=0.0, temperature=0.0, learnability=0.0, memory=memory)
+    settings = Settings(gate=math.inf, balance=0.0, learnability=0.0, memory=memory)
     selector = Selector("clipcov", settings=settings)
     ratios = []
     for _ in range(10):

@@ -98,21 +98,6 @@ def test_elapsed_replaces_the_clock():
     assert_matches(sketch, oracle.moments(image, text, weights))
 
 
-@pytest.mark.parametrize("half_life", [math.inf, 30.0])
-def test_weights_count_pairs_so_many_times(half_life):
-    sizes, generator = [20, 12, 25], torch.Generator().manual_seed(3)
-    parts = [[torch.randn(n, 3, generator=generator) + 2.0 for _ in range(2)] for n in sizes]
-    given = [3 * torch.rand(n, generator=generator) for n in sizes]
-    sketch = CrossCovSketch(3, half_life=half_life)
-    for (image, text), weights in zip(parts, given, strict=True):
-        sketch.update(image, text, weights=weights)
-    decay = oracle.half_life_weights(sizes, half_life)
-    expected = oracle.moments(*(torch.cat(rows) for rows in zip(*parts, strict=True)), decay * torch.cat(given).numpy())
-    for name in ("image_cov", "text_cov", "cross_cov", "image_mean", "text_mean", "weight", "effective_size"):
-        np.testing.assert_allclose(getattr(sketch, name), getattr(expected, name), rtol=1e-4, atol=1e-5, err_msg=name)
-    assert int(sketch.num_samples) == sum(sizes)
-
-
 def test_different_widths_and_the_scalar_case():
     for image_dim, text_dim in [(2, 7), (7, 2), (1, 1)]:
         image, text = pairs(20, image_dim, text_dim)

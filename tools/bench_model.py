@@ -40,7 +40,9 @@ class TinyTowers(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(n, dim) unit-norm image embeddings."""
-        features = self.convolutions(image)
+        # Half the time of a run is convolution, and bfloat16 in this layout takes a third of float32's.
+        with torch.autocast(image.device.type, torch.bfloat16):
+            features = self.convolutions(image.contiguous(memory_format=torch.channels_last)).float()
         return F.normalize(self.image_head(features.mean((2, 3)) + features.amax((2, 3))), dim=1)
 
     def encode_text(self, text: Tensor) -> Tensor:
