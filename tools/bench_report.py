@@ -59,6 +59,9 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
         "with the teacher and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
+    versions = len({row.get("code") for row in rows})
+    if versions > 1:
+        lines.append(f"\nRuns of {versions} versions of the code.")
     for corpus, embed in dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary):
         cells = [cell for cell in summary if (cell["corpus"], cell["embed"]) == (corpus, embed)]
         lines += [

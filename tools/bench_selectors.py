@@ -12,9 +12,10 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
 trained on is left out of the stream. With the teacher the first --warmup steps train on random survivors, the same for
-all selectors; with a proxy selection begins at once. Finished runs are kept in OUT/NAME.jsonl and
-not run again while corpus, settings and code are the same, so a long benchmark can be interrupted. Writes OUT/NAME.md
-and OUT/NAME.png; the last line is one JSON document.
+all selectors; with a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for
+ablations. Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a
+long benchmark can be interrupted; with --any-code those of other versions of the code count too, and the table says so.
+Writes OUT/NAME.md and OUT/NAME.png; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -214,7 +215,11 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         pool_size, steps = survivors, steps * pool_size // survivors
         options = {"selector": "random"}
     else:
-        options = {"selector": selector, "embed": "teacher" if proxy is None else "columns", **job["knobs"]}
+        options = {
+            "selector": selector.partition(" ")[0],
+            "embed": "teacher" if proxy is None else "columns",
+            **job["knobs"],
+        }
     if proxy is not None:
         dtype = torch.float16 if embed == "columns" else torch.float32
         columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
@@ -261,9 +266,10 @@ def embedded(model: ClipModel, split: Split) -> Embeddings:
     return Embeddings(image, text, float(model.logit_scale.exp()))
 
 
-def key_of(job: dict[str, Any]) -> str:
+def key_of(job: dict[str, Any], any_code: bool) -> str:
+    """What two runs must share for one to stand for the other."""
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
-    return json.dumps([job[name] for name in (*names, "data", "code")], sort_keys=True)
+    return json.dumps([job[name] for name in (*names, "data", *(() if any_code else ("code",)))], sort_keys=True)
 
 
 def fingerprint_of_code() -> int:
@@ -305,6 +311,21 @@ def parse_knobs(items: list[str]) -> dict[str, Any]:
     return knobs
 
 
+def parse_variants(items: list[str]) -> dict[str, dict[str, Any]]:
+    """`NAME:key=value[,key=value]` items, as the knobs of the selector `clipcov NAME`.
+
+    Raises:
+        ValueError: another form.
+    """
+    variants = {}
+    for item in items:
+        name, _, pairs = item.partition(":")
+        if not name or " " in name:
+            raise ValueError(f"--variant {item!r} is not of the form NAME:key=value[,key=value]")
+        variants[f"clipcov {name}"] = parse_knobs([f"clipcov:{pair}" for pair in pairs.split(",")])["clipcov"]
+    return variants
+
+
 CORPORA: dict[str, Corpus] = {}
 PROXIES: dict[tuple[str, str, int, int], Embeddings] = {}
 """Filled before the workers fork, which then share the memory."""
@@ -342,6 +363,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=60, help="steps of random survivors, the same for all")
     parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of a proxy, 128 samples each")
     parser.add_argument("--knob", action="append", default=[], metavar="SELECTOR:key=value")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME:key=value[,key=value]", help="clipcov with other knobs"
+    )
+    parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("tools/results"))
@@ -353,6 +378,7 @@ def main() -> None:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
     try:
         knobs = parse_knobs(args.knob)
+        variants = parse_variants(args.variant)
         CORPORA.update({corpus.name: corpus for corpus in map(load_corpus, args.corpus)})
     except ValueError as error:
         parser.error(str(error))
@@ -360,7 +386,8 @@ def main() -> None:
     shape = {name: getattr(args, name) for name in ("steps", "pool", "survivors", "warmup", "proxy_steps")}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
-    names = [*selectors, *([ALL_STREAMED] if args.all_streamed else [])]
+    knobs |= variants
+    names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code}
@@ -368,8 +395,9 @@ def main() -> None:
         for seed, corpus, embed, name in itertools.product(seeds, CORPORA, embeds, names)
     ]
     kept = args.out / f"{args.name}.jsonl"
-    done = {key_of(row): row for row in map(json.loads, kept.read_text().splitlines())} if kept.is_file() else {}
-    todo = [job for job in jobs if key_of(job) not in done]
+    earlier = map(json.loads, kept.read_text().splitlines() if kept.is_file() else [])
+    done = {key_of(row, args.any_code): row for row in earlier}
+    todo = [job for job in jobs if key_of(job, args.any_code) not in done]
     wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
     with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         trained = tqdm(pool.imap(work_proxy, wanted), total=len(wanted), desc="proxies")
@@ -377,10 +405,10 @@ def main() -> None:
             PROXIES[proxy] = Embeddings(torch.from_numpy(image), torch.from_numpy(text), logit_scale)
     with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool, kept.open("a") as file:
         for row in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc="runs"):
-            done[key_of(row)] = row
+            done[key_of(row, args.any_code)] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
-    rows = [done[key_of(job)] for job in jobs]
+    rows = [done[key_of(job, args.any_code)] for job in jobs]
     summary = bench_report.summarize(rows)
     (args.out / f"{args.name}.md").write_text(bench_report.table(summary, rows), encoding="utf-8")
     bench_report.plot(rows, args.out / f"{args.name}.png")
