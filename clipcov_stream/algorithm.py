@@ -33,7 +33,7 @@ from clipcov_stream.selection import resolve, select
 
 
 class ClipCov(Algorithm):
-    """Trains on the survivors of every candidate pool: samples that match, preserve the cross-covariance and are not common.
+    """Trains on the survivors of every candidate pool: samples that match, are rare and preserve the cross-covariance.
 
     The loader's batch is the pool; the model sees `num_survivors` of it. Composer's clock, and so `max_duration` in
     samples or epochs, counts candidates (samples_streamed); use `ba` durations. `device_train_microbatch_size` must be

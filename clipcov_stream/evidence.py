@@ -86,10 +86,10 @@ def log_density(pool: Pool, among: Bool[Tensor, " pool"]) -> Float[Tensor, " poo
     """How common each pair is: the log density of its image plus that of its caption, among the samples `among`.
 
     A kernel density estimate on the sphere, of rows centred by their mean over `among`: the mean of max(cosine, 0) to
-    the eighth power (tools/LOG.md has leads for 6, 12 and 24). Near-duplicates and popular concepts are dense, the tail is not; but a concept that fills
-    half of the pool draws the mean to itself, and what is left of its samples once centred looks rare. It plays the
-    part of the concept counts that data curation balances by where there are tags or metadata (MetaCLIP: Xu et al.,
-    ICLR 2024, arXiv 2309.16671; CABS, arXiv 2511.20643).
+    the eighth power (tools/LOG.md has leads for 6, 12 and 24). Near-duplicates and popular concepts are dense, the tail
+    is not; but a concept that fills half of the pool draws the mean to itself, and what is left of its samples once
+    centred looks rare. It plays the part of the concept counts that data curation balances by where there are tags or
+    metadata (MetaCLIP: Xu et al., ICLR 2024, arXiv 2309.16671; CABS, arXiv 2511.20643).
 
     Costs: 4 * pool^2 * dim flops.
     """

@@ -43,7 +43,7 @@ from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import AllReduce, CrossCovSketch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
+    from jaxtyping import Int64
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
