@@ -28,8 +28,8 @@ from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_tower
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool
-from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, RIVALS, SelectorFn, plain
-from clipcov_stream.selection import resolve, select
+from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
+from clipcov_stream.selection import reads_lag, resolve, select
 
 
 class ClipCov(Algorithm):
@@ -160,9 +160,9 @@ class ClipCov(Algorithm):
     @property
     def uses_learner(self) -> bool:
         """Whether the model in training embeds pools itself, beside the embedder."""
-        function = plain(self.function)
-        wants_lag = self.embed != "teacher" and self.settings.learnability > 0 and function not in RIVALS.values()
-        return self.uses_embeddings and (wants_lag or function in NEEDS_LEARNER)
+        # The teacher's own logits show what is learned.
+        for_lag = self.embed != "teacher" and reads_lag(self.function, self.settings)
+        return self.uses_embeddings and (for_lag or plain(self.function) in NEEDS_LEARNER)
 
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.

@@ -285,8 +285,6 @@ def updated_lag(
     pool: the contrastive gradient, seen in the embedder's space. Mismatched pairs cancel in the mean, so unlike a loss
     per sample it does not chase noise. Only later pools read it: a pool's own duplicates must not vote for themselves.
     """
-    if state.settings.learnability == 0:
-        return state.lag, state.lag_weight
     scale = pool.logit_scale if pool.learner_logit_scale is None else pool.learner_logit_scale
     learner_image = pool.image if pool.learner_image is None else pool.learner_image
     learner_text = pool.text if pool.learner_text is None else pool.learner_text

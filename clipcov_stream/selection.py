@@ -160,13 +160,18 @@ def select(
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     kept.update(image, text, counted, all_reduce, elapsed)
-    # The rivals do not read the lag, and must not be charged for it.
-    wants_lag = plain(selector) not in RIVALS.values()
-    lag_sum, lag_weight = updated_lag(seen, pool, all_reduce) if wants_lag else (state.lag, state.lag_weight)
+    lag_sum, lag_weight = state.lag, state.lag_weight
+    if reads_lag(selector, state.settings):
+        lag_sum, lag_weight = updated_lag(seen, pool, all_reduce)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight, own=own)
     return after, survivors, {**certificate(pool, survivors, after), **figures}
+
+
+def reads_lag(selector: SelectorFn, settings: Settings) -> bool:
+    """Whether the lag is kept up: the rivals do not read it, and must not be charged for it."""
+    return settings.learnability > 0 and plain(selector) not in RIVALS.values()
 
 
 class Selector:

@@ -214,7 +214,7 @@ def launch(command: list[str]) -> str:
         *[("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
         *[
             ("coverage", 0.0),
-            ("learnability", 0.5),
+            ("learnability", 0.3),
             ("quality", 9.0),
             ("balance", 0.7),
             ("ridge", 0.2),
