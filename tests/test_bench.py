@@ -187,5 +187,5 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert all(0 <= point["mean_per_class"] <= 1 for point in row["curve"])
         assert ("select_ms" in row) == (not everything)
     assert np.isfinite([row["mean_per_class"] for row in rows]).all()
-    assert "### shapes, embed: columns" in (tmp_path / "bench_selectors.md").read_text()
+    assert "### shapes, embed: columns, 40 to 8" in (tmp_path / "bench_selectors.md").read_text()
     assert (tmp_path / "bench_selectors.png").stat().st_size > 5000

@@ -18,6 +18,18 @@ OURS = "clipcov"
 FIGURES = ("mean_per_class", "top1", "r1", "clean_share", "duplicate_share", "class_entropy", "embed_ms", "select_ms")
 
 
+PLACE = ("corpus", "embed", "pool", "survivors")
+"""What two runs share that are compared with each other."""
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in PLACE)
+
+
+def title_of(row: dict[str, Any]) -> str:
+    return f"{row['corpus']}, embed: {row['embed']}, {row['pool']:,} to {row['survivors']:,}"
+
+
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and half width of its 95% interval (Student's t); None for fewer than two values."""
     values = list(values)
@@ -29,19 +41,19 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One dict per (corpus, embed, selector): means over seeds, and our paired lead over it."""
-    cells: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    """One dict per (corpus, embed, pool, survivors, selector): means over seeds, and our paired lead over it."""
+    cells: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["corpus"], row["embed"], row["selector"]), {})[row["seed"]] = row
+        cells.setdefault((*place_of(row), row["selector"]), {})[row["seed"]] = row
     summary = []
-    for (corpus, embed, selector), by_seed in cells.items():
-        cell: dict[str, Any] = {"corpus": corpus, "embed": embed, "selector": selector, "seeds": sorted(by_seed)}
+    for (*place, selector), by_seed in cells.items():
+        cell: dict[str, Any] = dict(zip(PLACE, place, strict=True)) | {"selector": selector, "seeds": sorted(by_seed)}
         cell |= {key: next(iter(by_seed.values()))[key] for key in ("samples_streamed", "samples_seen")}
         for figure in FIGURES:
             values = [row[figure] for row in by_seed.values() if figure in row]
             if values:
                 cell[figure], cell[f"{figure}_95"] = mean_and_interval(values)
-        ours = cells.get((corpus, embed, OURS), {})
+        ours = cells.get((*place, OURS), {})
         shared = sorted(ours.keys() & by_seed.keys())
         if selector != OURS and shared:
             for figure in ("mean_per_class", "r1"):
@@ -52,20 +64,19 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Markdown, a table per (corpus, embed), best mean-per-class accuracy first."""
-    job = rows[0]
+    """Markdown, a table per (corpus, embed, pool, survivors), best mean-per-class accuracy first."""
+    warmups = sorted({row["warmup"] for row in rows})
     lines = [
-        f"{job['steps']} steps, pool {job['pool']}, {job['survivors']} survivors, warm-up {job['warmup']} steps "
-        "with the teacher and none with a proxy; "
+        f"Warm-up {', '.join(map(str, warmups))} steps with the teacher and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
     versions = len({row.get("code") for row in rows})
     if versions > 1:
         lines.append(f"\nRuns of {versions} versions of the code.")
-    for corpus, embed in dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary):
-        cells = [cell for cell in summary if (cell["corpus"], cell["embed"]) == (corpus, embed)]
+    for place in dict.fromkeys(map(place_of, summary)):
+        cells = [cell for cell in summary if place_of(cell) == place]
         lines += [
-            f"\n### {corpus}, embed: {embed}\n",
+            f"\n### {title_of(cells[0])}\n",
             "| selector | mean per class | lead of clipcov | top-1 | R@1 | clean | duplicates | class entropy "
             "| embed ms | select ms | streamed | seen |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -96,7 +107,7 @@ def with_interval(cell: dict[str, Any], figure: str, form: str) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Mean-per-class accuracy over samples_seen, a panel per (corpus, embed)."""
-    panels = list(dict.fromkeys((row["corpus"], row["embed"]) for row in rows))
+    panels = list({place_of(row): title_of(row) for row in rows}.items())
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
         -(-len(panels) // columns), columns, figsize=(6 * columns, 4.2 * -(-len(panels) // columns)), squeeze=False
@@ -104,20 +115,39 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     colours = dict(zip(dict.fromkeys(row["selector"] for row in rows), plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for (corpus, embed), axis in zip(panels, axes.flat, strict=False):
+    for (place, title), axis in zip(panels, axes.flat, strict=False):
         for selector, colour in colours.items():
-            curves = [
-                row["curve"]
-                for row in rows
-                if (row["corpus"], row["embed"], row["selector"]) == (corpus, embed, selector)
-            ]
+            curves = [row["curve"] for row in rows if (place_of(row), row["selector"]) == (place, selector)]
             if not curves or selector.startswith("random ("):
                 continue
             seen = [point["samples_seen"] for point in curves[0]]
             means = [sum(curve[i]["mean_per_class"] for curve in curves) / len(curves) for i in range(len(seen))]
             width = 2.5 if selector == OURS else 1.2
             axis.plot(seen, means, label=selector, color=colour, linewidth=width)
-        axis.set(title=f"{corpus}, embed: {embed}", xlabel="samples_seen", ylabel="mean per class", ylim=(0, None))
+        axis.set(title=title, xlabel="samples_seen", ylabel="mean per class", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_sizes(summary: list[dict[str, Any]], path: Path) -> None:
+    """Mean-per-class accuracy over the sizes, with 95% intervals; a panel per (corpus, embed)."""
+    panels = list(dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False)
+    for panel, axis in zip(panels, axes.flat, strict=True):
+        here = [cell for cell in summary if (cell["corpus"], cell["embed"]) == panel]
+        for selector in dict.fromkeys(cell["selector"] for cell in here):
+            cells = [cell for cell in here if cell["selector"] == selector]
+            names = [
+                f"{cell['pool']:,} to {cell['survivors']:,}\n(ratio {1 - cell['survivors'] / cell['pool']:.2f})"
+                for cell in cells
+            ]
+            means, halves = ([cell[key] or 0.0 for cell in cells] for key in ("mean_per_class", "mean_per_class_95"))
+            width = 2.5 if selector == OURS else 1.2
+            axis.errorbar(names, means, halves, label=selector, linewidth=width, capsize=3, marker="o")
+        axis.set(title=f"{panel[0]}, embed: {panel[1]}", ylabel="mean per class", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()

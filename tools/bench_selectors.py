@@ -13,9 +13,10 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
 trained on is left out of the stream. With the teacher the first --warmup steps train on random survivors, the same for
 all selectors; with a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for
-ablations. Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a
-long benchmark can be interrupted; with --any-code those of other versions of the code count too, and the table says so.
-Writes OUT/NAME.md and OUT/NAME.png; the last line is one JSON document.
+ablations, and --size repeats everything at another pool size, number of survivors and of steps. Finished runs are kept
+in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
+interrupted; with --any-code those of other versions of the code count too, and the table says so. Writes OUT/NAME.md
+and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -326,6 +327,12 @@ def parse_variants(items: list[str]) -> dict[str, dict[str, Any]]:
     return variants
 
 
+def size(text: str) -> dict[str, int]:
+    """`POOL:SURVIVORS:STEPS`; argparse calls it by this name in its errors."""
+    pool, survivors, steps = (int(part) for part in text.split(":"))
+    return {"pool": pool, "survivors": survivors, "steps": steps}
+
+
 CORPORA: dict[str, Corpus] = {}
 PROXIES: dict[tuple[str, str, int, int], Embeddings] = {}
 """Filled before the workers fork, which then share the memory."""
@@ -360,6 +367,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--pool", type=int, default=640)
     parser.add_argument("--survivors", type=int, default=128)
+    parser.add_argument(
+        "--size",
+        action="append",
+        type=size,
+        metavar="POOL:SURVIVORS:STEPS",
+        help="in place of --pool, --survivors and --steps; several compare sizes",
+    )
     parser.add_argument("--warmup", type=int, default=60, help="steps of random survivors, the same for all")
     parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of a proxy, 128 samples each")
     parser.add_argument("--knob", action="append", default=[], metavar="SELECTOR:key=value")
@@ -383,16 +397,17 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = {name: getattr(args, name) for name in ("steps", "pool", "survivors", "warmup", "proxy_steps")}
+    sizes = args.size or [{name: getattr(args, name) for name in ("pool", "survivors", "steps")}]
+    shape = {"warmup": args.warmup, "proxy_steps": args.proxy_steps}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     knobs |= variants
     names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
-        {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, "knobs": knobs.get(name, {})}
+        {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, **of, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code}
         # Seeds outermost: what is interrupted has every selector for some seeds.
-        for seed, corpus, embed, name in itertools.product(seeds, CORPORA, embeds, names)
+        for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
     ]
     kept = args.out / f"{args.name}.jsonl"
     earlier = map(json.loads, kept.read_text().splitlines() if kept.is_file() else [])
@@ -412,8 +427,10 @@ def main() -> None:
     summary = bench_report.summarize(rows)
     (args.out / f"{args.name}.md").write_text(bench_report.table(summary, rows), encoding="utf-8")
     bench_report.plot(rows, args.out / f"{args.name}.png")
+    if len(sizes) > 1:
+        bench_report.plot_sizes(summary, args.out / f"{args.name}_sizes.png")
     print(bench_report.table(summary, rows))
-    print(json.dumps({"shape": shape, "seeds": list(seeds), "cells": summary}))
+    print(json.dumps({"shape": shape, "sizes": sizes, "seeds": list(seeds), "cells": summary}))
 
 
 if __name__ == "__main__":
