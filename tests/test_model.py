@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import socket
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
+from ports import free_port
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -100,12 +100,6 @@ def test_microbatches_would_change_the_gradient() -> None:
         for grads in ({name: halves[0][name] + halves[1][name] for name in wanted}, wanted)
     )
     assert torch.cosine_similarity(flat, full, dim=0) < 0.99
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def gradients_on_rank(rank: int, port: int, folder: str) -> None:

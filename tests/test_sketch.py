@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import free_port
 
 from clipcov_stream.sketch import CrossCovSketch
 
@@ -330,9 +331,9 @@ def rank_batches():
     return [flat[at : at + 2] for at in range(0, len(flat), 2)]
 
 
-def run_rank(rank, folder):
+def run_rank(rank, port, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     sketch = CrossCovSketch(3, 4, half_life=20.0)
     for step in rank_batches():
         sketch.update(*step[rank], all_reduce=lambda tensor: dist.all_reduce(tensor))
@@ -342,7 +343,8 @@ def run_rank(rank, folder):
 
 def test_two_ranks_agree_bit_for_bit_and_with_one_process(tmp_path):
     code = f"import sys; sys.path[:] = {sys.path!r}; from test_sketch import run_rank; run_rank"
-    calls = [f"{code}({rank}, {str(tmp_path)!r})" for rank in (0, 1)]
+    port = free_port()
+    calls = [f"{code}({rank}, {port}, {str(tmp_path)!r})" for rank in (0, 1)]
     ranks = [subprocess.Popen([sys.executable, "-c", call]) for call in calls]
     try:
         assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
