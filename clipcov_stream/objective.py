@@ -19,7 +19,7 @@ from clipcov_stream.sketch import AllReduce, CrossCovSketch
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
-SKETCHES = ("stream", "matched", "kept")
+SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
 """Per pool: the learner moves, so its lag is forgotten within some ten pools whatever the sketch's half-life."""
 
@@ -42,7 +42,7 @@ class Settings:
         memory: weight of T - M, what earlier survivors (M) still miss of the target. With overshoot 1, 0 preserves each
             batch by itself and more brings the survivors of all steps together closer to the target.
         ridge: added to both covariances before whitening, as a fraction of their mean variance.
-        seed: of everything random.
+        seed: of everything random: rivals that draw, and the survivors of a warm-up. clipcov draws nothing.
 
     Raises:
         ValueError: a value outside its range.
@@ -81,7 +81,7 @@ class SelectionState:
         step: pools selected from so far.
         rank: of this process; local random draws differ by it.
         stream: sketch of all candidates.
-        matched: sketch of the candidates that the gate let through: the target.
+        opened: sketch of the candidates that the gate let through: the target.
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
         lag_weight: sum of the decayed weights in `lag`.
@@ -92,7 +92,7 @@ class SelectionState:
     step: int
     rank: int
     stream: CrossCovSketch
-    matched: CrossCovSketch
+    opened: CrossCovSketch
     kept: CrossCovSketch
     lag: Float[Tensor, "dim dim"]
     lag_weight: Float[Tensor, ""]
@@ -101,13 +101,13 @@ class SelectionState:
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
-        stream, matched, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
+        stream, opened, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
         return cls(
             settings=settings,
             step=0,
             rank=rank,
             stream=stream,
-            matched=matched,
+            opened=opened,
             kept=kept,
             lag=torch.zeros(dim, dim, device=device),
             lag_weight=torch.zeros((), device=device),
@@ -213,10 +213,10 @@ class Whitened:
 
     Args:
         image, text: rows, scaled so that a typical atom x y^T has norm 1.
-        target: the matched pairs' cross-covariance, about the stream's means.
+        target: the open pairs' cross-covariance, about the stream's means.
         memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
-        lag: the mean over EARLIER pools of what the learner does not reproduce of the target (`updated_lag`), zeros
-            before there is one.
+        lag: the mean over EARLIER pools of what the learner does not reproduce of the stream's cross-covariance
+            (`updated_lag`), zeros before there is one.
     """
 
     image: Float[Tensor, "pool dim"]
@@ -247,7 +247,7 @@ def whitened(pool: Pool, state: SelectionState) -> Whitened:
     def framed(matrix: Tensor) -> Tensor:
         return solve(text_root, solve(image_root, matrix).T).T / (image_size * text_size)
 
-    target = state.matched.cross_cov_about(stream.image_mean, stream.text_mean)
+    target = state.opened.cross_cov_about(stream.image_mean, stream.text_mean)
     memory = state.kept.cross_cov_about(stream.image_mean, stream.text_mean)
     return Whitened(
         image=image / image_size,
@@ -374,12 +374,6 @@ def herding_bound(
     left = (count - (num_survivors + 1) / 2) / (num_survivors * (count - 1).clamp_min(1))
     drift = ((spread + price) * left).clamp_min(0).sqrt()
     return start.norm() + torch.where(count > num_survivors, drift, 0.0)
-
-
-def gumbel(num: int, generator: torch.Generator) -> Float[Tensor, " num"]:
-    """Noise that turns the largest of log weights into a draw by weight."""
-    uniform = torch.rand(num, generator=generator, dtype=torch.float64).clamp_min(1e-300)
-    return -(-uniform.log()).log()
 
 
 def certificate(pool: Pool, survivors: Tensor, state: SelectionState) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from clipcov_stream.objective import (
     alignment,
     contrastive_margin,
     gated,
-    gumbel,
     margin,
     random_survivors,
     top,
@@ -212,6 +211,12 @@ def concept_balance(pool: Pool, num_survivors: int, state: SelectionState) -> In
 def best(score: Float[Tensor, " pool"], pool: Pool, num_survivors: int) -> Int64[Tensor, " survivors"]:
     """The valid samples of highest score."""
     return top(score.masked_fill(~valid_of(pool), -torch.inf), num_survivors)
+
+
+def gumbel(num: int, generator: torch.Generator) -> Float[Tensor, " num"]:
+    """Noise that turns the largest of log weights into a draw by weight."""
+    uniform = torch.rand(num, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    return -(-uniform.log()).log()
 
 
 def sampled(

@@ -8,8 +8,8 @@ The method, `clipcov`, has three parts, all from the pool's own embeddings, with
 corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
-   is estimated, and as many of the best stay open (`evidence.matching`).
-2. What is common? An open pair weighs less the denser its image and its caption lie, so that popular concepts and
+   is estimated, and `gate` times as many of the best stay open (`evidence.matching`).
+2. What is common? An open pair is worth less the denser its image and its caption lie, so that popular concepts and
    near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
    learner does not yet reproduce the stream's cross-covariance (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
-    """Survivors that preserve the cross-covariance of what matches, with common and rare concepts evened out.
+    """Survivors that preserve the cross-covariance of what matches, the rare before the common.
 
     A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
     needed, the best matches are all that survives. An open pair is worth
@@ -70,7 +70,7 @@ class Choice:
     """What `clipcov` chose, the target it then knows, and figures of how; 0-dim tensors."""
 
     survivors: Int64[Tensor, " survivors"]
-    matched: CrossCovSketch
+    opened: CrossCovSketch
     figures: dict[str, Tensor]
 
 
@@ -90,9 +90,9 @@ def choose(
     match = matching(pool)
     open_ = match.opened(valid, settings.gate, num_survivors)
     density = log_density(pool, open_)
-    matched = state.matched.clone()
-    matched.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed)
-    frame = whitened(pool, replace(state, matched=matched))
+    opened = state.opened.clone()
+    opened.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed)
+    frame = whitened(pool, replace(state, opened=opened))
     worth = -settings.balance * density + settings.quality * standardize(match.score, open_)
     if settings.learnability > 0:
         worth = worth + settings.learnability * standardize(frame.along(frame.lag), open_)
@@ -107,7 +107,7 @@ def choose(
         "aim_residual": (mean - aim).norm() / size,
         "aim_residual_bound": herding_bound(*how) / size,
     }
-    return Choice(survivors, matched, figures)
+    return Choice(survivors, opened, figures)
 
 
 SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
@@ -154,7 +154,7 @@ def select(
     if plain(selector) is clipcov:
         choice = choose(pool, num_survivors, seen, all_reduce, elapsed)
         survivors, figures = choice.survivors, choice.figures
-        seen = replace(seen, matched=choice.matched)
+        seen = replace(seen, opened=choice.opened)
     else:
         survivors = selector(pool, num_survivors, seen)
     check_survivors(survivors, valid, num_survivors, selector)
@@ -170,7 +170,8 @@ def select(
 
 
 def reads_lag(selector: SelectorFn, settings: Settings) -> bool:
-    """Whether the lag is kept up: the rivals do not read it, and must not be charged for it."""
+    """Whether `selector` may read the lag: clipcov, and any function of a user's own, if learnability is above 0. The
+    rivals do not, and must not be charged for it."""
     return settings.learnability > 0 and plain(selector) not in RIVALS.values()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import bench_report
+import bench_selectors
 import classes
 import numpy as np
 import open_clip
@@ -32,8 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of `make_mds.py classes`: 12 classes of 30 images, one of 3."""
-    import argparse
-
     root = tmp_path_factory.mktemp("labelled")
     for label in range(13):
         place = root / "images" / f"class{label:02}"
@@ -55,22 +56,21 @@ def test_interval_is_students() -> None:
     assert bench_report.mean_and_interval([3.0]) == (3.0, None)
 
 
-def test_leads_are_paired_by_seed() -> None:
-    def row(selector: str, seed: int, accuracy: float) -> dict:
-        figures = dict.fromkeys(("top1", "r1", "clean_share", "duplicate_share", "class_entropy"), 0.5)
-        size = {"samples_streamed": 10, "samples_seen": 2, "steps": 1, "pool": 10, "survivors": 2, "warmup": 0}
-        return (
-            {"corpus": "c", "embed": "e", "selector": selector, "seed": seed, "mean_per_class": accuracy}
-            | figures
-            | size
-        )
+def run_of(selector: str, seed: int, accuracy: float, **other: object) -> dict:
+    """What the report reads of one run."""
+    figures = dict.fromkeys(("top1", "r1", "clean_share", "duplicate_share", "class_entropy"), 0.5)
+    size = {"samples_streamed": 10, "samples_seen": 2, "steps": 1, "pool": 10, "survivors": 2, "warmup": 0}
+    run = {"corpus": "c", "embed": "e", "selector": selector, "seed": seed, "mean_per_class": accuracy, "code": 1}
+    return run | figures | size | other
 
+
+def test_leads_are_paired_by_seed() -> None:
     rows = [
-        row("clipcov", 0, 0.5),
-        row("random", 1, 0.1),
-        row("clipcov", 1, 0.3),
-        row("random", 0, 0.4),
-        row("vas", 1, 0),
+        run_of("clipcov", 0, 0.5),
+        run_of("random", 1, 0.1),
+        run_of("clipcov", 1, 0.3),
+        run_of("random", 0, 0.4),
+        run_of("vas", 1, 0),
     ]
     cells = {cell["selector"]: cell for cell in bench_report.summarize(rows)}
     assert cells["random"]["mean_per_class_lead"] == pytest.approx(0.15)
@@ -79,6 +79,65 @@ def test_leads_are_paired_by_seed() -> None:
     assert "mean_per_class_lead" not in cells["clipcov"]
     lines = [line for line in bench_report.table(list(cells.values()), rows).splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == ["| selector", "| clipcov", "| random", "| vas"]
+
+
+@pytest.mark.parametrize("differing", ["pool", "survivors", "steps"])
+def test_sizes_are_compared_within_themselves(differing: str) -> None:
+    rows = [
+        run_of(name, 0, accuracy + (value == 7), **{differing: value})
+        for name, accuracy in (("clipcov", 0.5), ("random", 0.4))
+        for value in (5, 7)
+    ]
+    cells = bench_report.summarize(rows)
+    leads = [cell["mean_per_class_lead"] for cell in cells if cell["selector"] == "random"]
+    assert len(cells) == 4 and leads == pytest.approx([0.1, 0.1])
+    assert bench_report.table(cells, rows).count("### ") == 2
+
+
+def test_runs_of_another_version_are_named() -> None:
+    rows = [run_of("clipcov", 0, 0.5), run_of("vas", 0, 0.3, code=2), run_of("rho", 0, 0.3, code=3)]
+    text = bench_report.table(bench_report.summarize(rows), rows, 1)
+    assert "another version of the code than this table's: rho, vas." in text
+    assert "another version" not in bench_report.table(bench_report.summarize(rows[:1]), rows[:1], 1)
+
+
+def test_lines_of_thirty_selectors_differ() -> None:
+    found = bench_report.styles(["clipcov", "random", *(f"s{i}" for i in range(30))])
+    assert len({json.dumps(style, sort_keys=True) for style in found.values()}) == 32
+
+
+def test_knobs_of_variants_come_on_top() -> None:
+    knobs = bench_selectors.parse_knobs(["clipcov:gate=0.5", "clipcov:balance=2", "vas:seed=1"])
+    assert knobs == {"clipcov": {"gate": 0.5, "balance": 2}, "vas": {"seed": 1}}
+    variants = bench_selectors.parse_variants(["loose:gate=inf", "b:balance=0,ridge=1e6"], knobs["clipcov"])
+    assert variants == {
+        "clipcov loose": {"gate": float("inf"), "balance": 2},
+        "clipcov b": {"gate": 0.5, "balance": 0, "ridge": 1e6},
+    }
+
+
+@pytest.mark.parametrize(
+    ("knobs", "variants", "message"),
+    [
+        (["gate=1"], [], "--knob 'gate=1' is not of the form"),
+        (["clipcov:gate"], [], "--knob 'clipcov:gate': 'gate' is not key=value"),
+        (["nobody:gate=1"], [], "--knob 'nobody:gate=1' is not of the form"),
+        ([], ["a b:gate=1"], "--variant 'a b:gate=1' is not of the form"),
+        ([], ["a"], "--variant 'a' is not of the form"),
+        ([], ["a:gate=1,,"], "--variant 'a:gate=1,,': '' is not key=value"),
+        ([], ["a:gate=one"], "--variant 'a:gate=one': 'gate=one' is not key=value"),
+        ([], ["a:gate=1", "a:gate=2"], "another variant of that name"),
+    ],
+)
+def test_bad_knobs_are_named(knobs: list[str], variants: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bench_selectors.parse_variants(variants, bench_selectors.parse_knobs(knobs))
+
+
+@pytest.mark.parametrize("text", ["40:41:8", "40:1:8", "40:8:0"])
+def test_impossible_sizes_are_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        bench_selectors.size(text)
 
 
 def test_a_drawn_corpus_keeps_its_truth(folder: Path) -> None:
@@ -142,20 +201,7 @@ def test_bad_corpora_are_named(folder: Path, text: str, message: str) -> None:
 
 def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, folder: Path) -> None:
     def bench(*arguments: str) -> dict:
-        shape = [
-            "--steps",
-            "8",
-            "--pool",
-            "40",
-            "--survivors",
-            "8",
-            "--warmup",
-            "2",
-            "--proxy-steps",
-            "3",
-            "--jobs",
-            "1",
-        ]
+        shape = ["--warmup", "0.25", "--proxy-steps", "3", "--jobs", "1"]
         command = [sys.executable, "tools/bench_selectors.py", "--corpus", f"shapes={folder}", "--out", str(tmp_path)]
         done = subprocess.run(
             [*command, *shape, *arguments],
@@ -169,12 +215,13 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
-    options = ("--embed", "teacher,columns", "--selectors", "clipcov,rho")
+    options = ("--embed", "teacher,columns", "--selectors", "clipcov,rho", "--size", "40:8:8")
     first = bench(*options, "--seeds", "1")
-    lines = (tmp_path / "bench_selectors.jsonl").read_text().splitlines()
+    kept = tmp_path / "bench_selectors.jsonl"
+    lines = kept.read_text().splitlines()
     assert len(lines) == 4
     again = bench(*options, "--seeds", "2", "--all-streamed")
-    rows = [json.loads(line) for line in (tmp_path / "bench_selectors.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [json.dumps(row) for row in rows[:4]] == lines and len(rows) == 4 + 4 + 4
     assert {cell["seeds"][0] for cell in first["cells"]} == {0}
     assert {tuple(cell["seeds"]) for cell in again["cells"]} == {(0, 1)}
@@ -186,6 +233,22 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert row["curve"][-1]["samples_seen"] == row["samples_seen"]
         assert all(0 <= point["mean_per_class"] <= 1 for point in row["curve"])
         assert ("select_ms" in row) == (not everything)
+        assert row["warmup"] == 2
     assert np.isfinite([row["mean_per_class"] for row in rows]).all()
-    assert "### shapes, embed: columns, 40 to 8" in (tmp_path / "bench_selectors.md").read_text()
+    assert "### shapes, embed: columns, 40 to 8, 8 steps" in (tmp_path / "bench_selectors.md").read_text()
     assert (tmp_path / "bench_selectors.png").stat().st_size > 5000
+
+    # As if run by another version of the code: they count only if asked, and the table says so.
+    kept.write_text("".join(json.dumps({**row, "code": 0}) + "\n" for row in rows))
+    more = ("--size", "24:8:4", "--variant", "loose:gate=inf", "--seeds", "1", "--any-code")
+    both = bench("--embed", "teacher", "--selectors", "clipcov", "--size", "40:8:8", *more)
+    new = [json.loads(line) for line in kept.read_text().splitlines()][len(rows) :]
+    assert [(row["selector"], row["pool"], row["warmup"]) for row in new] == [
+        ("clipcov loose", 40, 2),
+        ("clipcov", 24, 1),
+        ("clipcov loose", 24, 1),
+    ]
+    assert {row["selector"]: row["knobs"] for row in new} == {"clipcov": {}, "clipcov loose": {"gate": float("inf")}}
+    assert len(both["cells"]) == 4
+    assert "another version of the code than this table's: clipcov." in (tmp_path / "bench_selectors.md").read_text()
+    assert (tmp_path / "bench_selectors_sizes.png").stat().st_size > 5000

@@ -212,9 +212,9 @@ def test_whitened_inner_products_equal_those_of_symmetric_roots():
     assert not np.allclose(kept, stream.cross_cov)
     mean_lag = np.asarray(state.lag / state.lag_weight, np.float64)
     assert mean_lag.any()
-    matched = np.asarray(state.matched.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
-    assert not np.allclose(matched, stream.cross_cov)
-    for got, matrix in ((target, matched), (memory, kept), (lag, mean_lag)):
+    opened = np.asarray(state.opened.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
+    assert not np.allclose(opened, stream.cross_cov)
+    for got, matrix in ((target, opened), (memory, kept), (lag, mean_lag)):
         want = np.einsum("na,ab,nb->n", x, image_root @ matrix @ text_root, y) / (x_size * y_size) ** 2
         close(np.einsum("na,ab,nb->n", image, got, text), want)
 
@@ -232,9 +232,9 @@ def test_the_target_is_what_the_gate_let_through():
         text.append(pool.text[open_])
         weights.append(np.full(int(open_.sum()), decay))
     expected = oracle.moments(torch.cat(image), torch.cat(text), np.concatenate(weights))
-    close(state.matched.cross_cov, expected.cross_cov)
-    close(state.matched.image_mean, expected.image_mean)
-    assert int(state.matched.num_samples) == sum(map(len, image))
+    close(state.opened.cross_cov, expected.cross_cov)
+    close(state.opened.image_mean, expected.image_mean)
+    assert int(state.opened.num_samples) == sum(map(len, image))
 
 
 # Lag
@@ -614,9 +614,61 @@ def test_a_selector_that_takes_invalid_samples_is_named():
     assert Selector(first)(pool, 2).tolist() == [0, 1]
 
 
-def test_rivals_are_not_charged_for_the_lag():
+def test_only_who_may_read_the_lag_is_charged_for_it():
     assert float(after([draw(20, 4)], selector="clip_score").lag_weight) == 0
     assert float(after([draw(20, 4)]).lag_weight) == 20
+    assert float(after([draw(20, 4)], learnability=0.0).lag_weight) == 0
+
+
+def best_open(state, pool, num_survivors, worth):
+    """Survivors by an oracle: the most worth of those that the gate opens."""
+    open_ = matching(prepared(pool)).opened(prepared(pool).valid, state.settings.gate, num_survivors)
+    return np.argsort(-np.where(open_, worth, -np.inf), kind="stable")[:num_survivors].tolist()
+
+
+def deviations(values, among):
+    return (values - values[among].mean()) / values[among].std()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_weight_by_itself_ranks_by_what_it_says(seed):
+    """Without coverage the picks are a plain top-k of one term, each found in float64 from its definition."""
+    none = {"coverage": 0.0, "balance": 0.0, "quality": 0.0, "learnability": 0.0, "gate": 0.8}
+    pool = draw(60, 5, seed + 10)
+    x, y = oracle.unit(pool.image), oracle.unit(pool.text)
+    everyone = np.arange(60)
+
+    def survivors(**knobs):
+        state = after([draw(60, 5, seed), draw(60, 5, seed + 5)], 9, **{**none, **knobs})
+        return state, select(state, pool, 9)[1].tolist()
+
+    state, got = survivors(balance=1.0)
+    open_ = matching(prepared(pool)).opened(prepared(pool).valid, 0.8, 9).numpy()
+    assert 9 < open_.sum() < 60  # or balance would have nothing to choose from
+    assert got == best_open(state, pool, 9, -oracle.log_density(x, y, open_))
+
+    others = np.where(np.eye(60, dtype=bool), -np.inf, pool.logit_scale * x @ y.T)
+    by_image = np.logaddexp.reduce(others, axis=1)
+    by_text = np.logaddexp.reduce(others, axis=0)
+    score = pool.logit_scale * (x * y).sum(1) - by_image / 2 - by_text / 2
+    state, got = survivors(quality=1.0)
+    assert got == best_open(state, pool, 9, score)
+
+    state, got = survivors(learnability=1.0, gate=math.inf)
+    frame = whitened(prepared(pool), replace(state, stream=seen_by(state, pool)))
+    lag = np.einsum("na,ab,nb->n", *(part.double().numpy() for part in (frame.image, frame.lag, frame.text)))
+    assert np.abs(lag).max() > 0 and got == best_open(state, pool, 9, lag)
+
+    # Together: worths add up, margin and lag in standard deviations over the open pairs.
+    state, got = survivors(quality=0.7, learnability=0.4, gate=math.inf)
+    both = 0.7 * deviations(score, everyone) + 0.4 * deviations(lag, everyone)
+    assert got == best_open(state, pool, 9, both)
+
+
+def seen_by(state, pool):
+    stream = state.stream.clone()
+    stream.update(prepared(pool).image, prepared(pool).text)
+    return stream
 
 
 def test_errors_name_the_values():

@@ -18,7 +18,7 @@ OURS = "clipcov"
 FIGURES = ("mean_per_class", "top1", "r1", "clean_share", "duplicate_share", "class_entropy", "embed_ms", "select_ms")
 
 
-PLACE = ("corpus", "embed", "pool", "survivors")
+PLACE = ("corpus", "embed", "pool", "survivors", "steps")
 """What two runs share that are compared with each other."""
 
 
@@ -27,7 +27,24 @@ def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def title_of(row: dict[str, Any]) -> str:
-    return f"{row['corpus']}, embed: {row['embed']}, {row['pool']:,} to {row['survivors']:,}"
+    return f"{row['corpus']}, embed: {row['embed']}, {row['pool']:,} to {row['survivors']:,}, {row['steps']:,} steps"
+
+
+def styles(selectors: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Line styles that tell any number of selectors apart: ours wide and black, random grey, colours for the others."""
+    colours, dashes = plt.get_cmap("tab10").colors, ("-", "--", ":", "-.")  # pyright: ignore
+    found: dict[str, dict[str, Any]] = {}
+    others = 0
+    for selector in dict.fromkeys(selectors):
+        if selector == OURS:
+            found[selector] = {"color": "black", "linewidth": 2.5}
+        elif selector == "random":
+            found[selector] = {"color": "grey", "linewidth": 2.0, "linestyle": "--"}
+        else:
+            style = dashes[others // len(colours) % len(dashes)]
+            found[selector] = {"color": colours[others % len(colours)], "linewidth": 1.2, "linestyle": style}
+            others += 1
+    return found
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
@@ -41,7 +58,7 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One dict per (corpus, embed, pool, survivors, selector): means over seeds, and our paired lead over it."""
+    """One dict per place and selector: means over seeds, and our paired lead over it."""
     cells: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((*place_of(row), row["selector"]), {})[row["seed"]] = row
@@ -63,16 +80,16 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Markdown, a table per (corpus, embed, pool, survivors), best mean-per-class accuracy first."""
+def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int | None = None) -> str:
+    """Markdown, a table per place, best mean-per-class accuracy first; `code` is the present version's fingerprint."""
     warmups = sorted({row["warmup"] for row in rows})
     lines = [
         f"Warm-up {', '.join(map(str, warmups))} steps with the teacher and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
-    versions = len({row.get("code") for row in rows})
-    if versions > 1:
-        lines.append(f"\nRuns of {versions} versions of the code.")
+    older = sorted({row["selector"] for row in rows if code is not None and row.get("code") != code})
+    if older:
+        lines.append(f"\nRuns of another version of the code than this table's: {', '.join(older)}.")
     for place in dict.fromkeys(map(place_of, summary)):
         cells = [cell for cell in summary if place_of(cell) == place]
         lines += [
@@ -106,24 +123,23 @@ def with_interval(cell: dict[str, Any], figure: str, form: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean-per-class accuracy over samples_seen, a panel per (corpus, embed)."""
+    """Mean-per-class accuracy over samples_seen, on a quarter of the evaluation split; a panel per place."""
     panels = list({place_of(row): title_of(row) for row in rows}.items())
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
         -(-len(panels) // columns), columns, figsize=(6 * columns, 4.2 * -(-len(panels) // columns)), squeeze=False
     )
-    colours = dict(zip(dict.fromkeys(row["selector"] for row in rows), plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    drawn = styles(row["selector"] for row in rows if not row["selector"].startswith("random ("))
     for (place, title), axis in zip(panels, axes.flat, strict=False):
-        for selector, colour in colours.items():
+        for selector, style in drawn.items():
             curves = [row["curve"] for row in rows if (place_of(row), row["selector"]) == (place, selector)]
-            if not curves or selector.startswith("random ("):
+            if not curves:
                 continue
             seen = [point["samples_seen"] for point in curves[0]]
             means = [sum(curve[i]["mean_per_class"] for curve in curves) / len(curves) for i in range(len(seen))]
-            width = 2.5 if selector == OURS else 1.2
-            axis.plot(seen, means, label=selector, color=colour, linewidth=width)
+            axis.plot(seen, means, label=selector, **style)
         axis.set(title=title, xlabel="samples_seen", ylabel="mean per class", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
@@ -133,21 +149,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_sizes(summary: list[dict[str, Any]], path: Path) -> None:
-    """Mean-per-class accuracy over the sizes, with 95% intervals; a panel per (corpus, embed)."""
+    """Mean-per-class accuracy over the sizes, with 95% intervals if there are seeds; a panel per (corpus, embed)."""
     panels = list(dict.fromkeys((cell["corpus"], cell["embed"]) for cell in summary))
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.6), squeeze=False)
+    drawn = styles(cell["selector"] for cell in summary)
     for panel, axis in zip(panels, axes.flat, strict=True):
         here = [cell for cell in summary if (cell["corpus"], cell["embed"]) == panel]
-        for selector in dict.fromkeys(cell["selector"] for cell in here):
+        for selector, style in drawn.items():
             cells = [cell for cell in here if cell["selector"] == selector]
             names = [
-                f"{cell['pool']:,} to {cell['survivors']:,}\n(ratio {1 - cell['survivors'] / cell['pool']:.2f})"
+                f"{cell['pool']:,} to {cell['survivors']:,}\n{cell['steps']:,} steps\n"
+                f"ratio {1 - cell['survivors'] / cell['pool']:.2f}"
                 for cell in cells
             ]
-            means, halves = ([cell[key] or 0.0 for cell in cells] for key in ("mean_per_class", "mean_per_class_95"))
-            width = 2.5 if selector == OURS else 1.2
-            axis.errorbar(names, means, halves, label=selector, linewidth=width, capsize=3, marker="o")
+            means, halves = ([cell[key] for cell in cells] for key in ("mean_per_class", "mean_per_class_95"))
+            bars = None if None in halves else halves
+            axis.errorbar(names, means, bars, label=selector, capsize=3, marker="o", **style)
         axis.set(title=f"{panel[0]}, embed: {panel[1]}", ylabel="mean per class", ylim=(0, None))
+        axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()

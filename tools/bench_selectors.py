@@ -11,12 +11,13 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
     columns       embeddings of proxy-clean in float16, as an MDS folder would hold them
 
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
-trained on is left out of the stream. With the teacher the first --warmup steps train on random survivors, the same for
-all selectors; with a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for
-ablations, and --size repeats everything at another pool size, number of survivors and of steps. Finished runs are kept
-in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
-interrupted; with --any-code those of other versions of the code count too, and the table says so. Writes OUT/NAME.md
-and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON document.
+trained on is left out of the stream. With the teacher the first --warmup of the steps train on random survivors, the
+same for all selectors; with a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest,
+for ablations, and --size repeats everything at another pool size, number of survivors and of steps. Finished runs are
+kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
+interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
+table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,7 @@ def fingerprint_of_data(corpus: Corpus) -> int:
     return total
 
 
-def parse_knobs(items: list[str]) -> dict[str, Any]:
+def parse_knobs(items: list[str]) -> dict[str, dict[str, Any]]:
     """`SELECTOR:key=value` items, as keyword arguments of ClipCov by selector.
 
     Raises:
@@ -305,31 +306,46 @@ def parse_knobs(items: list[str]) -> dict[str, Any]:
     knobs: dict[str, dict[str, Any]] = {}
     for item in items:
         selector, colon, pair = item.partition(":")
-        key, equals, value = pair.partition("=")
-        if not (colon and equals) or selector not in SELECTORS:
-            raise ValueError(f"--knob {item!r} is not of the form SELECTOR:key=value")
-        knobs.setdefault(selector, {})[key] = json.loads(value)
+        if not colon or selector not in SELECTORS:
+            raise ValueError(f"--knob {item!r} is not of the form SELECTOR:key=value, one of {sorted(SELECTORS)}")
+        knobs.setdefault(selector, {}).update([parse_pair(pair, f"--knob {item!r}")])
     return knobs
 
 
-def parse_variants(items: list[str]) -> dict[str, dict[str, Any]]:
-    """`NAME:key=value[,key=value]` items, as the knobs of the selector `clipcov NAME`.
+def parse_variants(items: list[str], knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`NAME:key=value[,key=value]` items, as the knobs of the selector `clipcov NAME`; `knobs` are clipcov's own.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, or a name twice.
     """
-    variants = {}
+    variants: dict[str, dict[str, Any]] = {}
     for item in items:
-        name, _, pairs = item.partition(":")
-        if not name or " " in name:
+        name, colon, pairs = item.partition(":")
+        if not (name and colon) or " " in name:
             raise ValueError(f"--variant {item!r} is not of the form NAME:key=value[,key=value]")
-        variants[f"clipcov {name}"] = parse_knobs([f"clipcov:{pair}" for pair in pairs.split(",")])["clipcov"]
+        if f"clipcov {name}" in variants:
+            raise ValueError(f"--variant {item!r}: there is another variant of that name")
+        own = [parse_pair(pair, f"--variant {item!r}") for pair in pairs.split(",")]
+        variants[f"clipcov {name}"] = {**knobs, **dict(own)}
     return variants
+
+
+def parse_pair(pair: str, option: str) -> tuple[str, Any]:
+    """`key=value`, the value a number or another JSON literal; `inf` is understood too."""
+    key, equals, value = pair.partition("=")
+    try:
+        if key and equals:
+            return key, float(value) if value == "inf" else json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    raise ValueError(f"{option}: {pair!r} is not key=value with a number or another JSON literal")
 
 
 def size(text: str) -> dict[str, int]:
     """`POOL:SURVIVORS:STEPS`; argparse calls it by this name in its errors."""
     pool, survivors, steps = (int(part) for part in text.split(":"))
+    if not 2 <= survivors <= pool or steps < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: 2 <= SURVIVORS <= POOL and STEPS >= 1 are needed")
     return {"pool": pool, "survivors": survivors, "steps": steps}
 
 
@@ -357,6 +373,21 @@ def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float]:
     return seen.image.numpy(), seen.text.numpy(), seen.logit_scale
 
 
+def in_processes(
+    function: Callable[[Any], Any], items: list[Any], num_processes: int, name: str
+) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item)) of every item in order, each in a process of its own, with a progress bar."""
+    if not items:
+        return
+    pool = mp.get_context("fork").Pool(num_processes, maxtasksperchild=1)
+    pending = [(item, pool.apply_async(function, (item,))) for item in items]
+    # Closed and joined, not terminated as `with` does: Composer's handler of SIGTERM can leave a fork waiting for ever.
+    pool.close()
+    for item, result in tqdm(pending, desc=name):
+        yield item, result.get()
+    pool.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", action="append", required=True, help="NAME=FOLDER[:mismatched=F,duplicates=F]")
@@ -364,21 +395,22 @@ def main() -> None:
     parser.add_argument("--selectors", default=",".join(n for n in SELECTORS if n != "concept_balance"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--pool", type=int, default=640)
-    parser.add_argument("--survivors", type=int, default=128)
     parser.add_argument(
         "--size",
         action="append",
         type=size,
         metavar="POOL:SURVIVORS:STEPS",
-        help="in place of --pool, --survivors and --steps; several compare sizes",
+        help="640:128:240 if not given; several compare sizes",
     )
-    parser.add_argument("--warmup", type=int, default=60, help="steps of random survivors, the same for all")
+    parser.add_argument("--warmup", type=float, default=0.25, help="share of the steps that train on random survivors")
     parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of a proxy, 128 samples each")
     parser.add_argument("--knob", action="append", default=[], metavar="SELECTOR:key=value")
     parser.add_argument(
-        "--variant", action="append", default=[], metavar="NAME:key=value[,key=value]", help="clipcov with other knobs"
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:key=value[,key=value]",
+        help="clipcov with these knobs as well as those of --knob",
     )
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
@@ -390,47 +422,48 @@ def main() -> None:
     unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
     if unknown:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
+    if not 0 <= args.warmup < 1:
+        parser.error(f"--warmup {args.warmup} must be in [0, 1), a share of the steps")
     try:
         knobs = parse_knobs(args.knob)
-        variants = parse_variants(args.variant)
+        variants = parse_variants(args.variant, knobs.get("clipcov", {}))
         CORPORA.update({corpus.name: corpus for corpus in map(load_corpus, args.corpus)})
     except ValueError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = args.size or [{name: getattr(args, name) for name in ("pool", "survivors", "steps")}]
-    shape = {"warmup": args.warmup, "proxy_steps": args.proxy_steps}
+    sizes = args.size or [size("640:128:240")]
+    sizes = [{**of, "warmup": round(args.warmup * of["steps"]), "proxy_steps": args.proxy_steps} for of in sizes]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     knobs |= variants
     names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
-        {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **shape, **of, "knobs": knobs.get(name, {})}
+        {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code}
         # Seeds outermost: what is interrupted has every selector for some seeds.
         for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
     ]
     kept = args.out / f"{args.name}.jsonl"
     earlier = map(json.loads, kept.read_text().splitlines() if kept.is_file() else [])
-    done = {key_of(row, args.any_code): row for row in earlier}
+    done = {key_of(row, args.any_code): row for row in sorted(earlier, key=lambda row: row.get("code") == code)}
     todo = [job for job in jobs if key_of(job, args.any_code) not in done]
     wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
-    with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-        trained = tqdm(pool.imap(work_proxy, wanted), total=len(wanted), desc="proxies")
-        for proxy, (image, text, logit_scale) in zip(wanted, trained, strict=True):
-            PROXIES[proxy] = Embeddings(torch.from_numpy(image), torch.from_numpy(text), logit_scale)
-    with mp.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool, kept.open("a") as file:
-        for row in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc="runs"):
+    for proxy, (image, text, logit_scale) in in_processes(work_proxy, wanted, args.jobs, "proxies"):
+        PROXIES[proxy] = Embeddings(torch.from_numpy(image), torch.from_numpy(text), logit_scale)
+    with kept.open("a") as file:
+        for _, row in in_processes(work, todo, args.jobs, "runs"):
             done[key_of(row, args.any_code)] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
     rows = [done[key_of(job, args.any_code)] for job in jobs]
     summary = bench_report.summarize(rows)
-    (args.out / f"{args.name}.md").write_text(bench_report.table(summary, rows), encoding="utf-8")
+    text = bench_report.table(summary, rows, code)
+    (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
     bench_report.plot(rows, args.out / f"{args.name}.png")
     if len(sizes) > 1:
         bench_report.plot_sizes(summary, args.out / f"{args.name}_sizes.png")
-    print(bench_report.table(summary, rows))
-    print(json.dumps({"shape": shape, "sizes": sizes, "seeds": list(seeds), "cells": summary}))
+    print(text)
+    print(json.dumps({"sizes": sizes, "seeds": list(seeds), "cells": summary}))
 
 
 if __name__ == "__main__":
