@@ -22,14 +22,23 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors, survivors_of
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
-from clipcov_stream.embed import EMBED_SOURCES, Embeddings, Teacher, check_towers, embed_from_columns, embed_with_towers
+from clipcov_stream.embed import (
+    EMBED_SOURCES,
+    Embeddings,
+    Teacher,
+    check_towers,
+    embed_from_columns,
+    embed_with_towers,
+    scale_of,
+)
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
-from clipcov_stream.pool import Pool
+from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
-from clipcov_stream.selection import reads_lag, resolve, select
+from clipcov_stream.selection import learn, reads_lag, resolve, select
+from clipcov_stream.sketch import AllReduce
 
 
 class ClipCov(Algorithm):
@@ -47,9 +56,9 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, gate, balance, quality, overshoot, memory, ridge: see `selection.Settings`.
-        learnability: weight of the lag. None is the default weight for the teacher, whose own logits show what is
-            learned, and 0 for columns and proxy, where any other value costs a forward pass of the learner per pool.
+        coverage, learnability, gate, balance, quality, overshoot, memory, ridge: see `selection.Settings`. The lag
+            behind learnability comes from the training pass: from the model's outputs, if they have `image_features`
+            and `text_features` as open_clip's do, and else from one more forward pass over the survivors.
         seed: of everything random in selection.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
         teacher_momentum: of the moving average, per step.
@@ -72,7 +81,7 @@ class ClipCov(Algorithm):
         warmup: str | int = "100ba",
         half_life: float | None = None,
         coverage: float = Settings.coverage,
-        learnability: float | None = None,
+        learnability: float = Settings.learnability,
         seed: int = 0,
         *,
         gate: float = Settings.gate,
@@ -108,13 +117,12 @@ class ClipCov(Algorithm):
         self.embed = embed
         self.warmup = parse_warmup(warmup)
         self.half_life = half_life
-        self.own_learnability = Settings.learnability if embed == "teacher" else 0.0
         self.settings = Settings(
             half_life=math.inf if half_life is None else half_life,
             gate=gate,
             balance=balance,
             quality=quality,
-            learnability=self.own_learnability if learnability is None else learnability,
+            learnability=learnability,
             coverage=coverage,
             overshoot=overshoot,
             memory=memory,
@@ -129,6 +137,7 @@ class ClipCov(Algorithm):
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
         self.selection: SelectionState | None = None
+        self._survivors: Pool | None = None
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
@@ -159,10 +168,13 @@ class ClipCov(Algorithm):
 
     @property
     def uses_learner(self) -> bool:
-        """Whether the model in training embeds pools itself, beside the embedder."""
-        # The teacher's own logits show what is learned.
-        for_lag = self.embed != "teacher" and reads_lag(self.function, self.settings)
-        return self.uses_embeddings and (for_lag or plain(self.function) in NEEDS_LEARNER)
+        """Whether the model in training embeds whole pools, beside the embedder."""
+        return plain(self.function) in NEEDS_LEARNER
+
+    @property
+    def uses_lag(self) -> bool:
+        """Whether what the model in training makes of its survivors is noted."""
+        return self.uses_embeddings and reads_lag(self.function, self.settings)
 
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.
@@ -173,13 +185,15 @@ class ClipCov(Algorithm):
         return count_survivors(pool_size, self.filter_ratio)
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.FIT_START, Event.AFTER_DATALOADER, Event.BATCH_END)
+        return event in (Event.FIT_START, Event.AFTER_DATALOADER, Event.AFTER_FORWARD, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
+        elif event == Event.AFTER_FORWARD:
+            self._learn(state)
         else:
             if not state.fsdp_enabled:
                 share_buffers(unwrap(state.model))
@@ -210,7 +224,7 @@ class ClipCov(Algorithm):
         self.global_pool_size = state["arguments"]["global_pool_size"]
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
-        self.selection, self.teacher = None, None
+        self.selection, self.teacher, self._survivors = None, None, None
 
     def _start(self, state: State) -> None:
         """Check what can be checked before the first step, and make the embedder."""
@@ -226,7 +240,7 @@ class ClipCov(Algorithm):
                 "every survivor will be random",
                 stacklevel=2,
             )
-        if self.embed == "teacher" or self.uses_learner:
+        if self.embed == "teacher" or self.uses_learner or self.uses_lag:
             check_towers(unwrap(state.model), "the Trainer's model")
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:
@@ -288,7 +302,7 @@ class ClipCov(Algorithm):
             survivors = random_survivors(valid, num_survivors, generator)
             num_invalid = pool_size - int(valid.sum())
         self._count(state, pool_size, num_survivors, num_invalid)
-        state.batch = survivors_of(batch, survivors)
+        state.batch = rows_of_survivors(batch, survivors)
         streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
         figures |= {
             "samples_streamed": streamed,
@@ -338,12 +352,24 @@ class ClipCov(Algorithm):
             self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
             if self._pending.get("selection"):
                 self.selection = self.selection.restored(self._pending.pop("selection"))
-        several = dist.get_world_size() > 1
         state = replace(self.selection, step=step)
-        self.selection, survivors, report = select(
-            state, pool, num_survivors, self.function, sum_over_ranks if several else None
-        )
+        self.selection, survivors, report = select(state, pool, num_survivors, self.function, all_reduce())
+        self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
         return report, survivors
+
+    def _learn(self, state: State) -> None:
+        """Note what the model makes of the survivors, of which it has just made its training pass."""
+        if self._survivors is None or self.selection is None:
+            return
+        outputs, model = state.outputs, unwrap(state.model)
+        if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
+            image, text, scale = outputs["image_features"], outputs["text_features"], scale_of(model)
+        else:
+            inputs = (state.batch[self.image_key], state.batch[self.text_key])
+            precision = get_precision_context(state.precision, state.precision_config)
+            image, text, scale = embed_with_towers(model, *inputs, self.embed_chunk or len(inputs[0]), precision)
+        self.selection = learn(self.selection, with_learner(self._survivors, image, text, scale), all_reduce())
+        self._survivors = None
 
     def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
         """Count what was seen and what could not be used.
@@ -388,6 +414,11 @@ def share_buffers(model: nn.Module) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
+
+
+def all_reduce() -> AllReduce | None:
+    """What sums over ranks, if there are several."""
+    return sum_over_ranks if dist.get_world_size() > 1 else None
 
 
 def sum_over_ranks(tensor: Tensor) -> None:

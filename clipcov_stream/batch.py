@@ -52,7 +52,7 @@ def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
     return dict(batch)
 
 
-def survivors_of(batch: Mapping[str, Any], survivors: Tensor) -> dict[str, Any]:
+def rows_of_survivors(batch: Mapping[str, Any], survivors: Tensor) -> dict[str, Any]:
     """The survivors' rows of every entry that a model may train on."""
     return {key: rows_of(value, survivors) for key, value in batch.items() if key not in NOT_TRAINED_ON}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
-"""Per pool: the learner moves, so its lag is forgotten within some ten pools whatever the sketch's half-life."""
+"""Per step: the learner moves, so its lag is forgotten within some ten steps whatever the sketch's half-life."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SelectionState:
         stream: sketch of all candidates.
         opened: sketch of the candidates that the gate let through: the target.
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
-        lag: what the learner does not reproduce yet of the stream's cross-covariance, summed over pools.
+        lag: what the learner does not reproduce yet of its survivors' cross-covariance, summed over steps.
         lag_weight: sum of the decayed weights in `lag`.
         own: what this selector alone remembers (`rivals.REMEMBER`).
     """
@@ -215,7 +215,7 @@ class Whitened:
         image, text: rows, scaled so that a typical atom x y^T has norm 1.
         target: the open pairs' cross-covariance, about the stream's means.
         memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
-        lag: the mean over EARLIER pools of what the learner does not reproduce of the stream's cross-covariance
+        lag: the mean over EARLIER survivors of what the learner does not reproduce of their cross-covariance
             (`updated_lag`), zeros before there is one.
     """
 
@@ -277,29 +277,29 @@ def typical_norm(rows: Float[Tensor, "pool dim"], valid: Bool[Tensor, " pool"]) 
 
 
 def updated_lag(
-    state: SelectionState, pool: Pool, all_reduce: AllReduce | None
+    state: SelectionState, survivors: Pool, all_reduce: AllReduce | None
 ) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, ""]]:
-    """Add a pool to R = E_i[x_i y_i^T] - 1/2 E_i[sum_j (p_ij + q_ij) x_i y_j^T].
+    """Add a step's survivors to R = E_i[x_i y_i^T] - 1/2 E_i[sum_j (p_ij + q_ij) x_i y_j^T].
 
     x, y are the embedder's centred embeddings, p and q the row and column softmax of the LEARNER's logits over the
-    pool: the contrastive gradient, seen in the embedder's space. Mismatched pairs cancel in the mean, so unlike a loss
-    per sample it does not chase noise. Only later pools read it: a pool's own duplicates must not vote for themselves.
+    survivors: the contrastive gradient, seen in the embedder's space. Mismatched pairs cancel in the mean, so unlike a
+    loss per sample it does not chase noise. It reads survivors alone, which the learner's training pass embeds anyway.
     """
-    scale = pool.logit_scale if pool.learner_logit_scale is None else pool.learner_logit_scale
-    learner_image = pool.image if pool.learner_image is None else pool.learner_image
-    learner_text = pool.text if pool.learner_text is None else pool.learner_text
-    valid = valid_of(pool)
+    scale = survivors.logit_scale if survivors.learner_logit_scale is None else survivors.learner_logit_scale
+    learner_image = survivors.image if survivors.learner_image is None else survivors.learner_image
+    learner_text = survivors.text if survivors.learner_text is None else survivors.learner_text
+    valid = valid_of(survivors)
     logits = (scale * learner_image @ learner_text.T).masked_fill(~(valid[:, None] & valid[None, :]), -1e9)
     weights = 0.5 * (logits.softmax(1) + logits.softmax(0))
-    image = (pool.image - state.stream.image_mean).masked_fill(~valid[:, None], 0.0)
-    text = (pool.text - state.stream.text_mean).masked_fill(~valid[:, None], 0.0)
-    pool_lag = image.T @ (text - weights @ text)
-    count = valid.sum().to(pool_lag)
+    image = (survivors.image - state.stream.image_mean).masked_fill(~valid[:, None], 0.0)
+    text = (survivors.text - state.stream.text_mean).masked_fill(~valid[:, None], 0.0)
+    step_lag = image.T @ (text - weights @ text)
+    count = valid.sum().to(step_lag)
     if all_reduce is not None:
-        flat = torch.cat([pool_lag.flatten(), count[None]])
+        flat = torch.cat([step_lag.flatten(), count[None]])
         all_reduce(flat)
-        pool_lag, count = flat[:-1].view_as(pool_lag), flat[-1]
-    return state.lag * LAG_DECAY + pool_lag, state.lag_weight * LAG_DECAY + count
+        step_lag, count = flat[:-1].view_as(step_lag), flat[-1]
+    return state.lag * LAG_DECAY + step_lag, state.lag_weight * LAG_DECAY + count
 
 
 def gated(

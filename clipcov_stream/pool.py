@@ -94,3 +94,27 @@ def prepared(pool: Pool) -> Pool:
 def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:
     """Which samples may be chosen."""
     return torch.ones(len(pool), dtype=torch.bool, device=pool.image.device) if pool.valid is None else pool.valid
+
+
+def survivors_of(pool: Pool, survivors: Int64[Tensor, " survivors"]) -> Pool:
+    """The embedder's rows of the survivors, in the order chosen."""
+    image, text = (rows.index_select(0, survivors) for rows in (pool.image, pool.text))
+    return Pool(image, text, pool.logit_scale)
+
+
+def with_learner(
+    survivors: Pool, image: Float[Tensor, "n dim"], text: Float[Tensor, "n dim"], logit_scale: float | Tensor
+) -> Pool:
+    """`survivors` with the learner's embeddings of the same samples, out of its training pass.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    if len(image) != len(survivors):
+        raise ValueError(f"the learner embedded {len(image)} samples, there are {len(survivors)} survivors")
+    return replace(
+        survivors,
+        learner_image=image.detach().float(),
+        learner_text=text.detach().float(),
+        learner_logit_scale=logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale,
+    )

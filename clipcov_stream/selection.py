@@ -11,7 +11,7 @@ corpus:
    is estimated, and `gate` times as many of the best stay open (`evidence.matching`).
 2. What is common? An open pair is worth less the denser its image and its caption lie, so that popular concepts and
    near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
-   learner does not yet reproduce the stream's cross-covariance (`objective.updated_lag`).
+   learner does not yet reproduce what it was trained on (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
    that of the open pairs (`objective.greedy_select`).
 
@@ -38,12 +38,12 @@ from clipcov_stream.objective import (
     updated_lag,
     whitened,
 )
-from clipcov_stream.pool import Pool, prepared, valid_of
+from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import AllReduce, CrossCovSketch
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Float, Int64
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
@@ -60,7 +60,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     Called by itself, rather than by `select`, it takes T from the state and this pool.
 
     Costs: 6 * pool^2 * dim flops for margins and densities, 4 * pool * survivors * dim for the picks, two Cholesky
-    factors of dim^3 and their triangular solves; 4 * pool^2 * dim for the lag's update if learnability is above 0.
+    factors of dim^3 and their triangular solves.
     """
     return choose(pool, num_survivors, state).survivors
 
@@ -160,13 +160,26 @@ def select(
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     kept.update(image, text, counted, all_reduce, elapsed)
-    lag_sum, lag_weight = state.lag, state.lag_weight
-    if reads_lag(selector, state.settings):
-        lag_sum, lag_weight = updated_lag(seen, pool, all_reduce)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
-    after = replace(seen, step=state.step + 1, kept=kept, lag=lag_sum, lag_weight=lag_weight, own=own)
+    after = replace(seen, step=state.step + 1, kept=kept, own=own)
     return after, survivors, {**certificate(pool, survivors, after), **figures}
+
+
+def learn(state: SelectionState, survivors: Pool, all_reduce: AllReduce | None = None) -> SelectionState:
+    """Note what the learner makes of the survivors it trains on: the next state, with their lag.
+
+    Args:
+        state: from `select`.
+        survivors: the embedder's rows of the survivors, and the learner's from its training pass (`learner_image`,
+            `learner_text`, `learner_logit_scale`). Without the learner's rows the embedder stands in for it.
+        all_reduce: sums over ranks in place.
+
+    Only later pools read the lag: a batch must not vote for itself. A run that never calls this selects without a lag.
+    Costs: 4 * survivors^2 * dim flops.
+    """
+    lag, lag_weight = updated_lag(state, prepared(survivors), all_reduce)
+    return replace(state, lag=lag, lag_weight=lag_weight)
 
 
 def reads_lag(selector: SelectorFn, settings: Settings) -> bool:
@@ -212,6 +225,7 @@ class Selector:
         self.all_reduce = all_reduce
         self.state: SelectionState | None = None
         self.report: dict[str, Tensor] = {}
+        self._survivors: Pool | None = None
         self._pending: dict[str, Any] | None = None
 
     def __call__(self, pool: Pool, num_survivors: int) -> Int64[Tensor, " survivors"]:
@@ -233,7 +247,22 @@ class Selector:
                 f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding"
             )
         self.state, self.report = state, report
+        self._survivors = survivors_of(pool, survivors) if reads_lag(self.function, self.settings) else None
         return survivors
+
+    def learned(self, image: Float[Tensor, "n dim"], text: Float[Tensor, "n dim"], logit_scale: float | Tensor) -> None:
+        """Tell what the learner made of the last survivors, once it has embedded them to train on them.
+
+        `clipcov` then favours what is not learned yet; without this call it selects without that. The rows are the
+        survivors' in the order returned, of any width; `logit_scale` is the learner's, exponentiated. A call that
+        nothing needs, of a rival or with learnability 0, does nothing.
+
+        Raises:
+            ValueError: another number of rows than there were survivors.
+        """
+        if self.state is not None and self._survivors is not None:
+            seen = with_learner(self._survivors, image, text, logit_scale)
+            self.state, self._survivors = learn(self.state, seen, self.all_reduce), None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; empty before the first pool."""
@@ -243,6 +272,7 @@ class Selector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned. Errors about widths come with the next pool if this is the first."""
+        self._survivors = None
         if not state:
             self.state, self._pending = None, None
         elif self.state is None:

@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from composer import Callback, Trainer
@@ -20,7 +21,7 @@ from composer.core import Algorithm, Event
 from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import BatchSampler, DataLoader
 
 from clipcov_stream import ClipCov
@@ -28,7 +29,7 @@ from clipcov_stream.batch import check_batch, count_survivors
 from clipcov_stream.build import check_same_tokens, tokenizer_of
 from clipcov_stream.config import ModelConfig, load_config
 from clipcov_stream.model import ClipModel, build_towers
-from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.objective import LAG_DECAY, SelectionState, Settings
 from clipcov_stream.rivals import sem_dedup
 from clipcov_stream.selection import SELECTORS
 from clipcov_stream.stream import Tokenizer
@@ -594,13 +595,64 @@ def test_missing_embedding_columns_are_named(tmp_path: Path, corpus: Path) -> No
         trainer_of(tmp_path, tree)
 
 
-def test_learnability_on_columns_uses_the_learner(tmp_path: Path) -> None:
+class OwnOutputs(ClipModel):
+    """As a user's own model may be: its outputs have other names than open_clip's."""
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"own_{name}": value for name, value in super().forward(batch).items()}
+
+    def loss(self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        return super().loss({name.removeprefix("own_"): value for name, value in outputs.items()}, batch)
+
+
+class Learnt(Callback):
+    """What the model answers in each training pass, and the selection state that the step leaves."""
+
+    def __init__(self) -> None:
+        self.outputs: list[dict[str, torch.Tensor]] = []
+        self.states: list[SelectionState] = []
+
+    def after_loss(self, state: Any, logger: Any) -> None:
+        self.outputs.append({name.removeprefix("own_"): value.detach() for name, value in state.outputs.items()})
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        self.states.append(next(a for a in state.algorithms if isinstance(a, ClipCov)).selection)  # pyright: ignore
+
+
+@pytest.mark.parametrize("model", [ClipModel, OwnOutputs])
+def test_the_lag_is_that_of_the_training_pass(tmp_path: Path, model: type[ClipModel]) -> None:
+    """Against the oracle, from the survivors' columns and what the model answered when it trained on them."""
     folder = write_columns(tmp_path / "mds", 64)
-    trainer, _, _ = run(tmp_path, columns_recipe(folder, learnability=1.0))
-    selection = algorithm_of(trainer).selection
-    assert selection is not None
-    assert float(selection.lag_weight) > 0
-    assert float(selection.lag.abs().sum()) > 0
+    trainer, recorder, _ = trainer_of(tmp_path, columns_recipe(folder))
+    trainer.state.model.__class__ = model
+    learnt = Learnt()
+    trainer.state.callbacks.append(learnt)
+    trainer.fit()
+
+    dataset = trainer.state.dataloader.dataset  # pyright: ignore
+    row_of = {tuple(dataset.tokenizer(str(row)).tolist()): row for row in range(64)}
+    columns = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    lag, weight = np.zeros((8, 8)), 0.0
+    for tokens, outputs, state in zip(recorder.batches, learnt.outputs, learnt.states, strict=True):
+        survivors = [columns[row_of[tuple(row)]] for row in tokens.tolist()]
+        image, text = (oracle.unit([row[f"{side}_embedding"] for row in survivors]) for side in ("image", "text"))
+        seen = (outputs[f"{side}_features"].numpy() for side in ("image", "text"))
+        scale = float(outputs["logit_scale"])
+        means = (np.asarray(mean, np.float64) for mean in (state.stream.image_mean, state.stream.text_mean))
+        centred = (rows - mean for rows, mean in zip((image, text), means, strict=True))
+        lag = LAG_DECAY * lag + oracle.lag_sum(*centred, *seen, scale)
+        weight = LAG_DECAY * weight + 8
+        np.testing.assert_allclose(state.lag, lag, rtol=1e-3, atol=1e-4)
+        assert float(state.lag_weight) == pytest.approx(weight)
+    assert len(learnt.states) == 2
+
+
+def test_rivals_note_no_lag(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64)
+    for number, other in enumerate(({"selector": "clip_score"}, {"learnability": 0.0})):
+        (tmp_path / str(number)).mkdir()
+        trainer, _, _ = run(tmp_path / str(number), columns_recipe(folder, **other))
+        assert float(algorithm_of(trainer).selection.lag_weight) == 0  # pyright: ignore
 
 
 def test_proxy_selects_without_changing_itself(tmp_path: Path, corpus: Path) -> None:

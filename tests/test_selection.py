@@ -28,12 +28,11 @@ from clipcov_stream.objective import (
     random_survivors,
     standardize,
     top,
-    updated_lag,
     whitened,
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
-from clipcov_stream.selection import SELECTORS, Selector, check_survivors, resolve, select
+from clipcov_stream.selection import SELECTORS, Selector, check_survivors, learn, reads_lag, resolve, select
 
 NAMES = sorted(SELECTORS)
 ALONE = [name for name in NAMES if SELECTORS[name] not in NEEDS_LEARNER]
@@ -198,7 +197,7 @@ def test_top_is_stable():
 
 def test_whitened_inner_products_equal_those_of_symmetric_roots():
     pools = [draw(20, 4, seed) for seed in range(3)]
-    state, pool = after(pools, ridge=0.2), prepared(pools[-1])
+    state, pool = learn(after(pools, ridge=0.2), trained_on(9)), prepared(pools[-1])
     frame = whitened(pool, state)
     image, text, target, memory, lag = (np.asarray(tensor, np.float64) for tensor in vars(frame).values())
     rows = [(oracle.unit(p.image), oracle.unit(p.text)) for p in pools]
@@ -240,16 +239,23 @@ def test_the_target_is_what_the_gate_let_through():
 # Lag
 
 
+def trained_on(seed, n=8, dim=4):
+    """Survivors as the embedder and the learner, of another width, see them."""
+    rows = draw(n, dim, seed)
+    learner = draw(n, dim + 2, seed + 50)
+    return replace(rows, learner_image=learner.image, learner_text=learner.text, learner_logit_scale=5.0)
+
+
 def test_lag_sum_equals_the_oracle_and_decays():
-    pools = [replace(draw(8, 3, seed), valid=torch.arange(8) != seed) for seed in range(2)]
-    state = SelectionState.initial(3, Settings(learnability=1.0))
+    state = after([draw(20, 3, 5)], learnability=1.0)
     total, weight = np.zeros((3, 3)), 0.0
-    for pool in pools:
-        state, *_ = select(state, pool, 2)
-        ok = pool.valid
-        image = oracle.unit(pool.image[ok]) - np.asarray(state.stream.image_mean, np.float64)
-        text = oracle.unit(pool.text[ok]) - np.asarray(state.stream.text_mean, np.float64)
-        learner = oracle.unit(pool.learner_image[ok]), oracle.unit(pool.learner_text[ok])
+    for seed in range(2):
+        survivors = replace(trained_on(seed, dim=3), valid=torch.arange(8) != seed)
+        state = learn(state, survivors)
+        ok = survivors.valid
+        image = oracle.unit(survivors.image[ok]) - np.asarray(state.stream.image_mean, np.float64)
+        text = oracle.unit(survivors.text[ok]) - np.asarray(state.stream.text_mean, np.float64)
+        learner = oracle.unit(survivors.learner_image[ok]), oracle.unit(survivors.learner_text[ok])
         total = LAG_DECAY * total + oracle.lag_sum(image, text, *learner, 5.0)
         weight = LAG_DECAY * weight + 7
         close(state.lag, total)
@@ -259,11 +265,20 @@ def test_lag_sum_equals_the_oracle_and_decays():
 def test_the_embedder_stands_in_for_a_missing_learner():
     pool = prepared(draw(8, 3, learner=False))
     explicit = replace(pool, learner_image=pool.image, learner_text=pool.text, learner_logit_scale=10.0)
-    state = SelectionState.initial(3, Settings(learnability=1.0))
-    assert torch.equal(updated_lag(state, pool, None)[0], updated_lag(state, explicit, None)[0])
+    state = SelectionState.initial(3, Settings())
+    assert torch.equal(learn(state, pool).lag, learn(state, explicit).lag)
 
 
-def test_lag_of_the_first_pool_is_zero_and_selectors_see_earlier_pools_only():
+def test_a_learner_that_reproduces_everything_leaves_no_lag():
+    eye = torch.eye(6)
+    survivors = Pool(eye, eye, learner_image=eye, learner_text=eye, learner_logit_scale=1000.0)
+    state = SelectionState.initial(6, Settings())
+    close(learn(state, survivors).lag, np.zeros((6, 6)))
+    blind = replace(survivors, learner_text=eye.roll(1, 0))
+    assert float(learn(state, blind).lag.diagonal().min()) > 0.9
+
+
+def test_selection_leaves_the_lag_alone_and_reads_it_in_later_pools():
     seen = []
 
     def spy(pool, num_survivors, state):
@@ -275,21 +290,44 @@ def test_lag_of_the_first_pool_is_zero_and_selectors_see_earlier_pools_only():
     for seed in range(3):
         before = state.lag
         state, *_ = select(state, draw(16, 4, seed), 4, spy)
-        assert torch.equal(seen[-1][0], before)
+        assert torch.equal(seen[-1][0], before) and torch.equal(state.lag, before)
+        state = learn(state, trained_on(seed))
         assert not torch.equal(state.lag, before)
     assert not seen[0][1].any() and seen[1][1].any() and seen[2][1].any()
 
 
-def test_a_pools_learner_votes_for_later_pools_alone():
-    settings_ = Settings(learnability=10.0)
+def test_what_the_learner_makes_of_survivors_changes_what_comes_next():
     state = after([draw(32, 4, 0)], learnability=10.0)
-    pool = draw(32, 4, 1)
-    other = replace(pool, learner_image=-pool.learner_image)
-    state_a, survivors_a, _ = select(state, pool, 8)
-    state_b, survivors_b, _ = select(state, other, 8)
-    assert state.settings == settings_ and torch.equal(survivors_a, survivors_b)
-    later = draw(32, 4, 2)
-    assert not torch.equal(select(state_a, later, 8)[1], select(state_b, later, 8)[1])
+    survivors, later = trained_on(1), draw(32, 4, 2)
+    other = replace(survivors, learner_image=-survivors.learner_image)
+    first, second = (select(learn(state, seen), later, 8)[1] for seen in (survivors, other))
+    assert not torch.equal(first, second)
+    with_none, without = (
+        select(learn(replace(state, settings=Settings(learnability=0.0)), seen), later, 8)[1]
+        for seen in (survivors, other)
+    )
+    assert torch.equal(with_none, without)
+
+
+def test_a_selector_is_told_what_the_learner_made_of_its_survivors():
+    pools = [draw(24, 4, seed) for seed in range(2)]
+    selector = Selector(settings=Settings(learnability=3.0))
+    survivors = selector(pools[0], 6)
+    seen = trained_on(7, n=6)
+    before = selector.state
+    with pytest.raises(ValueError, match="embedded 5 samples, there are 6 survivors"):
+        selector.learned(seen.learner_image[:5], seen.learner_text[:5], 5.0)
+    selector.learned(seen.learner_image, seen.learner_text, 5.0)
+    rows = replace(rows_of(pools[0], survivors), learner_image=seen.learner_image, learner_text=seen.learner_text)
+    assert torch.equal(selector.state.lag, learn(before, replace(rows, learner_logit_scale=5.0)).lag)
+    told = selector.state
+    selector.learned(seen.learner_image, seen.learner_text, 5.0)  # a second time, of the same survivors
+    assert selector.state is told
+
+    rival = Selector("clip_score")
+    rival(pools[0], 6)
+    rival.learned(seen.learner_image, seen.learner_text, 5.0)
+    assert float(rival.state.lag_weight) == 0
 
 
 # The certificate
@@ -520,6 +558,8 @@ def test_a_resumed_selector_goes_on_bit_for_bit(name, tmp_path):
     for _ in range(2):
         survivors = straight(same_pool, 6)
         assert torch.equal(resumed(same_pool, 6), survivors)
+        for one in (straight, resumed):
+            one.learned(*(same_pool.learner_image[survivors], same_pool.learner_text[survivors]), 5.0)
         assert_same_state(resumed.state, straight.state)
         assert all(torch.equal(resumed.report[key], value) for key, value in straight.report.items())
         steps.append((survivors.tolist(), straight.state.stream.cross_cov))
@@ -554,6 +594,8 @@ def test_ranks_share_sketches_and_lag_but_not_survivors():
         selector = Selector("clipcov", rank=rank, all_reduce=all_reduce)
         for step in range(2):
             survivors = selector(draw(16, 4, 2 * step + rank), 4)
+            learner = draw(4, 6, 2 * step + rank)
+            selector.learned(learner.image, learner.text, 5.0)
         results[rank] = selector.state, survivors
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
@@ -564,6 +606,7 @@ def test_ranks_share_sketches_and_lag_but_not_survivors():
     (first, chosen), (second, others) = results
     assert_same_state(first, second)
     assert int(first.stream.num_samples) == 64 and int(first.kept.num_samples) == 16
+    assert float(first.lag_weight) == pytest.approx(8 * (1 + LAG_DECAY)) and first.lag.any()
     assert not torch.equal(chosen, others)
     rows = [draw(16, 4, seed) for seed in range(4)]
     expected = oracle.moments(*(oracle.unit(torch.cat([getattr(p, f) for p in rows])) for f in ("image", "text")))
@@ -615,9 +658,10 @@ def test_a_selector_that_takes_invalid_samples_is_named():
 
 
 def test_only_who_may_read_the_lag_is_charged_for_it():
-    assert float(after([draw(20, 4)], selector="clip_score").lag_weight) == 0
-    assert float(after([draw(20, 4)]).lag_weight) == 20
-    assert float(after([draw(20, 4)], learnability=0.0).lag_weight) == 0
+    assert reads_lag(SELECTORS["clipcov"], Settings()) and reads_lag(lambda *_: None, Settings())
+    assert not reads_lag(SELECTORS["clipcov"], Settings(learnability=0.0))
+    for name in set(NAMES) - {"clipcov"}:
+        assert not reads_lag(SELECTORS[name], Settings())
 
 
 def best_open(state, pool, num_survivors, worth):
@@ -640,6 +684,7 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
 
     def survivors(**knobs):
         state = after([draw(60, 5, seed), draw(60, 5, seed + 5)], 9, **{**none, **knobs})
+        state = learn(state, trained_on(seed, n=9, dim=5))
         return state, select(state, pool, 9)[1].tolist()
 
     state, got = survivors(balance=1.0)
