@@ -361,7 +361,8 @@ class ClipCov(Algorithm):
         """Note what the model makes of the survivors, of which it has just made its training pass."""
         if self._survivors is None or self.selection is None:
             return
-        outputs, model = state.outputs, unwrap(state.model)
+        outputs: Any = state.outputs
+        model = unwrap(state.model)
         if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
             image, text, scale = outputs["image_features"], outputs["text_features"], scale_of(model)
         else:
