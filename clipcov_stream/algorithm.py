@@ -1,8 +1,9 @@
 """ClipCov: online selection as a Composer Algorithm.
 
-Only wiring and metrics: what is chosen is decided in `selection`, on embeddings from `embed`. It acts at
+Only wiring and metrics: what is chosen is decided in `selection`, on embeddings from `embed`. It selects at
 AFTER_DATALOADER, the last moment at which Composer still trains what it is given; at BEFORE_TRAIN_BATCH the batch is
-already split and a selection would be ignored in silence.
+already split and a selection would be ignored in silence. At AFTER_FORWARD it notes what the model made of its
+survivors.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ class ClipCov(Algorithm):
         filter_ratio: fraction of every pool that is discarded, in [0, 1).
         embed: where embeddings come from: "teacher" (moving average of the model in training, nothing to download),
             "proxy" (a frozen model) or "columns" (they come with the pool: no forward pass).
-        selector: a name in SELECTORS, or a function of that signature.
+        selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
+            kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
         coverage, learnability, gate, balance, quality, overshoot, memory, ridge: see `selection.Settings`. The lag
-            behind learnability comes from the training pass: from the model's outputs, if they have `image_features`
-            and `text_features` as open_clip's do, and else from one more forward pass over the survivors.
+            behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
+            `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass over the survivors.
         seed: of everything random in selection.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
-        embed_chunk: rows per forward pass of the embedder; None is the number of survivors.
+        embed_chunk: rows per forward pass of the embedder, or of the learner; None is the number of survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
@@ -193,7 +195,7 @@ class ClipCov(Algorithm):
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
         elif event == Event.AFTER_FORWARD:
-            self._learn(state)
+            self._learn(state, logger)
         else:
             if not state.fsdp_enabled:
                 share_buffers(unwrap(state.model))
@@ -240,7 +242,7 @@ class ClipCov(Algorithm):
                 "every survivor will be random",
                 stacklevel=2,
             )
-        if self.embed == "teacher" or self.uses_learner or self.uses_lag:
+        if self.embed == "teacher" or self.uses_learner:
             check_towers(unwrap(state.model), "the Trainer's model")
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:
@@ -283,6 +285,7 @@ class ClipCov(Algorithm):
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
+        self._survivors = None
         batch = check_batch(state.batch, self.image_key)
         pool_size = len(batch[self.image_key])
         num_survivors = self.num_survivors(pool_size)
@@ -357,20 +360,25 @@ class ClipCov(Algorithm):
         self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
         return report, survivors
 
-    def _learn(self, state: State) -> None:
+    def _learn(self, state: State, logger: Logger) -> None:
         """Note what the model makes of the survivors, of which it has just made its training pass."""
         if self._survivors is None or self.selection is None:
             return
         outputs: Any = state.outputs
         model = unwrap(state.model)
-        if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
-            image, text, scale = outputs["image_features"], outputs["text_features"], scale_of(model)
-        else:
-            inputs = (state.batch[self.image_key], state.batch[self.text_key])
-            precision = get_precision_context(state.precision, state.precision_config)
-            image, text, scale = embed_with_towers(model, *inputs, self.embed_chunk or len(inputs[0]), precision)
-        self.selection = learn(self.selection, with_learner(self._survivors, image, text, scale), all_reduce())
+        with Stopwatch(state) as watch:
+            if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
+                image, text = outputs["image_features"], outputs["text_features"]
+                # Not the parameter, if it can be helped: FSDP leaves some ranks without it.
+                scale = outputs["logit_scale"].reshape(()) if "logit_scale" in outputs else scale_of(model)
+            else:
+                check_towers(model, "learnability above 0 (selection.learnability): the Trainer's model")
+                inputs = (state.batch[self.image_key], state.batch[self.text_key])
+                precision = get_precision_context(state.precision, state.precision_config)
+                image, text, scale = embed_with_towers(model, *inputs, self.embed_chunk or len(inputs[0]), precision)
+            self.selection = learn(self.selection, with_learner(self._survivors, image, text, scale), all_reduce())
         self._survivors = None
+        logger.log_metrics({"selection/learn_ms": watch.milliseconds()})
 
     def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
         """Count what was seen and what could not be used.

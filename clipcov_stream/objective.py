@@ -74,7 +74,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SelectionState:
-    """Everything selection remembers between steps; replaced, never changed, by `select`.
+    """Everything selection remembers between steps; replaced, never changed, by `select` and `learn`.
 
     Args:
         settings: the knobs.
@@ -283,7 +283,8 @@ def updated_lag(
 
     x, y are the embedder's centred embeddings, p and q the row and column softmax of the LEARNER's logits over the
     survivors: the contrastive gradient, seen in the embedder's space. Mismatched pairs cancel in the mean, so unlike a
-    loss per sample it does not chase noise. It reads survivors alone, which the learner's training pass embeds anyway.
+    loss per sample it does not chase noise. It reads survivors alone, which the learner's training pass embeds anyway;
+    with several ranks each adds its own, whose negatives are its own too, while the loss's are all ranks'.
     """
     scale = survivors.logit_scale if survivors.learner_logit_scale is None else survivors.learner_logit_scale
     learner_image = survivors.image if survivors.learner_image is None else survivors.learner_image

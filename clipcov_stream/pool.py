@@ -20,8 +20,8 @@ class Pool:
     Args:
         image, text: (pool, dim) embeddings from the embedder: the teacher, a proxy or columns. Same width.
         logit_scale: the embedder's, exponentiated (CLIP's is near 100 after training).
-        learner_image, learner_text, learner_logit_scale: the same pool seen by the model in training. Without them the
-            embedder stands in for the learner, which is what it is when it is the learner's moving average.
+        learner_image, learner_text, learner_logit_scale: the same samples seen by the model in training. Selectors in
+            `rivals.NEEDS_LEARNER` read them, and `selection.learn`, where without them the embedder stands in.
         valid: (pool,) bool, False for samples that must not be chosen (an undecodable image, say).
         ids: (pool,) int64, the samples' numbers in the data set; only `dissect` needs them.
         concepts: (pool, width) int64, the indices of each sample's concepts, padded with -1; only `concept_balance`
@@ -112,9 +112,13 @@ def with_learner(
     """
     if len(image) != len(survivors):
         raise ValueError(f"the learner embedded {len(image)} samples, there are {len(survivors)} survivors")
+
+    def here(value: Tensor) -> Tensor:
+        return value.detach().to(survivors.image.device, torch.float32)
+
     return replace(
         survivors,
-        learner_image=image.detach().float(),
-        learner_text=text.detach().float(),
-        learner_logit_scale=logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale,
+        learner_image=here(image),
+        learner_text=here(text),
+        learner_logit_scale=here(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale,
     )

@@ -2,7 +2,8 @@
 
 The core is a pure function, `select(state, pool, num_survivors) -> (state', survivors, report)`. The state is the
 sketches, the lag and the step counter; everything random derives from (seed, step, rank), never from a global
-generator. That is what makes a resumed run equal a straight one and lets selection run ahead of training.
+generator. That is what makes a resumed run equal a straight one. After the survivors' training pass `learn(state,
+survivors) -> state'` notes what the model made of them; it comes before the next `select`.
 
 The method, `clipcov`, has three parts, all from the pool's own embeddings, with no labels and no threshold to set for a
 corpus:
@@ -183,9 +184,10 @@ def learn(state: SelectionState, survivors: Pool, all_reduce: AllReduce | None =
 
 
 def reads_lag(selector: SelectorFn, settings: Settings) -> bool:
-    """Whether `selector` may read the lag: clipcov, and any function of a user's own, if learnability is above 0. The
-    rivals do not, and must not be charged for it."""
-    return settings.learnability > 0 and plain(selector) not in RIVALS.values()
+    """Whether the lag is kept up for `selector`, if learnability is above 0: for clipcov, and for a function of a
+    user's own that has an attribute `reads_lag = True`."""
+    function = plain(selector)
+    return settings.learnability > 0 and (function is clipcov or bool(getattr(function, "reads_lag", False)))
 
 
 class Selector:
@@ -235,11 +237,7 @@ class Selector:
             ValueError: as `select`.
             RuntimeError: fewer valid candidates than survivors.
         """
-        if self.state is None:
-            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, pool.image.device)
-            if self._pending is not None:
-                self.state, self._pending = self.state.restored(self._pending), None
-        state, survivors, report = select(self.state, pool, num_survivors, self.function, self.all_reduce)
+        state, survivors, report = select(self._state_for(pool), pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         if num_valid < num_survivors:
             raise RuntimeError(
@@ -254,25 +252,37 @@ class Selector:
         """Tell what the learner made of the last survivors, once it has embedded them to train on them.
 
         `clipcov` then favours what is not learned yet; without this call it selects without that. The rows are the
-        survivors' in the order returned, of any width; `logit_scale` is the learner's, exponentiated. A call that
-        nothing needs, of a rival or with learnability 0, does nothing.
+        survivors' in the order returned, of any width; `logit_scale` is the learner's, exponentiated. Call it before
+        the next pool is selected from, and with `all_reduce` on every rank. Where nothing needs it, for a rival or with
+        learnability 0, it does nothing.
 
         Raises:
             ValueError: another number of rows than there were survivors.
         """
-        if self.state is not None and self._survivors is not None:
+        if self._survivors is not None:
             seen = with_learner(self._survivors, image, text, logit_scale)
-            self.state, self._survivors = learn(self.state, seen, self.all_reduce), None
+            self.state, self._survivors = learn(self._state_for(seen), seen, self.all_reduce), None
+
+    def _state_for(self, pool: Pool) -> SelectionState:
+        """The state; if there is none yet, the one that was loaded, or a fresh one of the pool's width."""
+        if self.state is None:
+            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, pool.image.device)
+            if self._pending is not None:
+                self.state, self._pending = self.state.restored(self._pending), None
+        return self.state
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; empty before the first pool."""
         if self.state is None:
             return dict(self._pending or {})
-        return self.state.state_dict()
+        rows = self._survivors
+        waiting = {} if rows is None else {"image": rows.image, "text": rows.text, "logit_scale": rows.logit_scale}
+        return {**self.state.state_dict(), "survivors": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned. Errors about widths come with the next pool if this is the first."""
-        self._survivors = None
+        waiting = state.get("survivors") if state else None
+        self._survivors = Pool(**waiting) if waiting else None
         if not state:
             self.state, self._pending = None, None
         elif self.state is None:

@@ -196,6 +196,8 @@ def test_two_ranks_agree(tmp_path: Path, corpus: Path) -> None:
     # Four steps selected, from the pools of both ranks.
     assert int(ranks[0]["algorithm"]["selection"]["stream"]["num_samples"]) == 4 * 32
     assert int(ranks[0]["algorithm"]["selection"]["kept"]["num_samples"]) == 4 * 8
+    weight = float(ranks[0]["algorithm"]["selection"]["lag_weight"])
+    assert weight == pytest.approx(8 * sum(LAG_DECAY**age for age in range(4)))
 
 
 def composer() -> list[str]:
@@ -625,6 +627,8 @@ def test_the_lag_is_that_of_the_training_pass(tmp_path: Path, model: type[ClipMo
     folder = write_columns(tmp_path / "mds", 64)
     trainer, recorder, _ = trainer_of(tmp_path, columns_recipe(folder))
     trainer.state.model.__class__ = model
+    passes: list[bool] = []
+    trainer.state.model.towers.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))  # pyright: ignore
     learnt = Learnt()
     trainer.state.callbacks.append(learnt)
     trainer.fit()
@@ -645,6 +649,54 @@ def test_the_lag_is_that_of_the_training_pass(tmp_path: Path, model: type[ClipMo
         np.testing.assert_allclose(state.lag, lag, rtol=1e-3, atol=1e-4)
         assert float(state.lag_weight) == pytest.approx(weight)
     assert len(learnt.states) == 2
+    # Whose outputs are open_clip's is asked for nothing more; another's towers run once more, one after the other.
+    assert passes == [True, True] if model is ClipModel else [True, False, False] * 2
+
+
+def test_a_model_without_towers_learns_from_its_outputs(tmp_path: Path) -> None:
+    class Plain(ComposerModel):
+        """Two linear maps; neither encode_image nor logit_scale."""
+
+        def __init__(self, names: tuple[str, str]) -> None:
+            super().__init__()
+            self.names = names
+            self.image, self.text = torch.nn.Linear(3, 4), torch.nn.Embedding(50000, 4)
+
+        def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+            rows = self.image(batch["image"].mean((2, 3))), self.text(batch["text"]).mean(1)
+            return {**dict(zip(self.names, rows, strict=True)), "logit_scale": torch.tensor([20.0])}
+
+        def loss(self, outputs: Any, batch: Any, *args: Any) -> torch.Tensor:
+            image, text = (outputs[name] for name in self.names)
+            return torch.nn.functional.cross_entropy(20 * image @ text.T, torch.arange(len(image)))
+
+    def fit(names: tuple[str, str], **knobs: Any) -> ClipCov:
+        folder = tmp_path / "mds"
+        if not folder.exists():
+            write_columns(folder, 64)
+        loader = build_trainer(
+            load_config(str(write_recipe(tmp_path / "recipe.yaml", columns_recipe(folder))))
+        ).state.dataloader
+        clipcov = ClipCov(0.75, embed="columns", warmup="0ba", **knobs)
+        model = Plain(names)
+        trainer = Trainer(
+            model=model,
+            train_dataloader=loader,
+            optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+            max_duration="2ba",
+            algorithms=[clipcov],
+            device="cpu",
+            progress_bar=False,
+        )
+        trainer.fit()
+        return clipcov
+
+    learned = fit(("image_features", "text_features")).selection
+    assert learned is not None and float(learned.lag_weight) == pytest.approx(8 * (1 + LAG_DECAY))
+    with pytest.raises(ValueError, match=r"selection.learnability.*Plain has no encode_image and no encode_text"):
+        fit(("a", "b"))
+    without = fit(("a", "b"), learnability=0.0).selection
+    assert without is not None and float(without.lag_weight) == 0
 
 
 def test_rivals_note_no_lag(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import oracle
@@ -323,6 +324,14 @@ def test_a_selector_is_told_what_the_learner_made_of_its_survivors():
     told = selector.state
     selector.learned(seen.learner_image, seen.learner_text, 5.0)  # a second time, of the same survivors
     assert selector.state is told
+
+    # Saved between the selection and the training pass, the survivors wait in the state.
+    selector(pools[1], 6)
+    resumed = Selector(settings=Settings(learnability=3.0))
+    resumed.load_state_dict(selector.state_dict())
+    for one in (selector, resumed):
+        one.learned(seen.learner_image, seen.learner_text, 5.0)
+    assert not torch.equal(selector.state.lag, told.lag) and torch.equal(resumed.state.lag, selector.state.lag)
 
     rival = Selector("clip_score")
     rival(pools[0], 6)
@@ -657,11 +666,18 @@ def test_a_selector_that_takes_invalid_samples_is_named():
     assert Selector(first)(pool, 2).tolist() == [0, 1]
 
 
-def test_only_who_may_read_the_lag_is_charged_for_it():
-    assert reads_lag(SELECTORS["clipcov"], Settings()) and reads_lag(lambda *_: None, Settings())
+def test_only_who_reads_the_lag_is_charged_for_it():
+    def own(pool, num_survivors, state):
+        return torch.arange(num_survivors)
+
+    assert reads_lag(SELECTORS["clipcov"], Settings())
     assert not reads_lag(SELECTORS["clipcov"], Settings(learnability=0.0))
     for name in set(NAMES) - {"clipcov"}:
         assert not reads_lag(SELECTORS[name], Settings())
+    assert not reads_lag(own, Settings())
+    own.reads_lag = True
+    assert reads_lag(own, Settings()) and reads_lag(partial(own), Settings())
+    assert not reads_lag(own, Settings(learnability=0.0))
 
 
 def best_open(state, pool, num_survivors, worth):
@@ -783,6 +799,7 @@ def test_select_never_waits_for_the_device(name):
     with NoHostSync():
         for _ in range(2):
             state, *_ = select(state, pool, 6, SELECTORS[name])
+            state = learn(state, replace(rows_of(pool, torch.arange(6)), learner_logit_scale=torch.tensor(5.0)))
     assert state.step == 2
 
 

@@ -87,9 +87,9 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
         f"Warm-up {', '.join(map(str, warmups))} steps with the teacher and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
-    older = sorted({row["selector"] for row in rows if code is not None and row.get("code") != code})
+    older = {(place_of(row), row["selector"]) for row in rows if code is not None and row.get("code") != code}
     if older:
-        lines.append(f"\nRuns of another version of the code than this table's: {', '.join(older)}.")
+        lines.append("\n\\*: with runs of another version of the code than this table's.")
     for place in dict.fromkeys(map(place_of, summary)):
         cells = [cell for cell in summary if place_of(cell) == place]
         lines += [
@@ -100,7 +100,7 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
         ]
         for cell in sorted(cells, key=lambda cell: -cell["mean_per_class"]):
             texts = [
-                cell["selector"],
+                cell["selector"] + (" \\*" if (place_of(cell), cell["selector"]) in older else ""),
                 with_interval(cell, "mean_per_class", ".3f"),
                 with_interval(cell, "mean_per_class_lead", "+.3f"),
                 f"{cell['top1']:.3f}",

@@ -23,6 +23,7 @@ one JSON document.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -376,16 +377,33 @@ def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float]:
 def in_processes(
     function: Callable[[Any], Any], items: list[Any], num_processes: int, name: str
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) of every item in order, each in a process of its own, with a progress bar."""
+    """(item, function(item)) of every item as it comes, each in a process of its own, with a progress bar.
+
+    Raises:
+        Exception: the first failure, once all others have come.
+    """
     if not items:
         return
     pool = mp.get_context("fork").Pool(num_processes, maxtasksperchild=1)
-    pending = [(item, pool.apply_async(function, (item,))) for item in items]
+    results = pool.imap_unordered(functools.partial(attempt, function), items)
     # Closed and joined, not terminated as `with` does: Composer's handler of SIGTERM can leave a fork waiting for ever.
     pool.close()
-    for item, result in tqdm(pending, desc=name):
-        yield item, result.get()
+    failures = []
+    for item, result in tqdm(results, total=len(items), desc=name):
+        if isinstance(result, Exception):
+            failures.append(result)
+        else:
+            yield item, result
     pool.join()
+    if failures:
+        raise failures[0]
+
+
+def attempt(function: Callable[[Any], Any], item: Any) -> tuple[Any, Any]:
+    try:
+        return item, function(item)
+    except Exception as error:
+        return item, error
 
 
 def main() -> None:
