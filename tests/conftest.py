@@ -1,13 +1,18 @@
-"""Shape checks of the maths, under pytest only."""
+"""Shape checks of the maths, under pytest only; and what Streaming leaves open is closed after every test."""
 
+import atexit
+import gc
 import importlib
 import importlib.util
 import sys
 import typing
+from collections.abc import Iterator
 
 import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks run below)
 import jaxtyping
+import pytest
 import torch
+from streaming.base.shared import SharedMemory
 
 CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "objective", "rivals", "selection")]
 
@@ -35,3 +40,45 @@ def import_checked() -> None:
 assert "clipcov_stream" not in sys.modules, "the package was imported before its shape checks could be turned on"
 import_checked()
 torch.set_num_threads(1)
+
+
+class Segments:
+    """The shared memory this process has opened through Streaming, which pins each segment, and its file, until exit.
+
+    A dataset opens six, and at its making one more for every dataset that still lives or was killed: a hundred tests
+    in one process would run out of files.
+    """
+
+    def __init__(self) -> None:
+        self.opened: list[SharedMemory] = []
+        original = SharedMemory.__init__
+
+        def noted(segment: SharedMemory, *args: typing.Any, **kwargs: typing.Any) -> None:
+            original(segment, *args, **kwargs)
+            self.opened.append(segment)
+
+        SharedMemory.__init__ = noted
+
+    def close(self) -> None:
+        """Close and unlink whatever no array looks into any more; keep the rest for the next call."""
+        if not self.opened:
+            return
+        gc.collect()
+        kept = []
+        for segment in self.opened:
+            try:
+                segment.cleanup()
+            except BufferError:
+                kept.append(segment)
+            else:
+                atexit.unregister(segment.cleanup)
+        self.opened = kept
+
+
+SEGMENTS = Segments()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    yield
+    SEGMENTS.close()
