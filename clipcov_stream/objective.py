@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipcov_stream.pool import Pool, valid_of
-from clipcov_stream.sketch import AllReduce, CrossCovSketch
+from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
 """Per step: the learner moves, so its lag is forgotten within some ten steps whatever the sketch's half-life."""
+
+CHUNK = 64
+NEAR = 4
+"""`Herding.picks` looks at the whole pool once per CHUNK picks, which it makes among the NEAR * CHUNK best; measured in
+tools/LOG.md."""
+
+FREE_SYNC = frozenset({"cpu"})
+"""Devices whose values can be read without waiting for them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,10 @@ class SelectionState:
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
-        stream, opened, kept = (CrossCovSketch(dim, half_life=settings.half_life, device=device) for _ in SKETCHES)
+        stream, opened, kept = (
+            CrossCovSketch(dim, half_life=settings.half_life, covariances=name == "stream", device=device)
+            for name in SKETCHES
+        )
         return cls(
             settings=settings,
             step=0,
@@ -209,10 +222,10 @@ def standardize(score: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> 
 
 @dataclass(frozen=True)
 class Whitened:
-    """A pool and what is remembered, centred and whitened by the stream's covariances.
+    """Samples and what is remembered, centred and whitened by the stream's covariances.
 
     Args:
-        image, text: rows, scaled so that a typical atom x y^T has norm 1.
+        image, text: rows, scaled so that a typical atom x y^T of the stream has norm 1.
         target: the open pairs' cross-covariance, about the stream's means.
         memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
         lag: the mean over EARLIER survivors of what the learner does not reproduce of their cross-covariance
@@ -227,35 +240,51 @@ class Whitened:
 
     def along(self, matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, " pool"]:
         """<matrix, x_i y_i^T> of every sample."""
-        return ((self.image @ matrix) * self.text).sum(1)
+        return along(self.image, self.text, matrix)
 
 
-def whitened(pool: Pool, state: SelectionState) -> Whitened:
-    """The pool in the frame in which all directions of the stream count alike.
+def along(
+    image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], matrix: Float[Tensor, "dim dim"]
+) -> Float[Tensor, " pool"]:
+    """<matrix, x_i y_i^T>_F of every row."""
+    return (image @ matrix).mul_(text).sum(1)
+
+
+def whitened(
+    image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], state: SelectionState
+) -> Whitened:
+    """Rows in the frame in which all directions of the stream count alike.
 
     Any square root of the inverse covariance gives the same inner products, so a Cholesky factor serves: no
-    eigendecomposition.
+    eigendecomposition. It is inverted, because a product with many rows is faster than a triangular solve.
+
+    Costs: 4 * pool * dim^2 flops, some 3 * dim^3, a copy of the rows.
     """
     stream = state.stream
-    image_root = cholesky(stream.image_cov, state.settings.ridge)
-    text_root = cholesky(stream.text_cov, state.settings.ridge)
-    image = solve(image_root, (pool.image - stream.image_mean).T).T
-    text = solve(text_root, (pool.text - stream.text_mean).T).T
-    valid = valid_of(pool)
-    image_size, text_size = typical_norm(image, valid), typical_norm(text, valid)
+    image_frame = inverse_root(stream.image_cov, state.settings.ridge)
+    text_frame = inverse_root(stream.text_cov, state.settings.ridge)
 
     def framed(matrix: Tensor) -> Tensor:
-        return solve(text_root, solve(image_root, matrix).T).T / (image_size * text_size)
+        return image_frame @ matrix @ text_frame.T
 
     target = state.opened.cross_cov_about(stream.image_mean, stream.text_mean)
     memory = state.kept.cross_cov_about(stream.image_mean, stream.text_mean)
     return Whitened(
-        image=image / image_size,
-        text=text / text_size,
+        image=(image - stream.image_mean) @ image_frame.T,
+        text=(text - stream.text_mean) @ text_frame.T,
         target=framed(target),
         memory=framed(torch.where(state.kept.weight > 0, memory, target)),
         lag=framed(state.lag / state.lag_weight.clamp_min(1e-12)),
     )
+
+
+def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
+    """W with W (cov + ridge * mean variance * I) W^T = I, up to a factor that gives W x a mean square norm of 1."""
+    root = cholesky(cov, ridge)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(cov), dtype=cov.dtype, device=cov.device), upper=False)
+    # tr(W cov W^T), the mean of |W (x - mean)|^2 over the stream.
+    size = ((inverse @ cov) * inverse).sum().clamp_min(0).sqrt().clamp_min(1e-6)
+    return inverse / size
 
 
 def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
@@ -264,16 +293,6 @@ def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim 
     spread = cov.diagonal().mean().clamp_min(1e-12)
     # cholesky_ex does not read its status back from the device; the ridge makes the matrix positive definite.
     return torch.linalg.cholesky_ex(cov + ridge * spread * eye).L
-
-
-def solve(root: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(root, right, upper=False)
-
-
-def typical_norm(rows: Float[Tensor, "pool dim"], valid: Bool[Tensor, " pool"]) -> Float[Tensor, ""]:
-    """Root mean square norm of the valid rows."""
-    squares = rows.square().sum(1).masked_fill(~valid, 0.0)
-    return (squares.sum() / valid.sum().clamp_min(1)).sqrt().clamp_min(1e-6)
 
 
 def updated_lag(
@@ -313,91 +332,189 @@ def gated(
     return keep & valid
 
 
-def greedy_select(
-    image: Float[Tensor, "pool dim"],
-    text: Float[Tensor, "pool dim"],
-    worth: Float[Tensor, " pool"],
-    aim: Float[Tensor, "dim dim"],
-    coverage: float,
-    valid: Bool[Tensor, " pool"],
-    num_survivors: int,
-) -> Int64[Tensor, " survivors"]:
+@dataclass(frozen=True)
+class Picks:
+    """What `Herding.picks` chose.
+
+    Args:
+        index: in the order chosen; of equal gains the earlier sample. No repeats.
+        slack: 0-dim, by how much the mean gain of those left at most exceeded a pick's: 0 where every pick was exact.
+    """
+
+    index: Int64[Tensor, " survivors"]
+    slack: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Herding:
     """Kernel herding of the atoms z_i = x_i y_i^T towards `aim`, beside what each sample is worth by itself.
 
     After m picks S, the next is the one of largest worth_i + coverage * ((m + 1) <A, z_i> - sum_{j in S} <z_j, z_i>)
     (Chen, Welling and Smola, UAI 2010, here without replacement). A duplicate of a pick loses its whole norm. With
     ||z_i||^2 / 2 taken off, a step would lower ||C_S - A|| as far as one pick can; it is left on, as a worth, because
-    a long whitened atom is one that few others resemble. `herding_bound` says how close C_S comes all the same.
-
-    Returns: indices in the order chosen; of equal gains the earlier sample. No repeats.
-    Costs: 4 * pool * dim * num_survivors flops, pool extra memory, no host sync.
+    a long whitened atom is one that few others resemble. `bound` says how close C_S comes all the same.
     """
-    along = ((image @ aim) * text).sum(1)
-    gain = (worth + coverage * along).masked_fill(~valid, -torch.inf)
-    picks = torch.empty(num_survivors, dtype=torch.int64, device=image.device)
-    for step in range(num_survivors):
+
+    image: Float[Tensor, "pool dim"]
+    text: Float[Tensor, "pool dim"]
+    worth: Float[Tensor, " pool"]
+    aim: Float[Tensor, "dim dim"]
+    coverage: float
+    valid: Bool[Tensor, " pool"]
+    num_survivors: int
+
+    @cached_property
+    def along(self) -> Float[Tensor, " pool"]:
+        """<A, z_i> of every atom."""
+        return along(self.image, self.text, self.aim)
+
+    def objective(self, index: Int64[Tensor, " survivors"]) -> Float[Tensor, ""]:
+        """What greedy picks raise, of a finished choice S of K, in whatever order: sum_S worth_i + coverage * (K <A,
+        sum_S z_i> - sum_{i < j in S} <z_i, z_j>); the second part is a constant less half of ||sum_S z_i - K A||^2, with
+        the norms left on as above. 0-dim."""
+        x, y = self.image.index_select(0, index), self.text.index_select(0, index)
+        overlap = (x @ x.T).mul_(y @ y.T)
+        pull = len(index) * self.along.index_select(0, index).sum()
+        push = 0.5 * (overlap.sum() - overlap.diagonal().sum())
+        return self.worth.index_select(0, index).sum() + self.coverage * (pull - push)
+
+    def picks(self, chunk: int = CHUNK) -> Picks:
+        """Choose `num_survivors`.
+
+        Args:
+            chunk: picks between two looks at the whole pool, among the `NEAR * chunk` of highest gain at the look before.
+                1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples.
+
+        Costs: 4 * pool * survivors * dim flops, a table of pool x chunk, no host sync but on a CPU, where it is free.
+        """
+        num, coverage, along = len(self.worth), self.coverage, self.along
+        gain = self.worth + coverage * along
+        left = self.valid.clone()
+        picked, slack, done = [], torch.zeros_like(gain[0]), 0
+        while done < self.num_survivors:
+            size = min(chunk, self.num_survivors - done)
+            open_gain = gain.masked_fill(~left, -torch.inf)
+            # In the pool's order, so that of equal gains the earlier sample is found first.
+            near = top(open_gain, min(num, NEAR * size)).sort().values
+            x, y = self.image.index_select(0, near), self.text.index_select(0, near)
+            change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
+            place = near.index_select(0, pick_among(open_gain.index_select(0, near), change, size))
+            x, y = self.image.index_select(0, place), self.text.index_select(0, place)
+            overlap = (self.image @ x.T).mul_(self.text @ y.T)
+            slack = torch.maximum(slack, self._slack(gain, left, place, overlap))
+            gain = gain + coverage * (size * along - overlap.sum(1))
+            left = left.index_fill(0, place, False)
+            picked.append(place)
+            done += size
+        return Picks(torch.cat(picked), slack)
+
+    def _slack(
+        self,
+        gain: Float[Tensor, " pool"],
+        left: Bool[Tensor, " pool"],
+        place: Int64[Tensor, " chunk"],
+        overlap: Float[Tensor, "pool chunk"],
+    ) -> Float[Tensor, ""]:
+        """By how much the mean gain of those left exceeds a pick's, at most, over the picks `place` of one chunk.
+
+        All from sums: before pick t the gain of i is gain_i + coverage * (t along_i - sum_{s < t} overlap_is).
+        """
+        size = len(place)
+        steps = torch.arange(size, dtype=gain.dtype, device=gain.device)
+        weight = left.to(gain.dtype)
+        before = torch.ones(size, size, dtype=gain.dtype, device=gain.device).triu(1)  # [s, t]: s < t
+        along = self.along.index_select(0, place)
+        # [u, t]: the gain of pick u before pick t.
+        picks = gain.index_select(0, place)[:, None] + self.coverage * (
+            steps * along[:, None] - overlap.index_select(0, place) @ before
+        )
+        total = (weight * gain).sum() + self.coverage * (steps * (weight @ self.along) - (weight @ overlap) @ before)
+        mean = (total - (picks * before).sum(0)) / (weight.sum() - steps).clamp_min(1)
+        # Rounding: sums over the pool, of gains that themselves are sums.
+        noise = 1e-5 * (picks.abs().amax() + mean.abs().amax())
+        return (mean - picks.diagonal() - noise).amax().clamp_min(0)
+
+    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
+        """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
+
+            ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
+
+        N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
+        ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
+        spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0,
+        which does not look at the atoms.
+        """
+        count = self.valid.sum()
+        weight = self.valid / count.clamp_min(1)
+        start = (self.image * weight[:, None]).T @ self.text - self.aim
+        size = row_squares(self.image) * row_squares(self.text)
+        apart = size - 2 * self.along + self.aim.square().sum()
+        spread = (apart * weight).sum().clamp_min(0)
+        worth = self.worth + 0.5 * self.coverage * size
+        worths = worth.masked_fill(~self.valid, -torch.inf).amax() - worth.masked_fill(~self.valid, torch.inf).amin()
+        worths = worths.clamp_min(0) + slack
+        price = 2 * worths / self.coverage if self.coverage > 0 else torch.full_like(worths, torch.inf)
+        num = self.num_survivors
+        fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
+        drift = ((spread + price) * fall).clamp_min(0).sqrt()
+        return start.norm() + torch.where(count > num, drift, 0.0)
+
+
+def pick_among(
+    gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int
+) -> Int64[Tensor, " num"]:
+    """`num` picks one by one, each the best; picking j adds row j of `change` to the gains."""
+    if gain.device.type in FREE_SYNC:
+        # The same steps on the same numbers; a call takes a microsecond here and ten in torch.
+        gains, changes = gain.numpy().copy(), change.numpy()
+        found = np.empty(num, dtype=np.int64)
+        for step in range(num):
+            best = found[step] = gains.argmax()
+            gains += changes[best]
+            gains[best] = -np.inf
+        return torch.from_numpy(found)
+    picks = torch.empty(num, dtype=torch.int64, device=gain.device)
+    for step in range(num):
         # A one-element index instead of gain[best]: a 0-dim index is read back from the device.
         best = gain.argmax().view(1)
         picks[step : step + 1] = best
-        x, y = image.index_select(0, best), text.index_select(0, best)
-        gain = gain + coverage * (along - (image @ x.T).squeeze(1) * (text @ y.T).squeeze(1))
-        gain.index_fill_(0, best, -torch.inf)
+        gain = (gain + change.index_select(0, best).squeeze(0)).index_fill_(0, best, -torch.inf)
     return picks
 
 
-def herding_bound(
-    image: Float[Tensor, "pool dim"],
-    text: Float[Tensor, "pool dim"],
-    worth: Float[Tensor, " pool"],
-    aim: Float[Tensor, "dim dim"],
-    coverage: float,
-    valid: Bool[Tensor, " pool"],
-    num_survivors: int,
-) -> Float[Tensor, ""]:
-    """What ||C_S - A||_F of `greedy_select` cannot exceed, whatever the atoms, the worths and the aim.
-
-        ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 D / coverage) (N - (K + 1) / 2) / (K (N - 1)))
-
-    N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
-    ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
-    spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0, which
-    does not look at the atoms.
-    """
-    count = valid.sum()
-    weight = valid / count.clamp_min(1)
-    start = (image * weight[:, None]).T @ text - aim
-    size = image.square().sum(1) * text.square().sum(1)
-    apart = size - 2 * ((image @ aim) * text).sum(1) + aim.square().sum()
-    spread = (apart * weight).sum().clamp_min(0)
-    worth = worth + 0.5 * coverage * size
-    worths = worth.masked_fill(~valid, -torch.inf).amax() - worth.masked_fill(~valid, torch.inf).amin()
-    price = 2 * worths.clamp_min(0) / coverage if coverage > 0 else torch.full_like(worths, torch.inf)
-    left = (count - (num_survivors + 1) / 2) / (num_survivors * (count - 1).clamp_min(1))
-    drift = ((spread + price) * left).clamp_min(0).sqrt()
-    return start.norm() + torch.where(count > num_survivors, drift, 0.0)
+def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+    """Squared norm of every row, without a copy of them."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
 
 
-def certificate(pool: Pool, survivors: Tensor, state: SelectionState) -> dict[str, Tensor]:
+def certificate(
+    pool: Pool, survivors: Tensor, state: SelectionState, streamed: BatchMoments, kept: BatchMoments
+) -> dict[str, Tensor]:
     """How well survivors preserve the cross-covariance, beside what random survivors would do; 0-dim tensors.
 
     residual: ||C_S - C||_F / ||C||_F of this step, C the stream's cross-covariance, C_S the survivors' about the
         stream's means. residual_random: the root of its mean square for uniform survivors without replacement,
         ||C_P - C||^2 + (sigma^2 / K)(P - K)/(P - 1), exact for this pool. residual_total and residual_total_random: the
         same for all survivors so far, the latter from the sketches' effective sizes.
+
+    Args:
+        streamed, kept: what this pool and its survivors added to the state's sketches.
     """
-    stream, kept, valid = state.stream, state.kept, valid_of(pool)
-    image = (pool.image - stream.image_mean).masked_fill(~valid[:, None], 0.0)
-    text = (pool.text - stream.text_mean).masked_fill(~valid[:, None], 0.0)
+    stream, valid = state.stream, valid_of(pool)
+    centres = (stream.image_mean, stream.text_mean)
     count, chosen = valid.sum(), float(len(survivors))
     target = stream.cross_cov
     size = target.norm().clamp_min(1e-12)
-    own = image.index_select(0, survivors).T @ text.index_select(0, survivors) / chosen
-    pool_mean = image.T @ text / count.clamp_min(1)
-    spread = (image.square().sum(1) * text.square().sum(1)).sum() / count.clamp_min(1) - pool_mean.square().sum()
+    own, pool_mean = kept.cross_cov_about(*centres), streamed.cross_cov_about(*centres)
+    image_size, text_size = (
+        (row_squares(rows) - 2 * rows @ mean + mean.square().sum()).clamp_min(0).masked_fill(~valid, 0.0)
+        for rows, mean in zip((pool.image, pool.text), centres, strict=True)
+    )
+    spread = (image_size * text_size).sum() / count.clamp_min(1) - pool_mean.square().sum()
     spread = spread.clamp_min(0)  # rounding, when all atoms are equal
     by_chance = spread / chosen * (count - chosen).clamp_min(0) / (count - 1).clamp_min(1)
-    total = kept.cross_cov_about(stream.image_mean, stream.text_mean)
-    total_by_chance = spread * (1 / kept.effective_size - 1 / stream.effective_size).clamp_min(0)
+    total = state.kept.cross_cov_about(*centres)
+    total_by_chance = spread * (1 / state.kept.effective_size - 1 / stream.effective_size).clamp_min(0)
     cosine = alignment(pool)
     return {
         "residual": (own - target).norm() / size,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -73,13 +73,20 @@ def check_pair(image: Tensor, text: Tensor, what: str) -> None:
 
 def prepared(pool: Pool) -> Pool:
     """The pool with unit-norm float32 rows, zeros where a row is not valid, and `valid` set."""
-    finite = torch.isfinite(pool.image).all(1) & torch.isfinite(pool.text).all(1)
+    pairs = [(pool.image, pool.text)]
     if pool.learner_image is not None and pool.learner_text is not None:
-        finite &= torch.isfinite(pool.learner_image).all(1) & torch.isfinite(pool.learner_text).all(1)
+        pairs.append((pool.learner_image, pool.learner_text))
+    # The largest magnitude of a row is NaN or inf if anything in it is. One pass over memory, no copy.
+    largest = [torch.linalg.vector_norm(rows.detach(), math.inf, dim=1) for pair in pairs for rows in pair]
+    finite = torch.stack([torch.isfinite(row) for row in largest]).all(0)
     valid = finite if pool.valid is None else finite & pool.valid.to(finite.device)
 
     def unit(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else F.normalize(rows.float().masked_fill(~valid[:, None], 0.0), dim=1)
+        if rows is None:
+            return None
+        rows = rows.float()
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+        return (rows / norm).masked_fill_(~valid[:, None], 0.0)
 
     return replace(
         pool,

@@ -14,7 +14,7 @@ corpus:
    near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
    learner does not yet reproduce what it was trained on (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
-   that of the open pairs (`objective.greedy_select`).
+   that of the open pairs (`objective.Herding`).
 
 That cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
 Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
@@ -30,11 +30,11 @@ from torch import Tensor
 
 from clipcov_stream.evidence import log_density, matching
 from clipcov_stream.objective import (
+    FREE_SYNC,
+    Herding,
     SelectionState,
     Settings,
     certificate,
-    greedy_select,
-    herding_bound,
     standardize,
     updated_lag,
     whitened,
@@ -44,7 +44,7 @@ from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import AllReduce, CrossCovSketch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Bool, Float, Int64
 
 
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
@@ -56,12 +56,13 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
         w_i = -balance * log density_i + quality * margin_i + learnability * lag_i,
 
     margin and lag in standard deviations over the open pairs. Beside that, picks are herded towards
-    A = overshoot * T + memory * (T - M), with weight `coverage` (`greedy_select`): T is the mean whitened atom of all
+    A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
 
-    Costs: 6 * pool^2 * dim flops for margins and densities, 4 * pool * survivors * dim for the picks, two Cholesky
-    factors of dim^3 and their triangular solves.
+    Costs, in flops: 8 * pool * references * dim for margins and densities (512 references, or the pool), 6 * pool *
+    dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool * survivors *
+    dim for the picks; on a CPU all but the margins and the stream's sketch on the open candidates alone.
     """
     return choose(pool, num_survivors, state).survivors
 
@@ -85,30 +86,47 @@ def choose(
     """`clipcov`, with the target that it leaves behind; `all_reduce` and `elapsed` as in `CrossCovSketch.update`.
 
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
-        aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`herding_bound`).
+        aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`).
     """
     settings, valid = state.settings, valid_of(pool)
     match = matching(pool)
     open_ = match.opened(valid, settings.gate, num_survivors)
-    density = log_density(pool, open_)
+    rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
+    density = log_density(image, text, among)
     opened = state.opened.clone()
-    opened.update(pool.image, pool.text, open_, all_reduce, valid.sum() if elapsed is None else elapsed)
-    frame = whitened(pool, replace(state, opened=opened))
-    worth = -settings.balance * density + settings.quality * standardize(match.score, open_)
+    opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
+    frame = whitened(image, text, replace(state, opened=opened))
+    worth = -settings.balance * density + settings.quality * standardize(score, among)
     if settings.learnability > 0:
-        worth = worth + settings.learnability * standardize(frame.along(frame.lag), open_)
+        worth = worth + settings.learnability * standardize(frame.along(frame.lag), among)
     aim = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
-    how = (frame.image, frame.text, worth, aim, settings.coverage, open_, num_survivors)
-    survivors = greedy_select(*how)
-    mean = frame.image.index_select(0, survivors).T @ frame.text.index_select(0, survivors) / num_survivors
+    herding = Herding(frame.image, frame.text, worth, aim, settings.coverage, among, num_survivors)
+    picks = herding.picks()
+    mean = frame.image.index_select(0, picks.index).T @ frame.text.index_select(0, picks.index) / num_survivors
     size = frame.target.norm().clamp_min(1e-12)
     figures = {
         "matched_share": match.share,
         "open_share": open_.sum() / valid.sum().clamp_min(1),
         "aim_residual": (mean - aim).norm() / size,
-        "aim_residual_bound": herding_bound(*how) / size,
+        "aim_residual_bound": herding.bound(picks.slack) / size,
     }
-    return Choice(survivors, opened, figures)
+    return Choice(picks.index if rows is None else rows.index_select(0, picks.index), opened, figures)
+
+
+def narrowed(
+    pool: Pool, open_: Bool[Tensor, " pool"], score: Float[Tensor, " pool"], num_survivors: int
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """The open candidates' numbers, image and text rows, a mask of which count, and scores.
+
+    Where their number can be read for nothing they are copied together, and closed ones cost no more time. Elsewhere,
+    and if fewer are open than survive, everything stays and the numbers are None.
+    """
+    if pool.image.device.type in FREE_SYNC:
+        rows = open_.nonzero().squeeze(1)
+        if len(rows) >= num_survivors:
+            image, text, among = (part.index_select(0, rows) for part in (pool.image, pool.text, open_))
+            return rows, image, text, among, score.index_select(0, rows)
+    return None, pool.image, pool.text, open_, score
 
 
 SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
@@ -149,7 +167,7 @@ def select(
     pool = prepared(pool)
     valid = valid_of(pool)
     stream, kept = state.stream.clone(), state.kept.clone()
-    stream.update(pool.image, pool.text, valid, all_reduce)
+    streamed = stream.update(pool.image, pool.text, valid, all_reduce)
     seen, elapsed = replace(state, stream=stream), stream.num_samples - state.stream.num_samples
     figures: dict[str, Tensor] = {}
     if plain(selector) is clipcov:
@@ -160,11 +178,11 @@ def select(
         survivors = selector(pool, num_survivors, seen)
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
-    kept.update(image, text, counted, all_reduce, elapsed)
+    trained_on = kept.update(image, text, counted, all_reduce, elapsed)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, own=own)
-    return after, survivors, {**certificate(pool, survivors, after), **figures}
+    return after, survivors, {**certificate(pool, survivors, after, streamed, trained_on), **figures}
 
 
 def learn(state: SelectionState, survivors: Pool, all_reduce: AllReduce | None = None) -> SelectionState:

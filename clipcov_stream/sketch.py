@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,28 @@ _STATE = (
 )
 
 
+_COVARIANCES = ("image_scatter", "text_scatter")
+
+
+@dataclass(frozen=True)
+class BatchMoments:
+    """What one `update` added on this rank: its pairs' own means and cross-covariance about them; zeros if none."""
+
+    count: Float[Tensor, ""]
+    image_mean: Float[Tensor, " image_dim"]
+    text_mean: Float[Tensor, " text_dim"]
+    cross_cov: Float[Tensor, "image_dim text_dim"]
+
+    def cross_cov_about(
+        self,
+        image_center: Float[Tensor, " image_dim"],
+        text_center: Float[Tensor, " text_dim"],
+    ) -> Float[Tensor, "image_dim text_dim"]:
+        """E[(x - a)(y - b)^T] about other centres; zeros of an empty batch."""
+        shift = torch.outer(self.image_mean - image_center, self.text_mean - text_center)
+        return self.cross_cov + (self.count > 0) * shift
+
+
 class CrossCovSketch:
     """Running means, covariances and cross-covariance of paired embeddings.
 
@@ -46,14 +69,15 @@ class CrossCovSketch:
         text_dim: width of the text embeddings; the same as `image_dim` if not given.
         half_life: number of later samples after which a sample counts half; `math.inf` weighs all alike. All samples
             of one `update` count as simultaneous.
+        covariances: keep each side's covariance too, which takes two thirds of the time and of the memory.
         dtype: of the accumulators, whatever the embeddings' dtype.
         device: of the accumulators.
 
     Raises:
         ValueError: a width below 1, or a half_life that is not positive.
 
-    Costs: `update` 2 * n * (image_dim^2 + text_dim^2 + image_dim * text_dim) flops, no host sync. Memory is constant
-    in the length of the stream.
+    Costs: `update` 2 * n * image_dim * text_dim flops, and 2 * n * (image_dim^2 + text_dim^2) for covariances; a copy
+    of the n pairs; no host sync. Memory is constant in the length of the stream.
 
     >>> sketch = CrossCovSketch(2)
     >>> sketch.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -68,6 +92,7 @@ class CrossCovSketch:
         text_dim: int | None = None,
         *,
         half_life: float = math.inf,
+        covariances: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -83,8 +108,9 @@ class CrossCovSketch:
         self.weight_sq = torch.zeros((), dtype=torch.float64, device=device)
         self.image_mean = torch.zeros(image_dim, dtype=dtype, device=device)
         self.text_mean = torch.zeros(text_dim, dtype=dtype, device=device)
-        self.image_scatter = torch.zeros(image_dim, image_dim, dtype=dtype, device=device)
-        self.text_scatter = torch.zeros(text_dim, text_dim, dtype=dtype, device=device)
+        self.covariances = covariances
+        self.image_scatter = torch.zeros(*2 * [image_dim * covariances], dtype=dtype, device=device)
+        self.text_scatter = torch.zeros(*2 * [text_dim * covariances], dtype=dtype, device=device)
         self.cross_scatter = torch.zeros(image_dim, text_dim, dtype=dtype, device=device)
 
     @property
@@ -97,13 +123,21 @@ class CrossCovSketch:
 
     @property
     def image_cov(self) -> Float[Tensor, "image_dim image_dim"]:
-        """E[(x - mu_x)(x - mu_x)^T], weighted; zeros before the first sample."""
-        return self._per_weight(self.image_scatter)
+        """E[(x - mu_x)(x - mu_x)^T], weighted; zeros before the first sample.
+
+        Raises:
+            AttributeError: a sketch made with covariances=False.
+        """
+        return self._per_weight(self._kept("image_scatter"))
 
     @property
     def text_cov(self) -> Float[Tensor, "text_dim text_dim"]:
-        """E[(y - mu_y)(y - mu_y)^T], weighted; zeros before the first sample."""
-        return self._per_weight(self.text_scatter)
+        """E[(y - mu_y)(y - mu_y)^T], weighted; zeros before the first sample.
+
+        Raises:
+            AttributeError: a sketch made with covariances=False.
+        """
+        return self._per_weight(self._kept("text_scatter"))
 
     @property
     def cross_cov(self) -> Float[Tensor, "image_dim text_dim"]:
@@ -130,14 +164,14 @@ class CrossCovSketch:
         valid: Bool[Tensor, " n"] | None = None,
         all_reduce: AllReduce | None = None,
         elapsed: Tensor | None = None,
-    ) -> None:
+    ) -> BatchMoments:
         """Add n pairs, older samples decaying by n samples first.
 
         Args:
             image, text: embeddings of the pairs, finite where `valid`.
             valid: pairs to count; all of them if not given.
             all_reduce: sums over ranks, in place. With it every rank adds every rank's pairs, and all ranks end with
-                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x^2 + d_y^2 + d_x d_y.
+                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x d_y, and d_x^2 + d_y^2 for covariances.
             elapsed: 0-dim, samples by which the older ones decay; the number added if not given. The sketch of a
                 stream's survivors passes the number streamed, so that both forget at one pace.
 
@@ -148,25 +182,39 @@ class CrossCovSketch:
         dtype = self.image_mean.dtype
         x = image.to(dtype) - self.image_mean
         y = text.to(dtype) - self.text_mean
-        counted = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
-        # masked_fill, not a product: NaN * 0 is NaN.
-        x, y = x.masked_fill(~counted[:, None], 0.0), y.masked_fill(~counted[:, None], 0.0)
-        first = summed([counted.sum().to(dtype)[None], x.sum(0), y.sum(0)], all_reduce)
+        uncounted = None if valid is None else ~valid[:, None]
+        # Filled, not multiplied: NaN * 0 is NaN. In place: at these sizes a pass over memory costs as much as a GEMM.
+        blank(x, uncounted)
+        blank(y, uncounted)
+        own_count = torch.full((), float(len(x)), dtype=dtype, device=x.device) if valid is None else valid.sum().to(dtype)
+        own_sums = (own_count[None], x.sum(0), y.sum(0))
+        first = summed(list(own_sums), all_reduce)
         count = first[0][0]
         x_shift, y_shift = first[1] / count.clamp_min(1), first[2] / count.clamp_min(1)
         # About the batch's own means: with the running ones, a long mean or a jump of the stream would cancel.
-        x = (x - x_shift).masked_fill(~counted[:, None], 0.0)
-        y = (y - y_shift).masked_fill(~counted[:, None], 0.0)
-        xx, yy, xy = summed([x.T @ x, y.T @ y, x.T @ y], all_reduce)
+        blank(x.sub_(x_shift), uncounted)
+        blank(y.sub_(y_shift), uncounted)
+        own_scatter = x.T @ y
+        parts = [own_scatter, x.T @ x, y.T @ y] if self.covariances else [own_scatter]
+        xy, *both = summed(parts, all_reduce)
         weight = count.double()
+        own = own_count.clamp_min(1)
+        x_off, y_off = own_sums[1] / own - x_shift, own_sums[2] / own - y_shift
+        batch = BatchMoments(
+            count=own_count,
+            image_mean=self.image_mean + own_sums[1] / own,
+            text_mean=self.text_mean + own_sums[2] / own,
+            cross_cov=own_scatter / own - (own_count > 0) * torch.outer(x_off, y_off),
+        )
         elapsed = weight if elapsed is None else elapsed.double()
-        self._absorb(elapsed, weight, weight, count.long(), x_shift, y_shift, xx, yy, xy)
+        self._absorb(elapsed, weight, weight, count.long(), x_shift, y_shift, xy, both)
+        return batch
 
     def merge(self, other: CrossCovSketch) -> None:
         """Append another sketch's stream to this one's, as if its samples had come after ours.
 
         Raises:
-            ValueError: another width or half-life.
+            ValueError: another width or half-life, or covariances on one side alone.
         """
         if (self.image_dim, self.text_dim) != (other.image_dim, other.text_dim):
             raise ValueError(
@@ -175,6 +223,8 @@ class CrossCovSketch:
             )
         if self.half_life != other.half_life:
             raise ValueError(f"cannot merge half_life={other.half_life} into half_life={self.half_life}")
+        if self.covariances != other.covariances:
+            raise ValueError(f"cannot merge covariances={other.covariances} into covariances={self.covariances}")
         dtype = self.image_mean.dtype
         self._absorb(
             other.num_samples.double(),
@@ -183,15 +233,14 @@ class CrossCovSketch:
             other.num_samples,
             other.image_mean.to(dtype) - self.image_mean,
             other.text_mean.to(dtype) - self.text_mean,
-            other.image_scatter.to(dtype),
-            other.text_scatter.to(dtype),
             other.cross_scatter.to(dtype),
+            [other.image_scatter.to(dtype), other.text_scatter.to(dtype)] if self.covariances else [],
         )
 
     def clone(self) -> CrossCovSketch:
         """A copy that shares no memory."""
         copy = object.__new__(CrossCovSketch)
-        copy.half_life = self.half_life
+        copy.half_life, copy.covariances = self.half_life, self.covariances
         for name in _STATE:
             setattr(copy, name, getattr(self, name).clone())
         return copy
@@ -204,7 +253,8 @@ class CrossCovSketch:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, which load with `weights_only=True`."""
-        return {"half_life": self.half_life, **{name: getattr(self, name).clone() for name in _STATE}}
+        names = [name for name in _STATE if self.covariances or name not in _COVARIANCES]
+        return {"half_life": self.half_life, **{name: getattr(self, name).clone() for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -212,7 +262,8 @@ class CrossCovSketch:
         Raises:
             ValueError: a sketch of other widths, or with keys missing.
         """
-        missing = [name for name in ("half_life", *_STATE) if name not in state]
+        names = [name for name in _STATE if self.covariances or name not in _COVARIANCES]
+        missing = [name for name in ("half_life", *names) if name not in state]
         if missing:
             raise ValueError(f"sketch state lacks {missing}; it has {sorted(state)}")
         shape = tuple(state["cross_scatter"].shape)
@@ -222,9 +273,14 @@ class CrossCovSketch:
                 f"{self.image_dim} x {self.text_dim}: was it saved with another embedder?"
             )
         self.half_life = float(state["half_life"])
-        for name in _STATE:
+        for name in names:
             mine = getattr(self, name)
             setattr(self, name, state[name].to(device=mine.device, dtype=mine.dtype, copy=True))
+
+    def _kept(self, name: str) -> Tensor:
+        if not self.covariances:
+            raise AttributeError(f"this sketch has no {name}: it was made with covariances=False")
+        return getattr(self, name)
 
     def _per_weight(self, scatter: Tensor) -> Tensor:
         return scatter / self.weight.clamp_min(1e-300).to(scatter.dtype).clamp_min(torch.finfo(scatter.dtype).tiny)
@@ -249,11 +305,12 @@ class CrossCovSketch:
         num_samples: Tensor,
         x_shift: Tensor,
         y_shift: Tensor,
-        xx: Tensor,
-        yy: Tensor,
         xy: Tensor,
+        both: list[Tensor],
     ) -> None:
         """Append a batch of the given scatters about its own means, which lie `shift` from ours.
+
+        `both` are the image and the text scatter, or nothing.
 
         The parallel update of Chan, Golub and LeVeque (1979): no term is a difference of large numbers.
         """
@@ -266,11 +323,19 @@ class CrossCovSketch:
         share = (weight / self.weight.clamp_min(1e-300)).to(dtype)
         between = (before * weight / self.weight.clamp_min(1e-300)).to(dtype)
         decay = decay.to(dtype)
-        self.image_scatter = self.image_scatter * decay + xx + between * torch.outer(x_shift, x_shift)
-        self.text_scatter = self.text_scatter * decay + yy + between * torch.outer(y_shift, y_shift)
+        if self.covariances:
+            xx, yy = both
+            self.image_scatter = self.image_scatter * decay + xx + between * torch.outer(x_shift, x_shift)
+            self.text_scatter = self.text_scatter * decay + yy + between * torch.outer(y_shift, y_shift)
         self.cross_scatter = self.cross_scatter * decay + xy + between * torch.outer(x_shift, y_shift)
         self.image_mean = self.image_mean + share * x_shift
         self.text_mean = self.text_mean + share * y_shift
+
+
+def blank(rows: Tensor, uncounted: Tensor | None) -> None:
+    """Zero the rows that do not count, in place."""
+    if uncounted is not None:
+        rows.masked_fill_(uncounted, 0.0)
 
 
 def summed(parts: list[Tensor], all_reduce: AllReduce | None) -> list[Tensor]:

@@ -7,8 +7,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clipcov_stream.evidence import log_density, matching
+from clipcov_stream import evidence
+from clipcov_stream.evidence import log_density, matching, references
 from clipcov_stream.pool import Pool, prepared
 
 
@@ -66,13 +69,14 @@ def test_the_gate_lets_matches_through():
 def test_density_equals_the_oracle():
     pool, among = draw(15, 4, 0.5), torch.arange(15) % 4 != 2
     want = oracle.log_density(pool.image, pool.text, among.numpy())
-    np.testing.assert_allclose(log_density(pool, among)[among], want[among.numpy()], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_density(pool.image, pool.text, among)[among], want[among.numpy()], rtol=1e-4, atol=1e-4)
 
 
 def test_copies_are_as_dense_as_they_are_many():
     """Eight directions at right angles, one of them nine times: the mean is theirs to share, copies stand out."""
     rows = torch.cat([torch.eye(8), torch.eye(8)[:1].repeat(8, 1)])
-    density = log_density(prepared(Pool(rows, rows)), torch.ones(16, dtype=torch.bool))
+    unit = prepared(Pool(rows, rows)).image
+    density = log_density(unit, unit, torch.ones(16, dtype=torch.bool))
     assert (density[[0, *range(8, 16)]] > density[1:8].max() + 1).all()
 
 
@@ -81,6 +85,67 @@ def test_copies_are_as_dense_as_they_are_many():
 def test_degenerate_pools_are_defined(rows, valid):
     flags = torch.full((len(rows),), valid)
     pool = prepared(Pool(rows, rows, 100.0, valid=flags))
-    match, density = matching(pool), log_density(pool, flags)
+    match, density = matching(pool), log_density(pool.image, pool.text, flags)
     assert all(torch.isfinite(value).all() for value in (match.score, match.p_value, match.share, density))
     assert torch.equal(match.opened(flags, 0.8, 1).any(), flags.any())
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(flags=st.lists(st.booleans(), min_size=1, max_size=40), most=st.integers(1, 50))
+def test_references_are_spread_over_what_counts(flags, most):
+    among = torch.tensor(flags)
+    index, filled = references(among, most)
+    places = among.nonzero().squeeze(1).tolist()
+    chosen = index[filled].tolist()
+    assert len(index) == min(most, len(flags)) and len(chosen) == min(most, len(places))
+    if len(places) <= most:
+        assert chosen == places
+    ranks = [places.index(place) for place in chosen]
+    assert ranks == sorted(set(ranks))
+    if len(chosen) > 1:
+        steps = np.diff([*ranks, len(places)])
+        assert steps.max() - steps.min() <= 1
+
+
+def on_references(pool, valid, most):
+    """`matching` and `log_density` by the definition, pair by pair, over the references alone."""
+    index, filled = (part.numpy() for part in references(valid, most))
+    chosen, ok = index[filled], valid.numpy()
+    x, y = oracle.as64(pool.image), oracle.as64(pool.text)
+    logits = 20.0 * x @ y.T
+    others = [[k for k in chosen if k != i] for i in range(len(x))]
+    scaled = np.array([np.log((ok.sum() - 1) / len(other)) for other in others])
+    by_image = np.array([np.logaddexp.reduce(logits[i, others[i]]) for i in range(len(x))]) + scaled
+    by_text = np.array([np.logaddexp.reduce(logits[others[i], i]) for i in range(len(x))]) + scaled
+    margins = logits - by_image[:, None] / 2 - by_text[None, :] / 2
+    score = margins.diagonal()
+    beaten = [
+        np.mean([*(margins[i, k] >= score[i] for k in others[i]), *(margins[k, i] >= score[i] for k in others[i])])
+        for i in range(len(x))
+    ]
+    density = 0.0
+    for rows in (x, y):
+        centred = oracle.unit(rows - rows[ok].mean(0))
+        kernel = np.maximum(centred @ centred.T, 0) ** 8
+        mean = np.array([kernel[i, others[i]].mean() for i in range(len(x))])
+        density = density + np.log((1 + (ok.sum() - 1) * mean) / ok.sum())
+    return np.where(ok, score, 0), np.where(ok, beaten, 1), density
+
+
+@pytest.mark.parametrize("block", [64, 1 << 18])
+@pytest.mark.parametrize("most", [7, 40, 150])
+def test_a_few_references_stand_for_the_pool(most, block, monkeypatch):
+    monkeypatch.setattr(evidence, "TABLE", block)
+    pool, valid = draw(150, 5, 0.5), torch.arange(150) % 7 != 3
+    pool = replace(pool, valid=valid)
+    match, density = matching(pool, most), log_density(pool.image, pool.text, valid, most)
+    score, p_value, want = on_references(pool, valid, most)
+    np.testing.assert_allclose(match.score, score, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(match.p_value, p_value, atol=1e-6)
+    np.testing.assert_allclose(density[valid], want[valid.numpy()], rtol=1e-3, atol=1e-3)
+
+
+def test_references_find_the_share_of_matches_too():
+    pool = draw(2000, 16, 0.5)
+    assert float(matching(pool, 100).share) == pytest.approx(0.5, abs=0.12)
+    assert float(torch.corrcoef(torch.stack([matching(pool, 100).score, matching(pool, 2000).score]))[0, 1]) > 0.95

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipcov_stream import objective, selection
 from clipcov_stream.evidence import matching
 from clipcov_stream.objective import (
+    Herding,
     LAG_DECAY,
     SKETCHES,
     SelectionState,
     Settings,
     certificate,
     gated,
-    greedy_select,
-    herding_bound,
     margin,
     mix,
     random_survivors,
@@ -33,6 +33,7 @@ from clipcov_stream.objective import (
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
+from clipcov_stream.sketch import CrossCovSketch
 from clipcov_stream.selection import SELECTORS, Selector, check_survivors, learn, reads_lag, resolve, select
 
 NAMES = sorted(SELECTORS)
@@ -111,15 +112,73 @@ def drawn_atoms(seed, num=14, dim=3):
 def test_greedy_equals_brute_force_on_explicit_atoms(seed, coverage):
     image, text, worth, aim, valid = drawn_atoms(seed)
     expected = oracle.greedy(oracle.atoms(image, text), worth.numpy(), aim, coverage, valid.numpy(), 6)
-    assert greedy_select(image, text, worth, aim, coverage, valid, 6).tolist() == expected
+    assert Herding(image, text, worth, aim, coverage, valid, 6).picks().index.tolist() == expected
 
 
 def test_greedy_avoids_both_copies_and_breaks_ties_by_order():
     image = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), dim=1).repeat(2, 1)
     worth, valid, aim = torch.zeros(12), torch.ones(12, dtype=torch.bool), torch.zeros(32, 32)
-    assert greedy_select(image, image, worth, aim, 0.0, valid, 4).tolist() == [0, 1, 2, 3]
-    chosen = greedy_select(image, image, worth, aim, 100.0, valid, 6)
+    assert Herding(image, image, worth, aim, 0.0, valid, 4).picks().index.tolist() == [0, 1, 2, 3]
+    chosen = Herding(image, image, worth, aim, 100.0, valid, 6).picks().index
     assert sorted((chosen % 6).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("device_waits", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_chunks_that_see_the_whole_pool_are_exact(chunk, device_waits, monkeypatch):
+    """On the CPU's own loop and on the one that a GPU runs."""
+    monkeypatch.setattr(objective, "FREE_SYNC", frozenset() if device_waits else frozenset({"cpu"}))
+    monkeypatch.setattr(objective, "NEAR", 12)
+    for seed in range(4):
+        image, text, worth, aim, valid = drawn_atoms(seed, num=30)
+        expected = oracle.greedy(oracle.atoms(image, text), worth.numpy(), aim, 0.7, valid.numpy(), 12)
+        picks = Herding(image, text, worth, aim, 0.7, valid, 12).picks(chunk)
+        assert picks.index.tolist() == expected
+        assert float(picks.slack) == 0.0
+
+
+def long_herding(seed, num=900, dim=12, num_survivors=200):
+    generator = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(num, dim, generator=generator), dim=1)
+    text = F.normalize(image + 0.5 * torch.randn(num, dim, generator=generator), dim=1)
+    worth, valid = torch.rand(num, generator=generator), torch.rand(num, generator=generator) < 0.9
+    return Herding(image, text, worth, image.T @ text / num, 1.0, valid, num_survivors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_reach_what_exact_picks_reach(seed):
+    """Beside a random choice, which is what there is to gain."""
+    herding = long_herding(seed)
+    exact, chunked = herding.picks(chunk=1), herding.picks()
+    at_random = torch.randperm(900, generator=torch.Generator().manual_seed(seed))
+    at_random = at_random[herding.valid[at_random]][:200]
+    lowest, highest, reached = (float(herding.objective(i)) for i in (at_random, exact.index, chunked.index))
+    assert lowest < highest and (reached - lowest) / (highest - lowest) > 0.99
+    assert len(set(chunked.index.tolist())) == 200 and bool(herding.valid[chunked.index].all())
+
+
+def test_the_objective_is_a_distance_and_worths():
+    herding = long_herding(0, num=20, dim=3, num_survivors=6)
+    chosen = torch.tensor([3, 1, 17, 9, 4, 5])
+    atoms = oracle.atoms(herding.image, herding.text)
+    aim = oracle.as64(herding.aim).reshape(-1)
+    total = atoms.reshape(20, -1)[chosen.numpy()].sum(0)
+    distance = ((total - 6 * aim) ** 2).sum() - 36 * (aim**2).sum()
+    norms = (atoms.reshape(20, -1)[chosen.numpy()] ** 2).sum()
+    close(herding.objective(chosen), float(herding.worth[chosen].sum()) - (distance - norms) / 2)
+
+
+def test_slack_is_what_a_pick_falls_short_of_the_mean():
+    """Seen from the start alone, the second copy of the best is as good as the best; by then it is the worst left."""
+    x = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
+    worth, aim = torch.tensor([0.2, 0.1, 0.0, 0.0]), torch.zeros(3, 3)
+    herding = Herding(x, x, worth, aim, 5.0, torch.ones(4, dtype=torch.bool), 2)
+    assert herding.picks(chunk=1).index.tolist() == [0, 2]
+    overlap = (x @ x[:2].T) * (x @ x[:2].T)
+    slack = herding._slack(worth, torch.ones(4, dtype=torch.bool), torch.tensor([0, 1]), overlap)
+    # Before the second pick: -4.9 for the copy, 0 for the two others.
+    assert float(slack) == pytest.approx((0 + 0 - 4.9) / 3 + 4.9, rel=1e-3)
+    assert float(herding.bound(slack)) > float(herding.bound())
 
 
 def error_of(all_atoms, chosen, aim):
@@ -143,20 +202,22 @@ def test_herding_stays_within_its_bound(seed, num, dim, coverage, worths, aims, 
     worth, all_atoms = worths * worth, oracle.atoms(image, text)
     # Aims 0 is the mean atom itself, where the bound has no first term.
     aim = torch.from_numpy(all_atoms[valid.numpy()].mean(0)) + aims * aim
-    how = (image, text, worth, aim, coverage, valid, num_survivors)
-    bound = float(herding_bound(*how)) * (1 + 1e-6) + 1e-9
-    assert error_of(all_atoms, greedy_select(*how), aim) <= bound
+    herding = Herding(image, text, worth, aim, coverage, valid, num_survivors)
+    for chunk in (1, data.draw(st.integers(1, 12))):
+        picks = herding.picks(chunk)
+        bound = float(herding.bound(picks.slack)) * (1 + 1e-6) + 1e-9
+        assert error_of(all_atoms, picks.index, aim) <= bound
 
 
 def test_the_bound_in_numbers():
     """Two atoms, +1 and -1, around their mean 0: one pick is 1 away, and the bound says 1; both are 0 away."""
     image, text = torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)
     zeros, every = torch.zeros(2), torch.ones(2, dtype=torch.bool)
-    assert float(herding_bound(image, text, zeros, torch.zeros(1, 1), 1.0, every, 1)) == pytest.approx(1.0)
-    assert float(herding_bound(image, text, zeros, torch.zeros(1, 1), 1.0, every, 2)) == pytest.approx(0.0, abs=1e-6)
+    assert float(Herding(image, text, zeros, torch.zeros(1, 1), 1.0, every, 1).bound()) == pytest.approx(1.0)
+    assert float(Herding(image, text, zeros, torch.zeros(1, 1), 1.0, every, 2).bound()) == pytest.approx(0.0, abs=1e-6)
     worth = torch.tensor([0.0, 1.5])
-    assert float(herding_bound(image, text, worth, torch.zeros(1, 1), 1.0, every, 1)) == pytest.approx(2.0)
-    assert math.isinf(float(herding_bound(image, text, zeros, torch.zeros(1, 1), 0.0, every, 1)))
+    assert float(Herding(image, text, worth, torch.zeros(1, 1), 1.0, every, 1).bound()) == pytest.approx(2.0)
+    assert math.isinf(float(Herding(image, text, zeros, torch.zeros(1, 1), 0.0, every, 1).bound()))
 
 
 def test_margin_is_minus_the_contrastive_loss_of_the_valid_samples():
@@ -199,13 +260,15 @@ def test_top_is_stable():
 def test_whitened_inner_products_equal_those_of_symmetric_roots():
     pools = [draw(20, 4, seed) for seed in range(3)]
     state, pool = learn(after(pools, ridge=0.2), trained_on(9)), prepared(pools[-1])
-    frame = whitened(pool, state)
+    frame = whitened(pool.image, pool.text, state)
     image, text, target, memory, lag = (np.asarray(tensor, np.float64) for tensor in vars(frame).values())
     rows = [(oracle.unit(p.image), oracle.unit(p.text)) for p in pools]
     stream = oracle.moments(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]))
     image_root, text_root = oracle.inverse_root(stream.image_cov, 0.2), oracle.inverse_root(stream.text_cov, 0.2)
     x, y = (rows[-1][0] - stream.image_mean) @ image_root, (rows[-1][1] - stream.text_mean) @ text_root
-    x_size, y_size = np.sqrt((x**2).sum(1).mean()), np.sqrt((y**2).sum(1).mean())
+    everybody = np.concatenate([(image - stream.image_mean) @ image_root for image, _ in rows])
+    everything = np.concatenate([(text - stream.text_mean) @ text_root for _, text in rows])
+    x_size, y_size = (np.sqrt((part**2).sum(1).mean()) for part in (everybody, everything))
     close(image @ image.T, x @ x.T / x_size**2)
     close(text @ text.T, y @ y.T / y_size**2)
     kept = np.asarray(state.kept.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
@@ -283,7 +346,7 @@ def test_selection_leaves_the_lag_alone_and_reads_it_in_later_pools():
     seen = []
 
     def spy(pool, num_survivors, state):
-        frame = whitened(pool, state)
+        frame = whitened(pool.image, pool.text, state)
         seen.append((state.lag, frame.along(frame.lag)))
         return SELECTORS["clipcov"](pool, num_survivors, state)
 
@@ -347,7 +410,9 @@ def test_random_residual_is_the_exact_mean_over_all_subsets(num_survivors):
     state = after([draw(20, 3, seed) for seed in range(2)])
     pool = prepared(replace(draw(8, 3, 9), valid=torch.arange(8) != 5))
     survivors = torch.tensor([0, 7, 2, 1, 3, 4, 6])[:num_survivors]
-    report = certificate(pool, survivors, state)
+    streamed = CrossCovSketch(3).update(pool.image, pool.text, pool.valid)
+    kept = CrossCovSketch(3).update(pool.image[survivors], pool.text[survivors])
+    report = certificate(pool, survivors, state, streamed, kept)
     stream = [np.asarray(part, np.float64) for part in (state.stream.image_mean, state.stream.text_mean)]
     target = np.asarray(state.stream.cross_cov, np.float64)
     image, text = oracle.as64(pool.image), oracle.as64(pool.text)
@@ -716,7 +781,8 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     assert got == best_open(state, pool, 9, score)
 
     state, got = survivors(learnability=1.0, gate=math.inf)
-    frame = whitened(prepared(pool), replace(state, stream=seen_by(state, pool)))
+    unit = prepared(pool)
+    frame = whitened(unit.image, unit.text, replace(state, stream=seen_by(state, pool)))
     lag = np.einsum("na,ab,nb->n", *(part.double().numpy() for part in (frame.image, frame.lag, frame.text)))
     assert np.abs(lag).max() > 0 and got == best_open(state, pool, 9, lag)
 
@@ -793,7 +859,10 @@ class NoHostSync(TorchDispatchMode):
 
 # These two grow a table to the largest id or concept they meet.
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"dissect", "concept_balance"}))
-def test_select_never_waits_for_the_device(name):
+def test_select_never_waits_for_the_device(name, monkeypatch):
+    # As on a GPU: on a CPU nothing has to be waited for, and what is not open is left out.
+    monkeypatch.setattr(objective, "FREE_SYNC", frozenset())
+    monkeypatch.setattr(selection, "FREE_SYNC", frozenset())
     pool = replace(draw(24, 5), valid=torch.arange(24) != 3)
     state = SelectionState.initial(5, Settings())
     with NoHostSync():
@@ -809,6 +878,18 @@ def test_the_tripwire_trips():
     for sync in (*by_index, lambda: float(rows[0]), lambda: bool(rows.any())):
         with NoHostSync(), pytest.raises(AssertionError, match="host sync"):
             sync()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_leaving_closed_candidates_out_changes_no_survivor(seed, monkeypatch):
+    pools = [replace(draw(80, 6, seed + 10 * step), valid=torch.arange(80) % 9 != 2) for step in range(3)]
+    short = after(pools, 12)
+    monkeypatch.setattr(selection, "FREE_SYNC", frozenset())
+    whole = after(pools, 12)
+    unit = prepared(pools[0])
+    assert 12 < int(matching(unit).opened(unit.valid, Settings.gate, 12).sum()) < 60  # or nothing would be left out
+    for name in ("kept", "opened"):
+        close(getattr(short, name).cross_cov, getattr(whole, name).cross_cov)
 
 
 def preserve(memory: float) -> tuple[float, float]:

@@ -360,3 +360,60 @@ def test_two_ranks_agree_bit_for_bit_and_with_one_process(tmp_path):
         alone.update(*(torch.cat(parts) for parts in zip(*step, strict=True)))
     assert int(together.num_samples) == int(alone.num_samples) > 0
     assert_matches(together, alone, 1e-5)
+
+
+# What one update added, and sketches without covariances
+
+
+def test_an_update_returns_its_own_pairs_moments():
+    image, text = pairs(30, 3, 4)
+    valid = torch.arange(30) % 4 != 1
+    sketch = CrossCovSketch(3, 4, dtype=torch.float64)
+    sketch.update(image[:10] + 3, text[:10])
+    batch = sketch.update(image[10:], text[10:], valid[10:])
+    expected = oracle.moments(image[10:][valid[10:]], text[10:][valid[10:]])
+    assert float(batch.count) == int(valid[10:].sum())
+    for name in ("image_mean", "text_mean", "cross_cov"):
+        np.testing.assert_allclose(getattr(batch, name), getattr(expected, name), atol=1e-12)
+    centres = torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    x, y = (rows[10:][valid[10:]].numpy() - 1 for rows in (image, text))
+    np.testing.assert_allclose(batch.cross_cov_about(*centres), x.T @ y / len(x), atol=1e-12)
+
+
+def test_an_update_without_valid_rows_has_no_moments():
+    sketch = CrossCovSketch(3)
+    batch = sketch.update(torch.ones(4, 3), torch.ones(4, 3), torch.zeros(4, dtype=torch.bool))
+    assert not batch.cross_cov_about(torch.ones(3), torch.ones(3)).any()
+
+
+def test_ranks_return_their_own_moments():
+    """Two ranks by hand: each sum is what both put in."""
+    image, text = pairs(12, 3, 3)
+    sums = []
+    for half in (slice(0, 5), slice(5, 12)):
+        CrossCovSketch(3, dtype=torch.float64).update(image[half], text[half], None, lambda part: sums.append(part.clone()))
+    first = sums[0] + sums[2]  # counts and sums of both ranks
+    for half in (slice(0, 5), slice(5, 12)):
+        batch = CrossCovSketch(3, dtype=torch.float64).update(
+            image[half], text[half], None, lambda part: part.copy_(first) if part.shape == first.shape else None
+        )
+        expected = oracle.moments(image[half], text[half])
+        np.testing.assert_allclose(batch.image_mean, expected.image_mean, atol=1e-12)
+        np.testing.assert_allclose(batch.cross_cov, expected.cross_cov, atol=1e-12)
+
+
+def test_covariances_can_be_left_out():
+    image, text = pairs(20)
+    whole, lean = (CrossCovSketch(5, dtype=torch.float64, half_life=9.0, covariances=c) for c in (True, False))
+    for part in (slice(0, 12), slice(12, 20)):
+        whole.update(image[part], text[part])
+        lean.update(image[part], text[part])
+    assert torch.equal(lean.cross_cov, whole.cross_cov) and torch.equal(lean.image_mean, whole.image_mean)
+    with pytest.raises(AttributeError, match="covariances=False"):
+        _ = lean.image_cov
+    again = CrossCovSketch(5, dtype=torch.float64, covariances=False)
+    again.load_state_dict(lean.state_dict())
+    again.merge(lean.clone())
+    assert not lean.state_dict().keys() & {"image_scatter", "text_scatter"}
+    with pytest.raises(ValueError, match="covariances=False"):
+        whole.merge(lean)
