@@ -58,7 +58,7 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, learnability, gate, balance, quality, overshoot, memory, ridge: see `selection.Settings`. The lag
+        coverage, learnability, gate, balance, quality, overshoot, memory, ridge, references: see `selection.Settings`. The lag
             behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
             `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass over the survivors.
         seed: of everything random in selection.
@@ -92,6 +92,7 @@ class ClipCov(Algorithm):
         overshoot: float = Settings.overshoot,
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
+        references: int = Settings.references,
         proxy: nn.Module | None = None,
         teacher_momentum: float = 0.99,
         logit_scale: float = 100.0,
@@ -129,6 +130,7 @@ class ClipCov(Algorithm):
             overshoot=overshoot,
             memory=memory,
             ridge=ridge,
+            references=references,
             seed=seed,
         )
         self.proxy = proxy

@@ -234,7 +234,7 @@ def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
 def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer: Tokenizer) -> ClipCov:
     """The algorithm of a selection section."""
     proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
-    knobs = ("coverage", "learnability", "gate", "balance", "quality", "overshoot", "memory", "ridge")
+    knobs = ("coverage", "learnability", "gate", "balance", "quality", "overshoot", "memory", "ridge", "references")
     optional = given(config, *knobs, "teacher_momentum", "embed_chunk")
     return ClipCov(
         filter_ratio=config.filter_ratio,

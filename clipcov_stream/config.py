@@ -104,6 +104,7 @@ class SelectionConfig:
     overshoot: float | None = None
     memory: float | None = None
     ridge: float | None = None
+    references: int | None = None
     seed: int | None = None
     proxy: ProxyConfig | None = None
     teacher_momentum: float | None = None

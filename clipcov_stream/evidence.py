@@ -19,9 +19,6 @@ from clipcov_stream.pool import Pool, valid_of
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
-REFERENCES = 512
-"""Samples that every candidate is compared with. All of a pool that has no more; tools/LOG.md has what fewer cost."""
-
 TABLE = 1 << 18
 """Numbers in the largest table, 1 MiB: a larger one leaves the cache and is slower, not faster."""
 
@@ -78,7 +75,7 @@ def block_rows(width: int) -> int:
     return max(64, TABLE // max(width, 1))
 
 
-def matching(pool: Pool, most: int = REFERENCES) -> Matching:
+def matching(pool: Pool, most: int) -> Matching:
     """Score every pair against mismatched ones of the pool, and estimate how many match.
 
     The score is the margin of a pair with itself, i = j,
@@ -141,7 +138,7 @@ def log_density(
     image: Float[Tensor, "pool dim"],
     text: Float[Tensor, "pool dim"],
     among: Bool[Tensor, " pool"],
-    most: int = REFERENCES,
+    most: int,
 ) -> Float[Tensor, " pool"]:
     """How common each pair is: the log density of its image plus that of its caption, among the samples `among`.
 

@@ -52,6 +52,8 @@ class Settings:
         memory: weight of T - M, what earlier survivors (M) still miss of the target. With overshoot 1, 0 preserves each
             batch by itself and more brings the survivors of all steps together closer to the target.
         ridge: added to both covariances before whitening, as a fraction of their mean variance.
+        references: samples of the pool that every candidate is compared with, for its match and its density; a pool
+            that has no more is compared with all of itself.
         seed: of everything random: rivals that draw, and the survivors of a warm-up. clipcov draws nothing.
 
     Raises:
@@ -67,6 +69,7 @@ class Settings:
     overshoot: float = 1.0
     memory: float = 1.0
     ridge: float = 0.1
+    references: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class Settings:
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ValueError(f"selection.ridge={self.ridge} must be a finite number above 0")
+        if not (isinstance(self.references, int) and self.references >= 2):
+            raise ValueError(f"selection.references={self.references} must be a whole number, at least 2")
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,10 @@ def choose(
         aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`).
     """
     settings, valid = state.settings, valid_of(pool)
-    match = matching(pool)
+    match = matching(pool, settings.references)
     open_ = match.opened(valid, settings.gate, num_survivors)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
-    density = log_density(image, text, among)
+    density = log_density(image, text, among, settings.references)
     opened = state.opened.clone()
     opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
     frame = whitened(image, text, replace(state, opened=opened))

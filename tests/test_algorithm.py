@@ -221,6 +221,7 @@ def launch(command: list[str]) -> str:
             ("quality", 9.0),
             ("balance", 0.7),
             ("ridge", 0.2),
+            ("references", 64),
             ("overshoot", 2.0),
             ("memory", 0.5),
         ],

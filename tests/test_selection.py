@@ -287,7 +287,7 @@ def test_the_target_is_what_the_gate_let_through():
     state = after(pools, gate=0.9, half_life=40.0)
     image, text, weights = [], [], []
     for age, pool in enumerate(map(prepared, pools)):
-        open_ = matching(pool).opened(pool.valid, 0.9, 3)
+        open_ = matching(pool, 4096).opened(pool.valid, 0.9, 3)
         assert 3 < int(open_.sum()) < int(pool.valid.sum())
         # The second pool's valid samples age the first's.
         decay = 2 ** (-int(prepared(pools[1]).valid.sum()) / 40) if age == 0 else 1.0
@@ -747,7 +747,7 @@ def test_only_who_reads_the_lag_is_charged_for_it():
 
 def best_open(state, pool, num_survivors, worth):
     """Survivors by an oracle: the most worth of those that the gate opens."""
-    open_ = matching(prepared(pool)).opened(prepared(pool).valid, state.settings.gate, num_survivors)
+    open_ = matching(prepared(pool), 4096).opened(prepared(pool).valid, state.settings.gate, num_survivors)
     return np.argsort(-np.where(open_, worth, -np.inf), kind="stable")[:num_survivors].tolist()
 
 
@@ -769,7 +769,7 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
         return state, select(state, pool, 9)[1].tolist()
 
     state, got = survivors(balance=1.0)
-    open_ = matching(prepared(pool)).opened(prepared(pool).valid, 0.8, 9).numpy()
+    open_ = matching(prepared(pool), 4096).opened(prepared(pool).valid, 0.8, 9).numpy()
     assert 9 < open_.sum() < 60  # or balance would have nothing to choose from
     assert got == best_open(state, pool, 9, -oracle.log_density(x, y, open_))
 
@@ -818,7 +818,7 @@ def test_errors_name_the_values():
     ("knob", "value"),
     [
         *[("half_life", 0.0), ("gate", 0.0), ("gate", math.nan), ("balance", -1.0), ("quality", -1.0)],
-        *[("coverage", math.inf), ("ridge", 0.0)],
+        *[("coverage", math.inf), ("ridge", 0.0), ("references", 1)],
     ],
 )
 def test_settings_out_of_range_name_the_knob(knob, value):
@@ -887,7 +887,7 @@ def test_leaving_closed_candidates_out_changes_no_survivor(seed, monkeypatch):
     monkeypatch.setattr(selection, "FREE_SYNC", frozenset())
     whole = after(pools, 12)
     unit = prepared(pools[0])
-    assert 12 < int(matching(unit).opened(unit.valid, Settings.gate, 12).sum()) < 60  # or nothing would be left out
+    assert 12 < int(matching(unit, 4096).opened(unit.valid, Settings.gate, 12).sum()) < 60  # or nothing would be left out
     for name in ("kept", "opened"):
         close(getattr(short, name).cross_cov, getattr(whole, name).cross_cov)
 
