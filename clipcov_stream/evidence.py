@@ -66,13 +66,18 @@ def references(among: Bool[Tensor, " pool"], most: int) -> tuple[Int64[Tensor, "
     return torch.where(filled, index, 0), filled
 
 
-def blocks(num_rows: int, width: int) -> range:
-    """Starts of row blocks, such that a float32 table of a block's rows and `width` columns stays in the cache."""
-    return range(0, num_rows, block_rows(width))
-
-
 def block_rows(width: int) -> int:
+    """Rows of a block, such that its table of `width` columns stays in the cache."""
     return max(64, TABLE // max(width, 1))
+
+
+def hide_own(table: Tensor, start: int, index: Tensor, value: float) -> None:
+    """Write `value` where a row of the block from `start` on meets itself among the references, in place."""
+    row = index - start
+    inside = (row >= 0) & (row < len(table))
+    row = row.clamp(0, len(table) - 1)
+    column = torch.arange(len(index), device=index.device)
+    table[row, column] = torch.where(inside, value, table[row, column])
 
 
 def matching(pool: Pool, most: int) -> Matching:
@@ -95,40 +100,50 @@ def matching(pool: Pool, most: int) -> Matching:
     """
     valid = valid_of(pool)
     index, filled = references(valid, most)
-    ref_image, ref_text = pool.image.index_select(0, index), pool.text.index_select(0, index)
-    scale, count = pool.logit_scale, valid.sum()
-
-    def logits(rows: Tensor, refs: Tensor, numbers: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-        """s times the rows' cosines with the references, -inf for a row's own place; log of the sum of exponentials."""
-        table = (rows @ refs.T).mul_(scale)
-        table.masked_fill_((numbers[:, None] == index) | ~filled, -torch.inf)
-        others = filled.sum() - (usable & is_reference.index_select(0, numbers)).long()
-        # A sample alone among invalid ones has no others; 0 leaves its own logit.
-        total = table.logsumexp(1) + ((count - 1).clamp_min(1) / others.clamp_min(1)).log()
-        return table, total.nan_to_num(neginf=0.0)
-
-    is_reference = torch.zeros_like(valid)
+    count, num_refs = valid.sum(), filled.sum()
     # Unfilled places all name sample 0, and must not unname it: the largest of all that is written stays.
-    is_reference = is_reference.long().scatter_reduce(0, index, filled.long(), "amax").bool()
-    every = torch.arange(len(valid), device=valid.device)
-    # Of references: what any caption, any image gets beside theirs.
-    _, ref_by_image = logits(ref_image, ref_text, index, filled)
-    _, ref_by_text = logits(ref_text, ref_image, index, filled)
-    rows = block_rows(len(index))
-    scores, above = [], []
-    for start in blocks(len(valid), len(index)):
-        part = slice(start, start + rows)
-        images, texts, numbers, usable = pool.image[part], pool.text[part], every[part], valid[part]
-        with_texts, by_image = logits(images, ref_text, numbers, usable)
-        with_images, by_text = logits(texts, ref_image, numbers, usable)
-        own = (images * texts).sum(1) * scale
-        scores.append(own - 0.5 * by_image - 0.5 * by_text)
-        # m_ik >= m_ii and m_ki >= m_ii, without what both sides share.
-        better = (with_texts.sub_(0.5 * ref_by_text) >= (own - 0.5 * by_text)[:, None]).sum(1)
-        better += (with_images.sub_(0.5 * ref_by_image) >= (own - 0.5 * by_image)[:, None]).sum(1)
+    is_reference = torch.zeros_like(valid, dtype=torch.int64)
+    is_reference = is_reference.scatter_reduce(0, index, filled.long(), "amax")
+    others = num_refs - is_reference
+    # A sample alone among invalid ones has no others; 0 leaves its own logit.
+    to_pool = ((count - 1).clamp_min(1) / others.clamp_min(1)).log()
+    ref_image, ref_text = (rows.index_select(0, index) * pool.logit_scale for rows in (pool.image, pool.text))
+    closed = torch.where(filled, 0.0, -torch.inf)
+    own = (pool.image * pool.text).sum(1) * pool.logit_scale
+
+    def totals(rows: Tensor, refs: Tensor) -> Tensor:
+        """Of references: log of what the others' exponentials sum to."""
+        table = torch.addmm(closed, rows.index_select(0, index), refs.T)
+        table.fill_diagonal_(-torch.inf)
+        return (table.logsumexp(1) + to_pool.index_select(0, index)).nan_to_num(neginf=0.0)
+
+    # What any caption, any image gets beside the references'; half of it comes off every margin.
+    half_by_image, half_by_text = 0.5 * totals(pool.image, ref_text), 0.5 * totals(pool.text, ref_image)
+
+    def beside(rows: Tensor, start: int, refs: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits with the references less `half` of the column's total; log of the sum of exponentials of the logits."""
+        table = torch.addmm(closed - half, rows, refs.T)
+        hide_own(table, start, index, -torch.inf)
+        top_logit = table.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+        shift = half.amax()
+        # A product instead of a sum puts back what was taken off, without a pass over the table.
+        total = (table - top_logit).exp_() @ (half - shift).exp()
+        return table, (total.log() + top_logit.squeeze(1) + shift).nan_to_num(neginf=0.0)
+
+    block = block_rows(len(index))
+    totals_found, above = [], []
+    ones = torch.ones_like(half_by_text)
+    for start in range(0, len(valid), block):
+        part = slice(start, start + block)
+        with_texts, by_image = beside(pool.image[part], start, ref_text, half_by_text)
+        with_images, by_text = beside(pool.text[part], start, ref_image, half_by_image)
+        halves = 0.5 * (by_image + to_pool[part]), 0.5 * (by_text + to_pool[part])
+        # m_ik >= m_ii and m_ki >= m_ii, without what both sides share. Counted in float, which is faster than bool.
+        better = torch.ge(with_texts, (own[part] - halves[1])[:, None], out=with_texts) @ ones
+        better += torch.ge(with_images, (own[part] - halves[0])[:, None], out=with_images) @ ones
+        totals_found.append(halves[0] + halves[1])
         above.append(better)
-    score = torch.cat(scores).masked_fill(~valid, 0.0)
-    others = filled.sum() - is_reference.long()
+    score = (own - torch.cat(totals_found)).masked_fill(~valid, 0.0)
     p_value = (torch.cat(above) / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
     by_chance = 2 * ((p_value > 0.5) & valid).sum() / count.clamp_min(1)
     return Matching(score, p_value, (1 - by_chance).clamp_min(0.0))
@@ -165,18 +180,18 @@ def row_log_density(
     count = among.sum()
     mean = (among / count.clamp_min(1)) @ rows
     centred_refs = F.normalize(rows.index_select(0, index) - mean, dim=1)
-    every = torch.arange(len(rows), device=rows.device)
+    is_reference = torch.zeros_like(among, dtype=torch.int64).scatter_reduce(0, index, filled.long(), "amax")
+    num_others = (filled.sum() - is_reference).clamp_min(1)
+    weight = filled.to(rows.dtype)
     block = block_rows(len(index))
-    found = []
-    for start in blocks(len(rows), len(index)):
-        numbers = every[start : start + block]
+    found, sizes = [], []
+    for start in range(0, len(rows), block):
         centred = F.normalize(rows[start : start + block] - mean, dim=1)
         # The eighth power, by squaring: a general power takes ten times as long.
         kernel = (centred @ centred_refs.T).clamp_min_(0.0).square_().square_().square_()
-        other = filled & (numbers[:, None] != index)
-        kernel.masked_fill_(~other, 0.0)
-        itself = among[start : start + block]
-        size = centred.square().sum(1).square().square().square()  # 1, or 0 at the very mean
-        mean_other = kernel.sum(1) / other.sum(1).clamp_min(1)
-        found.append((itself * size + (count - itself.long()) * mean_other) / count.clamp_min(1))
-    return torch.cat(found).clamp_min(LEAST_DENSITY).log()
+        hide_own(kernel, start, index, 0.0)
+        found.append(kernel @ weight)
+        sizes.append(centred.square().sum(1))  # 1, or 0 at the very mean
+    own = among * torch.cat(sizes)
+    density = (own + (count - among.long()) * torch.cat(found) / num_others) / count.clamp_min(1)
+    return density.clamp_min(LEAST_DENSITY).log()

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clipcov_stream.pool import Pool, valid_of
-from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
+from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -25,13 +24,13 @@ SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
 """Per step: the learner moves, so its lag is forgotten within some ten steps whatever the sketch's half-life."""
 
+COVARIANCE_ROWS = 4
+"""Per dimension: what whitening learns of a pool. Rows of one pool say little that the next pool's do not say too."""
+
 CHUNK = 64
 NEAR = 4
 """`Herding.picks` looks at the whole pool once per CHUNK picks, which it makes among the NEAR * CHUNK best; measured in
 tools/LOG.md."""
-
-FREE_SYNC = frozenset({"cpu"})
-"""Devices whose values can be read without waiting for them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Settings:
     overshoot: float = 1.0
     memory: float = 1.0
     ridge: float = 0.1
-    references: int = 512
+    references: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,7 +116,13 @@ class SelectionState:
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
         stream, opened, kept = (
-            CrossCovSketch(dim, half_life=settings.half_life, covariances=name == "stream", device=device)
+            CrossCovSketch(
+                dim,
+                half_life=settings.half_life,
+                covariances=name == "stream",
+                covariance_rows=COVARIANCE_ROWS * dim,
+                device=device,
+            )
             for name in SKETCHES
         )
         return cls(
@@ -226,26 +231,41 @@ def standardize(score: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> 
 
 
 @dataclass(frozen=True)
-class Whitened:
-    """Samples and what is remembered, centred and whitened by the stream's covariances.
+class Frame:
+    """Where all directions of the stream count alike: rows are centred and whitened by the stream's covariances.
+
+    Any square root of the inverse covariance gives the same inner products, so a Cholesky factor serves: no
+    eigendecomposition. It is inverted, because a product with many rows is faster than a triangular solve.
 
     Args:
-        image, text: rows, scaled so that a typical atom x y^T of the stream has norm 1.
-        target: the open pairs' cross-covariance, about the stream's means.
-        memory: that of earlier survivors; the target itself before there are any, of which nothing is missed yet.
-        lag: the mean over EARLIER survivors of what the learner does not reproduce of their cross-covariance
-            (`updated_lag`), zeros before there is one.
+        image, text: W of each side, scaled so that a typical atom (W_x x)(W_y y)^T of the stream has norm 1.
+        image_mean, text_mean: of the stream.
     """
 
-    image: Float[Tensor, "pool dim"]
-    text: Float[Tensor, "pool dim"]
-    target: Float[Tensor, "dim dim"]
-    memory: Float[Tensor, "dim dim"]
-    lag: Float[Tensor, "dim dim"]
+    image: Float[Tensor, "dim dim"]
+    text: Float[Tensor, "dim dim"]
+    image_mean: Float[Tensor, " dim"]
+    text_mean: Float[Tensor, " dim"]
 
-    def along(self, matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, " pool"]:
-        """<matrix, x_i y_i^T> of every sample."""
-        return along(self.image, self.text, matrix)
+    @classmethod
+    def of(cls, stream: CrossCovSketch, ridge: float) -> Frame:
+        """Costs: some 2 * dim^3 flops."""
+        roots = (inverse_root(cov, ridge) for cov in (stream.image_cov, stream.text_cov))
+        return cls(*roots, stream.image_mean, stream.text_mean)
+
+    def rows(
+        self, image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], in_place: bool = False
+    ) -> tuple[Float[Tensor, "pool dim"], Float[Tensor, "pool dim"]]:
+        """Whitened rows. `in_place` centres what is given, to spare a copy. Costs: 4 * pool * dim^2 flops."""
+        image, text = (
+            rows.sub_(mean) if in_place else rows - mean
+            for rows, mean in ((image, self.image_mean), (text, self.text_mean))
+        )
+        return image @ self.image.T, text @ self.text.T
+
+    def matrix(self, cross: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
+        """A cross-covariance about the stream's means, as it is among whitened rows. Costs: 4 * dim^3 flops."""
+        return self.image @ cross @ self.text.T
 
 
 def along(
@@ -253,34 +273,6 @@ def along(
 ) -> Float[Tensor, " pool"]:
     """<matrix, x_i y_i^T>_F of every row."""
     return (image @ matrix).mul_(text).sum(1)
-
-
-def whitened(
-    image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], state: SelectionState
-) -> Whitened:
-    """Rows in the frame in which all directions of the stream count alike.
-
-    Any square root of the inverse covariance gives the same inner products, so a Cholesky factor serves: no
-    eigendecomposition. It is inverted, because a product with many rows is faster than a triangular solve.
-
-    Costs: 4 * pool * dim^2 flops, some 3 * dim^3, a copy of the rows.
-    """
-    stream = state.stream
-    image_frame = inverse_root(stream.image_cov, state.settings.ridge)
-    text_frame = inverse_root(stream.text_cov, state.settings.ridge)
-
-    def framed(matrix: Tensor) -> Tensor:
-        return image_frame @ matrix @ text_frame.T
-
-    target = state.opened.cross_cov_about(stream.image_mean, stream.text_mean)
-    memory = state.kept.cross_cov_about(stream.image_mean, stream.text_mean)
-    return Whitened(
-        image=(image - stream.image_mean) @ image_frame.T,
-        text=(text - stream.text_mean) @ text_frame.T,
-        target=framed(target),
-        memory=framed(torch.where(state.kept.weight > 0, memory, target)),
-        lag=framed(state.lag / state.lag_weight.clamp_min(1e-12)),
-    )
 
 
 def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
@@ -439,7 +431,9 @@ class Herding:
         noise = 1e-5 * (picks.abs().amax() + mean.abs().amax())
         return (mean - picks.diagonal() - noise).amax().clamp_min(0)
 
-    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
+    def bound(
+        self, slack: Float[Tensor, ""] | float = 0.0, mean_atom: Float[Tensor, "dim dim"] | None = None
+    ) -> Float[Tensor, ""]:
         """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
 
             ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
@@ -448,10 +442,16 @@ class Herding:
         ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
         spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0,
         which does not look at the atoms.
+
+        Args:
+            slack: of the picks.
+            mean_atom: C_N, where it is known already; to find it costs 2 * pool * dim^2 flops.
         """
         count = self.valid.sum()
         weight = self.valid / count.clamp_min(1)
-        start = (self.image * weight[:, None]).T @ self.text - self.aim
+        if mean_atom is None:
+            mean_atom = (self.image * weight[:, None]).T @ self.text
+        start = mean_atom - self.aim
         size = row_squares(self.image) * row_squares(self.text)
         apart = size - 2 * self.along + self.aim.square().sum()
         spread = (apart * weight).sum().clamp_min(0)
@@ -469,15 +469,15 @@ def pick_among(
     gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int
 ) -> Int64[Tensor, " num"]:
     """`num` picks one by one, each the best; picking j adds row j of `change` to the gains."""
-    if gain.device.type in FREE_SYNC:
-        # The same steps on the same numbers; a call takes a microsecond here and ten in torch.
-        gains, changes = gain.numpy().copy(), change.numpy()
-        found = np.empty(num, dtype=np.int64)
-        for step in range(num):
-            best = found[step] = gains.argmax()
+    if sync_is_free(gain):
+        # The same steps on the same numbers, in NumPy: a call takes a microsecond there and several in torch.
+        gains, changes, found = gain.numpy().copy(), change.numpy(), []
+        for _ in range(num):
+            best = int(gains.argmax())
+            found.append(best)
             gains += changes[best]
-            gains[best] = -np.inf
-        return torch.from_numpy(found)
+            gains[best] = -math.inf
+        return torch.tensor(found)
     picks = torch.empty(num, dtype=torch.int64, device=gain.device)
     for step in range(num):
         # A one-element index instead of gain[best]: a 0-dim index is read back from the device.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from clipcov_stream.sketch import all_hold
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -76,17 +77,17 @@ def prepared(pool: Pool) -> Pool:
     pairs = [(pool.image, pool.text)]
     if pool.learner_image is not None and pool.learner_text is not None:
         pairs.append((pool.learner_image, pool.learner_text))
-    # The largest magnitude of a row is NaN or inf if anything in it is. One pass over memory, no copy.
-    largest = [torch.linalg.vector_norm(rows.detach(), math.inf, dim=1) for pair in pairs for rows in pair]
-    finite = torch.stack([torch.isfinite(row) for row in largest]).all(0)
+    # The largest and smallest of a row show any NaN and inf in it, without a copy of the rows.
+    finite = torch.stack([(rows.amax(1) - rows.amin(1)).isfinite() for pair in pairs for rows in pair]).all(0)
     valid = finite if pool.valid is None else finite & pool.valid.to(finite.device)
+    uncounted = None if all_hold(valid) else ~valid[:, None]
 
     def unit(rows: Tensor | None) -> Tensor | None:
         if rows is None:
             return None
         rows = rows.float()
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
-        return (rows / norm).masked_fill_(~valid[:, None], 0.0)
+        rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+        return rows if uncounted is None else rows.masked_fill_(uncounted, 0.0)
 
     return replace(
         pool,

@@ -30,18 +30,18 @@ from torch import Tensor
 
 from clipcov_stream.evidence import log_density, matching
 from clipcov_stream.objective import (
-    FREE_SYNC,
+    Frame,
     Herding,
     SelectionState,
     Settings,
+    along,
     certificate,
     standardize,
     updated_lag,
-    whitened,
 )
 from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
-from clipcov_stream.sketch import AllReduce, CrossCovSketch
+from clipcov_stream.sketch import AllReduce, CrossCovSketch, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -60,7 +60,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
 
-    Costs, in flops: 8 * pool * references * dim for margins and densities (512 references, or the pool), 6 * pool *
+    Costs, in flops: 8 * pool * references * dim for margins and densities, 6 * pool *
     dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool * survivors *
     dim for the picks; on a CPU all but the margins and the stream's sketch on the open candidates alone.
     """
@@ -88,29 +88,72 @@ def choose(
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
         aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`).
     """
+    aimed = aim_of(pool, num_survivors, state, all_reduce, elapsed)
+    herding = aimed.herding
+    picks = herding.picks()
+    image, text = (rows.index_select(0, picks.index) for rows in (herding.image, herding.text))
+    figures = {
+        **aimed.figures,
+        "aim_residual": (image.T @ text / num_survivors - herding.aim).norm() / aimed.size,
+        "aim_residual_bound": herding.bound(picks.slack, aimed.mean_atom) / aimed.size,
+    }
+    survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
+    return Choice(survivors, aimed.opened, figures)
+
+
+@dataclass(frozen=True)
+class Aimed:
+    """A pool of which all is decided but the picks.
+
+    Args:
+        rows: (open,) numbers in the pool of the herding's samples; None if it holds the whole pool.
+        herding: worths and aim of the open candidates.
+        opened: the target's sketch, this pool included.
+        mean_atom: the mean of the open candidates' atoms.
+        size: 0-dim, norm of the whitened target.
+        figures: of the gate, 0-dim.
+    """
+
+    rows: Tensor | None
+    herding: Herding
+    opened: CrossCovSketch
+    mean_atom: Tensor
+    size: Tensor
+    figures: dict[str, Tensor]
+
+
+def aim_of(
+    pool: Pool,
+    num_survivors: int,
+    state: SelectionState,
+    all_reduce: AllReduce | None = None,
+    elapsed: Tensor | None = None,
+) -> Aimed:
+    """What matches, what it is worth and what to aim at; arguments as in `choose`."""
     settings, valid = state.settings, valid_of(pool)
     match = matching(pool, settings.references)
     open_ = match.opened(valid, settings.gate, num_survivors)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
     density = log_density(image, text, among, settings.references)
     opened = state.opened.clone()
-    opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
-    frame = whitened(image, text, replace(state, opened=opened))
+    batch = opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
+    centres = (state.stream.image_mean, state.stream.text_mean)
+    frame = Frame.of(state.stream, settings.ridge)
+    whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more
+    target = frame.matrix(opened.cross_cov_about(*centres))
+    # Before there are survivors nothing is missed of the target.
+    memory = frame.matrix(state.kept.cross_cov_about(*centres))
+    memory = torch.where(state.kept.weight > 0, memory, target)
     worth = -settings.balance * density + settings.quality * standardize(score, among)
     if settings.learnability > 0:
-        worth = worth + settings.learnability * standardize(frame.along(frame.lag), among)
-    aim = settings.overshoot * frame.target + settings.memory * (frame.target - frame.memory)
-    herding = Herding(frame.image, frame.text, worth, aim, settings.coverage, among, num_survivors)
-    picks = herding.picks()
-    mean = frame.image.index_select(0, picks.index).T @ frame.text.index_select(0, picks.index) / num_survivors
-    size = frame.target.norm().clamp_min(1e-12)
-    figures = {
-        "matched_share": match.share,
-        "open_share": open_.sum() / valid.sum().clamp_min(1),
-        "aim_residual": (mean - aim).norm() / size,
-        "aim_residual_bound": herding.bound(picks.slack) / size,
-    }
-    return Choice(picks.index if rows is None else rows.index_select(0, picks.index), opened, figures)
+        lag = frame.matrix(state.lag / state.lag_weight.clamp_min(1e-12))
+        worth = worth + settings.learnability * standardize(along(*whitened, lag), among)
+    aim = settings.overshoot * target + settings.memory * (target - memory)
+    herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors)
+    share = open_.sum() / valid.sum().clamp_min(1)
+    figures = {"matched_share": match.share, "open_share": share}
+    mean_atom = frame.matrix(batch.cross_cov_about(*centres))
+    return Aimed(rows, herding, opened, mean_atom, target.norm().clamp_min(1e-12), figures)
 
 
 def narrowed(
@@ -121,7 +164,7 @@ def narrowed(
     Where their number can be read for nothing they are copied together, and closed ones cost no more time. Elsewhere,
     and if fewer are open than survive, everything stays and the numbers are None.
     """
-    if pool.image.device.type in FREE_SYNC:
+    if sync_is_free(open_):
         rows = open_.nonzero().squeeze(1)
         if len(rows) >= num_survivors:
             image, text, among = (part.index_select(0, rows) for part in (pool.image, pool.text, open_))

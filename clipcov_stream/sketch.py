@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks, in place."""
 
+BLOCK = 1024
+"""Rows that `CrossCovSketch.update` copies at a time."""
+
+FREE_SYNC = frozenset({"cpu"})
+"""Devices whose values can be read without waiting for them."""
+
 _STATE = (
     "num_samples",
     "weight",
@@ -69,15 +75,17 @@ class CrossCovSketch:
         text_dim: width of the text embeddings; the same as `image_dim` if not given.
         half_life: number of later samples after which a sample counts half; `math.inf` weighs all alike. All samples
             of one `update` count as simultaneous.
-        covariances: keep each side's covariance too, which takes two thirds of the time and of the memory.
+        covariances: keep each side's covariance too, which takes two thirds of the memory.
+        covariance_rows: of an `update` with more rows about this many, evenly spaced, stand for all of them in both
+            covariances; the means and the cross-covariance always have all. None: all.
         dtype: of the accumulators, whatever the embeddings' dtype.
         device: of the accumulators.
 
     Raises:
         ValueError: a width below 1, or a half_life that is not positive.
 
-    Costs: `update` 2 * n * image_dim * text_dim flops, and 2 * n * (image_dim^2 + text_dim^2) for covariances; a copy
-    of the n pairs; no host sync. Memory is constant in the length of the stream.
+    Costs: `update` 2 * n * image_dim * text_dim flops, and 1.5 * n * (image_dim^2 + text_dim^2) for covariances (n at
+    most about `covariance_rows`), without a copy of all pairs; no host sync. Memory is constant in the length of the stream.
 
     >>> sketch = CrossCovSketch(2)
     >>> sketch.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -93,6 +101,7 @@ class CrossCovSketch:
         *,
         half_life: float = math.inf,
         covariances: bool = True,
+        covariance_rows: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -108,7 +117,7 @@ class CrossCovSketch:
         self.weight_sq = torch.zeros((), dtype=torch.float64, device=device)
         self.image_mean = torch.zeros(image_dim, dtype=dtype, device=device)
         self.text_mean = torch.zeros(text_dim, dtype=dtype, device=device)
-        self.covariances = covariances
+        self.covariances, self.covariance_rows = covariances, covariance_rows
         self.image_scatter = torch.zeros(*2 * [image_dim * covariances], dtype=dtype, device=device)
         self.text_scatter = torch.zeros(*2 * [text_dim * covariances], dtype=dtype, device=device)
         self.cross_scatter = torch.zeros(image_dim, text_dim, dtype=dtype, device=device)
@@ -180,22 +189,45 @@ class CrossCovSketch:
         """
         self._check(image, text)
         dtype = self.image_mean.dtype
-        x = image.to(dtype) - self.image_mean
-        y = text.to(dtype) - self.text_mean
-        uncounted = None if valid is None else ~valid[:, None]
-        # Filled, not multiplied: NaN * 0 is NaN. In place: at these sizes a pass over memory costs as much as a GEMM.
-        blank(x, uncounted)
-        blank(y, uncounted)
-        own_count = torch.full((), float(len(x)), dtype=dtype, device=x.device) if valid is None else valid.sum().to(dtype)
-        own_sums = (own_count[None], x.sum(0), y.sum(0))
-        first = summed(list(own_sums), all_reduce)
+        counted = None if valid is None or all_hold(valid) else valid
+        own_count = torch.full((), float(len(image)), dtype=dtype, device=image.device)
+        own_count = own_count if counted is None else counted.sum().to(dtype)
+        # In blocks, whose copies stay in the cache: memory fresh from the system costs more than the products.
+        blocks = range(0, len(image), BLOCK)
+
+        def sides(start: int, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor]:
+            part = slice(start, start + BLOCK)
+            x, y = image[part].to(dtype) - x_mean, text[part].to(dtype) - y_mean
+            if counted is not None:
+                # Filled, not multiplied: NaN * 0 is NaN.
+                x.masked_fill_(~counted[part, None], 0.0)
+                y.masked_fill_(~counted[part, None], 0.0)
+            return x, y
+
+        own_sums = [own_count[None], torch.zeros_like(self.image_mean), torch.zeros_like(self.text_mean)]
+        for start in blocks:
+            for total, rows in zip(own_sums[1:], sides(start, self.image_mean, self.text_mean), strict=True):
+                total += rows.sum(0)
+        first = summed(own_sums, all_reduce)
         count = first[0][0]
         x_shift, y_shift = first[1] / count.clamp_min(1), first[2] / count.clamp_min(1)
         # About the batch's own means: with the running ones, a long mean or a jump of the stream would cancel.
-        blank(x.sub_(x_shift), uncounted)
-        blank(y.sub_(y_shift), uncounted)
-        own_scatter = x.T @ y
-        parts = [own_scatter, x.T @ x, y.T @ y] if self.covariances else [own_scatter]
+        own_scatter = torch.zeros_like(self.cross_scatter)
+        parts = [own_scatter]
+        if self.covariances:
+            parts += [torch.zeros_like(self.image_scatter), torch.zeros_like(self.text_scatter)]
+        stride = 1 if self.covariance_rows is None else max(1, len(image) // self.covariance_rows)
+        used = torch.zeros_like(own_count)
+        for start in blocks:
+            x, y = sides(start, self.image_mean + x_shift, self.text_mean + y_shift)
+            own_scatter.addmm_(x.T, y)
+            first_row = -start % stride
+            used += len(x[first_row::stride]) if counted is None else counted[start : start + BLOCK][first_row::stride].sum()
+            for scatter, rows in zip(parts[1:], (x, y), strict=False):
+                add_gram(scatter, rows[first_row::stride])
+        for scatter in parts[1:]:
+            mirror(scatter)
+            scatter *= own_count / used.clamp_min(1)
         xy, *both = summed(parts, all_reduce)
         weight = count.double()
         own = own_count.clamp_min(1)
@@ -241,6 +273,7 @@ class CrossCovSketch:
         """A copy that shares no memory."""
         copy = object.__new__(CrossCovSketch)
         copy.half_life, copy.covariances = self.half_life, self.covariances
+        copy.covariance_rows = self.covariance_rows
         for name in _STATE:
             setattr(copy, name, getattr(self, name).clone())
         return copy
@@ -332,10 +365,25 @@ class CrossCovSketch:
         self.text_mean = self.text_mean + share * y_shift
 
 
-def blank(rows: Tensor, uncounted: Tensor | None) -> None:
-    """Zero the rows that do not count, in place."""
-    if uncounted is not None:
-        rows.masked_fill_(uncounted, 0.0)
+def sync_is_free(tensor: Tensor) -> bool:
+    return tensor.device.type in FREE_SYNC
+
+
+def all_hold(flags: Bool[Tensor, " n"]) -> bool:
+    """Whether all are True; False where asking would cost a wait."""
+    return sync_is_free(flags) and bool(flags.all())
+
+
+def add_gram(scatter: Float[Tensor, "dim dim"], rows: Float[Tensor, "n dim"]) -> None:
+    """Add rows^T rows in place, but for the lower left quarter, which `mirror` copies: three quarters of the flops."""
+    half = scatter.shape[0] // 2
+    scatter[:half].addmm_(rows[:, :half].T, rows)
+    scatter[half:, half:].addmm_(rows[:, half:].T, rows[:, half:])
+
+
+def mirror(scatter: Float[Tensor, "dim dim"]) -> None:
+    half = scatter.shape[0] // 2
+    scatter[half:, :half] = scatter[:half, half:].T
 
 
 def summed(parts: list[Tensor], all_reduce: AllReduce | None) -> list[Tensor]:

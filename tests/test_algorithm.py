@@ -174,14 +174,14 @@ import sys, torch
 from composer.utils import dist
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.config import load_config
-from clipcov_stream.train import build_trainer
+from clipcov_stream.train import build_trainer, leave_group
 trainer = build_trainer(load_config(sys.argv[1]))
 trainer.fit()
 clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
 torch.save({"algorithm": clipcov.state_dict(), "model": trainer.state.model.module.state_dict()},
            f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
 trainer.close()
-torch.distributed.destroy_process_group()
+leave_group()
 """
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
-from ports import free_port
+from ports import free_port, leave_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -112,7 +112,7 @@ def gradients_on_rank(rank: int, port: int, folder: str) -> None:
             model = ClipModel(towers_of(loss), loss, activation_chunk=chunk, num_survivors=NUM_ROWS // 2)
             found[f"{loss} {chunk}"] = gradients(DistributedDataParallel(model), half)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    torch_dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcov_stream import objective, selection
+from clipcov_stream import objective, sketch
 from clipcov_stream.evidence import matching
 from clipcov_stream.objective import (
+    Frame,
     Herding,
     LAG_DECAY,
     SKETCHES,
     SelectionState,
     Settings,
+    along,
     certificate,
     gated,
     margin,
@@ -29,7 +31,6 @@ from clipcov_stream.objective import (
     random_survivors,
     standardize,
     top,
-    whitened,
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
@@ -127,7 +128,7 @@ def test_greedy_avoids_both_copies_and_breaks_ties_by_order():
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_chunks_that_see_the_whole_pool_are_exact(chunk, device_waits, monkeypatch):
     """On the CPU's own loop and on the one that a GPU runs."""
-    monkeypatch.setattr(objective, "FREE_SYNC", frozenset() if device_waits else frozenset({"cpu"}))
+    monkeypatch.setattr(sketch, "FREE_SYNC", frozenset() if device_waits else frozenset({"cpu"}))
     monkeypatch.setattr(objective, "NEAR", 12)
     for seed in range(4):
         image, text, worth, aim, valid = drawn_atoms(seed, num=30)
@@ -207,6 +208,8 @@ def test_herding_stays_within_its_bound(seed, num, dim, coverage, worths, aims, 
         picks = herding.picks(chunk)
         bound = float(herding.bound(picks.slack)) * (1 + 1e-6) + 1e-9
         assert error_of(all_atoms, picks.index, aim) <= bound
+        mean = torch.from_numpy(all_atoms[valid.numpy()].mean(0))
+        assert float(herding.bound(picks.slack, mean)) * (1 + 1e-6) + 1e-9 == pytest.approx(bound, rel=1e-5, abs=1e-6)
 
 
 def test_the_bound_in_numbers():
@@ -260,8 +263,8 @@ def test_top_is_stable():
 def test_whitened_inner_products_equal_those_of_symmetric_roots():
     pools = [draw(20, 4, seed) for seed in range(3)]
     state, pool = learn(after(pools, ridge=0.2), trained_on(9)), prepared(pools[-1])
-    frame = whitened(pool.image, pool.text, state)
-    image, text, target, memory, lag = (np.asarray(tensor, np.float64) for tensor in vars(frame).values())
+    frame = Frame.of(state.stream, 0.2)
+    image, text = (np.asarray(part, np.float64) for part in frame.rows(pool.image, pool.text))
     rows = [(oracle.unit(p.image), oracle.unit(p.text)) for p in pools]
     stream = oracle.moments(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]))
     image_root, text_root = oracle.inverse_root(stream.image_cov, 0.2), oracle.inverse_root(stream.text_cov, 0.2)
@@ -277,7 +280,8 @@ def test_whitened_inner_products_equal_those_of_symmetric_roots():
     assert mean_lag.any()
     opened = np.asarray(state.opened.cross_cov_about(state.stream.image_mean, state.stream.text_mean), np.float64)
     assert not np.allclose(opened, stream.cross_cov)
-    for got, matrix in ((target, opened), (memory, kept), (lag, mean_lag)):
+    for matrix in (opened, kept, mean_lag):
+        got = np.asarray(frame.matrix(torch.from_numpy(matrix).float()), np.float64)
         want = np.einsum("na,ab,nb->n", x, image_root @ matrix @ text_root, y) / (x_size * y_size) ** 2
         close(np.einsum("na,ab,nb->n", image, got, text), want)
 
@@ -346,8 +350,8 @@ def test_selection_leaves_the_lag_alone_and_reads_it_in_later_pools():
     seen = []
 
     def spy(pool, num_survivors, state):
-        frame = whitened(pool.image, pool.text, state)
-        seen.append((state.lag, frame.along(frame.lag)))
+        frame = Frame.of(state.stream, Settings.ridge)
+        seen.append((state.lag, along(*frame.rows(pool.image, pool.text), frame.matrix(state.lag))))
         return SELECTORS["clipcov"](pool, num_survivors, state)
 
     state = SelectionState.initial(4, Settings(learnability=1.0))
@@ -782,8 +786,9 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
 
     state, got = survivors(learnability=1.0, gate=math.inf)
     unit = prepared(pool)
-    frame = whitened(unit.image, unit.text, replace(state, stream=seen_by(state, pool)))
-    lag = np.einsum("na,ab,nb->n", *(part.double().numpy() for part in (frame.image, frame.lag, frame.text)))
+    frame = Frame.of(seen_by(state, pool), Settings.ridge)
+    rows, matrix = frame.rows(unit.image, unit.text), frame.matrix(state.lag / state.lag_weight)
+    lag = np.einsum("na,ab,nb->n", *(part.double().numpy() for part in (rows[0], matrix, rows[1])))
     assert np.abs(lag).max() > 0 and got == best_open(state, pool, 9, lag)
 
     # Together: worths add up, margin and lag in standard deviations over the open pairs.
@@ -861,8 +866,7 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"dissect", "concept_balance"}))
 def test_select_never_waits_for_the_device(name, monkeypatch):
     # As on a GPU: on a CPU nothing has to be waited for, and what is not open is left out.
-    monkeypatch.setattr(objective, "FREE_SYNC", frozenset())
-    monkeypatch.setattr(selection, "FREE_SYNC", frozenset())
+    monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())
     pool = replace(draw(24, 5), valid=torch.arange(24) != 3)
     state = SelectionState.initial(5, Settings())
     with NoHostSync():
@@ -884,7 +888,7 @@ def test_the_tripwire_trips():
 def test_leaving_closed_candidates_out_changes_no_survivor(seed, monkeypatch):
     pools = [replace(draw(80, 6, seed + 10 * step), valid=torch.arange(80) % 9 != 2) for step in range(3)]
     short = after(pools, 12)
-    monkeypatch.setattr(selection, "FREE_SYNC", frozenset())
+    monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())
     whole = after(pools, 12)
     unit = prepared(pools[0])
     assert 12 < int(matching(unit, 4096).opened(unit.valid, Settings.gate, 12).sum()) < 60  # or nothing would be left out

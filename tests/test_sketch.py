@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ports import free_port
+from ports import free_port, leave_group
 
 from clipcov_stream.sketch import CrossCovSketch
 
@@ -338,7 +338,7 @@ def run_rank(rank, port, folder):
     for step in rank_batches():
         sketch.update(*step[rank], all_reduce=lambda tensor: dist.all_reduce(tensor))
     torch.save(sketch.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_ranks_agree_bit_for_bit_and_with_one_process(tmp_path):
@@ -417,3 +417,23 @@ def test_covariances_can_be_left_out():
     assert not lean.state_dict().keys() & {"image_scatter", "text_scatter"}
     with pytest.raises(ValueError, match="covariances=False"):
         whole.merge(lean)
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+def test_a_few_rows_stand_for_all_in_the_covariances(rows):
+    image, text = pairs(3000)
+    valid = torch.arange(3000) % 6 != 1
+    whole, sparse = (CrossCovSketch(5, dtype=torch.float64, covariance_rows=most) for most in (None, rows))
+    for sketch in (whole, sparse):
+        sketch.update(image, text, valid)
+    for name in ("cross_cov", "image_mean", "weight"):
+        torch.testing.assert_close(getattr(sparse, name), getattr(whole, name))
+    stride = 3000 // rows
+    used = torch.arange(0, 3000, stride)
+    used = used[valid[used]]
+    x = image[used].numpy() - oracle.moments(image[valid], text[valid]).image_mean
+    np.testing.assert_allclose(sparse.image_cov, x.T @ x / len(x), atol=1e-10)
+    # Standard error of a covariance's entry: at most sqrt(2 / used) times the variances.
+    assert float((sparse.text_cov - whole.text_cov).abs().max()) < 5 * math.sqrt(2 / len(used)) * float(
+        whole.text_cov.diagonal().max()
+    )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from ports import leave_group
 from streaming import MDSWriter
 from torch import Tensor
 
@@ -290,7 +291,7 @@ def evaluate_on_rank(rank: int, port: int, folder: str) -> None:
     dist.initialize_dist("cpu", timeout=60)
     found = evaluate(Path(folder))
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def free_port() -> int:
