@@ -23,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors, trained_on
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import (
     EMBED_SOURCES,
@@ -37,6 +37,7 @@ from clipcov_stream.embed import (
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool, survivors_of, with_learner
+from clipcov_stream.ranks import SCOPES, Placement, Shares
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import learn, reads_lag, resolve, select
 from clipcov_stream.sketch import AllReduce
@@ -62,6 +63,10 @@ class ClipCov(Algorithm):
             behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
             `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass over the survivors.
         seed: of everything random in selection.
+        scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools. "global":
+            embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each trains an
+            equal share; survivors and, up to the order of sums, weights are then the same on any number of ranks. It
+            needs the samples' `id`, and reads the survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
@@ -86,6 +91,7 @@ class ClipCov(Algorithm):
         learnability: float = Settings.learnability,
         seed: int = 0,
         *,
+        scope: str = "local",
         gate: float = Settings.gate,
         balance: float = Settings.balance,
         quality: float = Settings.quality,
@@ -106,6 +112,8 @@ class ClipCov(Algorithm):
         check_ratio("teacher_momentum", teacher_momentum)
         if embed not in EMBED_SOURCES:
             raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
+        if scope not in SCOPES:
+            raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
         if (embed == "proxy") != (proxy is not None):
             raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
         if proxy is not None:
@@ -118,6 +126,7 @@ class ClipCov(Algorithm):
         self.selector = selector if isinstance(selector, str) else name_of(selector)
         self.filter_ratio = filter_ratio
         self.embed = embed
+        self.scope = scope
         self.warmup = parse_warmup(warmup)
         self.half_life = half_life
         self.settings = Settings(
@@ -142,6 +151,7 @@ class ClipCov(Algorithm):
         self.teacher: Teacher | None = None
         self.selection: SelectionState | None = None
         self._survivors: Pool | None = None
+        self._shares: Shares | None = None
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
@@ -151,6 +161,7 @@ class ClipCov(Algorithm):
             "selector": self.selector,
             "filter_ratio": filter_ratio,
             "embed": embed,
+            "scope": scope,
             "proxy": None if proxy is None else fingerprint(proxy),
             "warmup": self.warmup.to_timestring(),
             "half_life": half_life,
@@ -287,27 +298,44 @@ class ClipCov(Algorithm):
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
-        self._survivors = None
+        self._survivors, self._shares = None, None
         batch = check_batch(state.batch, self.image_key)
         pool_size = len(batch[self.image_key])
         num_survivors = self.num_survivors(pool_size)
         self._check_pool(state, pool_size)
         step = int(state.timestamp.batch)
         valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
+        placement = None
+        num_chosen = num_survivors
+        if self.scope == "global":
+            if "id" not in batch:
+                raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
+            placement = Placement.of(state.device.tensor_to_device(batch["id"]))
+            num_chosen = num_survivors * dist.get_world_size()
         figures: dict[str, float] = {}
         if self._selects(state):
             pool, embed_ms = self._embed(batch, state, num_survivors, valid)
             with Stopwatch(state) as watch:
-                report, survivors = self._select(pool, num_survivors, step)
+                if placement is not None:
+                    pool = placement.whole_pool(pool)
+                report, survivors = self._select(pool, num_chosen, step)
             figures = {name: float(value) for name, value in report.items()}
             num_invalid = int(figures.pop("num_invalid"))
             figures |= {"embed_ms": embed_ms(), "select_ms": watch.milliseconds()}
         else:
-            generator = torch.Generator().manual_seed(mix(self.settings.seed, step, dist.get_global_rank()))
-            survivors = random_survivors(valid, num_survivors, generator)
-            num_invalid = pool_size - int(valid.sum())
+            rank = dist.get_global_rank() if placement is None else 0
+            generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
+            if placement is not None:
+                valid = placement.whole(state.device.tensor_to_device(valid)).cpu()
+            survivors = random_survivors(valid, num_chosen, generator)
+            num_invalid = len(valid) - int(valid.sum())
         self._count(state, pool_size, num_survivors, num_invalid)
-        state.batch = rows_of_survivors(batch, survivors)
+        if placement is None:
+            state.batch = rows_of_survivors(batch, survivors)
+        else:
+            origin = placement.origin.index_select(0, survivors.to(placement.origin.device))
+            self._shares = Shares.of(origin.tolist(), pool_size, dist.get_world_size())
+            state.batch = self._shares.exchange(trained_on(batch), placement.origin.device)
         streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
         figures |= {
             "samples_streamed": streamed,
@@ -351,14 +379,15 @@ class ClipCov(Algorithm):
 
     def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
         if self.selection is None:
-            rank, width = dist.get_global_rank(), pool.image.shape[1]
+            rank, width = dist.get_global_rank() if self.scope == "local" else 0, pool.image.shape[1]
             if self.half_life is None and self.embed == "teacher":
-                self.settings = replace(self.settings, half_life=20.0 * len(pool) * dist.get_world_size())
+                pools = dist.get_world_size() if self.scope == "local" else 1
+                self.settings = replace(self.settings, half_life=20.0 * len(pool) * pools)
             self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
             if self._pending.get("selection"):
                 self.selection = self.selection.restored(self._pending.pop("selection"))
         state = replace(self.selection, step=step)
-        self.selection, survivors, report = select(state, pool, num_survivors, self.function, all_reduce())
+        self.selection, survivors, report = select(state, pool, num_survivors, self.function, self._all_reduce())
         self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
         return report, survivors
 
@@ -378,20 +407,29 @@ class ClipCov(Algorithm):
                 inputs = (state.batch[self.image_key], state.batch[self.text_key])
                 precision = get_precision_context(state.precision, state.precision_config)
                 image, text, scale = embed_with_towers(model, *inputs, self.embed_chunk or len(inputs[0]), precision)
-            self.selection = learn(self.selection, with_learner(self._survivors, image, text, scale), all_reduce())
+            if self._shares is not None:
+                # All ranks' survivors in the order chosen: one lag, whatever the number of ranks.
+                image, text = (self._shares.in_order(rows.detach().float()) for rows in (image, text))
+            seen = with_learner(self._survivors, image, text, scale)
+            self.selection = learn(self.selection, seen, self._all_reduce())
         self._survivors = None
         logger.log_metrics({"selection/learn_ms": watch.milliseconds()})
 
+    def _all_reduce(self) -> AllReduce | None:
+        """What sums over ranks, if each has pools of its own."""
+        return sum_over_ranks if self.scope == "local" and dist.get_world_size() > 1 else None
+
     def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
-        """Count what was seen and what could not be used.
+        """Count what was seen and what could not be used, of this rank's pool or, with scope="global", of all ranks'.
 
         Raises:
             RuntimeError: too many unusable samples, or too few left in a pool; on every rank alike, so none waits.
         """
         world_size = dist.get_world_size()
-        short = pool_size - num_invalid < num_survivors
+        pools = world_size if self.scope == "global" else 1
+        short = pools * pool_size - num_invalid < pools * num_survivors
         counts = torch.tensor([num_invalid, short, num_invalid * short], dtype=torch.int64)
-        if world_size > 1:
+        if world_size > pools:
             counts = state.device.tensor_to_device(counts)
             sum_over_ranks(counts)
         self.samples_seen += num_survivors * world_size
@@ -399,9 +437,9 @@ class ClipCov(Algorithm):
         streamed = int(state.timestamp.sample) + pool_size * world_size
         if int(counts[1]):
             raise RuntimeError(
-                f"step {int(state.timestamp.batch)}: {num_survivors} survivors are needed, but "
-                f"{int(counts[2]) // int(counts[1])} of the pool's {pool_size} samples cannot be used (undecodable "
-                f"image, NaN or inf embedding), on {int(counts[1])} of {world_size} ranks"
+                f"step {int(state.timestamp.batch)}: {pools * num_survivors} survivors are needed, but "
+                f"{int(counts[2]) // int(counts[1])} of the pool's {pools * pool_size} samples cannot be used (undecodable "
+                f"image, NaN or inf embedding), on {int(counts[1]) * pools} of {world_size} ranks"
             )
         ratio = self.max_invalid_ratio
         if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):
@@ -425,11 +463,6 @@ def share_buffers(model: nn.Module) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-
-
-def all_reduce() -> AllReduce | None:
-    """What sums over ranks, if there are several."""
-    return sum_over_ranks if dist.get_world_size() > 1 else None
 
 
 def sum_over_ranks(tensor: Tensor) -> None:

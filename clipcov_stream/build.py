@@ -239,6 +239,7 @@ def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer:
     return ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,
+        scope=config.scope,
         selector=config.selector,
         warmup=config.warmup,
         half_life=config.half_life,

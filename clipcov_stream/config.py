@@ -94,6 +94,7 @@ class SelectionConfig:
     selector: str = "clipcov"
     filter_ratio: float = 0.8
     embed: str = "teacher"
+    scope: str = "local"
     warmup: str | int = "100ba"
     half_life: float | None = None
     coverage: float | None = None

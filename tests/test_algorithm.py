@@ -200,6 +200,82 @@ def test_two_ranks_agree(tmp_path: Path, corpus: Path) -> None:
     assert weight == pytest.approx(8 * sum(LAG_DECAY**age for age in range(4)))
 
 
+GLOBAL = """
+import sys, torch
+from composer import Callback
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+class Record(Callback):
+    batches = []
+    def before_train_batch(self, state, logger):
+        self.batches.append({"image": state.batch["image"].clone(), "text": state.batch["text"].clone()})
+trainer = build_trainer(load_config(sys.argv[1], sys.argv[3:]))
+trainer.state.callbacks.append(Record())
+trainer.fit()
+clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+model = getattr(trainer.state.model, "module", trainer.state.model)
+torch.save({"algorithm": clipcov.state_dict(), "model": model.state_dict(), "batches": Record.batches},
+           f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+trainer.close()
+leave_group()
+"""
+
+
+def run_ranks(folder: Path, recipe_path: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = folder / "ranks.py"
+    script.write_text(GLOBAL, encoding="utf-8")
+    launch([*composer(), "-n", str(num_ranks), str(script), str(recipe_path), str(folder), *overrides])
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def trained_rows(ranks: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Per step, what all ranks trained on, image and text, in an order of its own."""
+    steps = []
+    for batches in zip(*(rank["batches"] for rank in ranks), strict=True):
+        assert len({len(batch["text"]) for batch in batches}) == 1  # an equal share each
+        rows = torch.cat([torch.cat([b["text"].float(), b["image"].flatten(1)], 1) for b in batches])
+        steps.append(torch.tensor(sorted(rows.tolist())))
+    return steps
+
+
+def test_global_selection_is_the_same_on_any_number_of_ranks(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, selection={"scope": "global"}, save_folder=str(tmp_path / "{run_name}"), save_interval="4ba")
+    path = write_recipe(tmp_path / "recipe.yaml", tree)
+    one, two = (run_ranks(tmp_path / str(n), path, n, f"run_name=from{n}") for n in (1, 2))
+    expected = trained_rows(one)
+    assert len(expected) == 6 and all(len(torch.unique(rows, dim=0)) == 8 for rows in expected)
+    # Stopped after four steps on two ranks, and resumed on four and on one.
+    saved = f"load_path={tmp_path}/from2/ep0-ba4-rank0.pt"
+    four, again = (run_ranks(tmp_path / f"on{n}", path, n, saved, f"run_name=on{n}") for n in (4, 1))
+    for ranks, first in ((two, 0), (four, 4), (again, 4)):
+        for got, want in zip(trained_rows(ranks), expected[first:], strict=True):
+            assert torch.equal(got, want)
+        assert_same(ranks[0]["algorithm"], ranks[-1]["algorithm"])
+        assert ranks[0]["algorithm"]["samples_seen"] == one[0]["algorithm"]["samples_seen"] == 6 * 8
+        lags = (found[0]["algorithm"]["selection"]["lag"] for found in (ranks, one))
+        torch.testing.assert_close(*lags, rtol=1e-2, atol=1e-3)
+        for name, weight in one[0]["model"].items():
+            got = ranks[0]["model"][name]
+            if name.endswith("in_proj_bias"):
+                # A key's bias changes no softmax: its gradient is rounding alone, which AdamW makes as large as any.
+                got, weight = (torch.cat(bias.chunk(3)[::2]) for bias in (got, weight))
+            torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection={"scope": "global"}))
+    clipcov, batch = algorithm_of(trainer), next(iter(trainer.state.train_dataloader))
+    batch.pop("id")
+    trainer.state.batch = batch
+    with pytest.raises(ValueError, match="scope='global' needs 'id'"):
+        clipcov.apply(Event.AFTER_DATALOADER, trainer.state, trainer.logger)
+    with pytest.raises(ValueError, match=r"selection.scope='all' is not one of \['local', 'global'\]"):
+        ClipCov(scope="all")
+
+
 def composer() -> list[str]:
     return [str(Path(sys.executable).with_name("composer"))]
 
@@ -214,7 +290,7 @@ def launch(command: list[str]) -> str:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
+        *[("scope", "global"), ("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
         *[
             ("coverage", 0.0),
             ("learnability", 0.3),
