@@ -60,7 +60,7 @@ class Settings:
     """
 
     half_life: float = math.inf
-    gate: float = 0.8
+    gate: float = 1.0
     balance: float = 1.0
     quality: float = 0.0
     learnability: float = 0.5

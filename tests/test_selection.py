@@ -887,11 +887,11 @@ def test_the_tripwire_trips():
 @pytest.mark.parametrize("seed", range(3))
 def test_leaving_closed_candidates_out_changes_no_survivor(seed, monkeypatch):
     pools = [replace(draw(80, 6, seed + 10 * step), valid=torch.arange(80) % 9 != 2) for step in range(3)]
-    short = after(pools, 12)
+    short = after(pools, 12, gate=0.8)
     monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())
-    whole = after(pools, 12)
+    whole = after(pools, 12, gate=0.8)
     unit = prepared(pools[0])
-    assert 12 < int(matching(unit, 4096).opened(unit.valid, Settings.gate, 12).sum()) < 60  # or nothing would be left out
+    assert 12 < int(matching(unit, 4096).opened(unit.valid, 0.8, 12).sum()) < 60  # or nothing would be left out
     for name in ("kept", "opened"):
         close(getattr(short, name).cross_cov, getattr(whole, name).cross_cov)
 

@@ -1,0 +1,224 @@
+"""Times a training step with and without selection, in the real Trainer, at equal survivors.
+
+    python tools/bench_overhead.py                                   # the quickstart's model and sizes, one CPU thread
+    python tools/bench_overhead.py --recipe yamls/clip_pairs.yaml --pool 320 --survivors 64
+
+Pools lie in memory, so that no loader is timed: reading five candidates for each survivor is another cost. A step is
+timed from the moment Composer has the pool to the end of the optimizer's step, after a warm-up, in turns (every variant
+once, then again), so that a slow spell of the machine falls on all alike. `plain` trains on the survivors without
+ClipCov; `random` has ClipCov draw them. `extra` is what a variant takes beyond `plain`, in percent of `plain`, from the
+medians of every turn: mean and 95% interval over turns.
+
+Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from bench_report import mean_and_interval
+from composer import Callback, Trainer
+from composer.core import DataSpec
+from torch import Tensor
+
+from clipcov_stream import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.model import ClipModel, build_towers
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDS = ("columns", "proxy", "teacher")
+
+
+class Pools:
+    """An endless loader of pools that lie in memory; notes when each was handed out."""
+
+    def __init__(self, pools: list[dict[str, Tensor]], num: int) -> None:
+        self.pools, self.num = pools, num
+        self.batch_size = len(pools[0]["image"])
+        self.handed: list[float] = []
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for pool in itertools.islice(itertools.cycle(self.pools), self.num):
+            self.handed.append(time.perf_counter())
+            yield pool
+
+
+class Ends(Callback):
+    """When every step ended, the device waited for."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.parts: list[dict[str, float]] = []
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.at.append(time.perf_counter())
+
+
+def draw_pools(size: int, image_size: int, context: int, dim: int, vocab: int) -> list[dict[str, Tensor]]:
+    """Four pools of noise around a few concepts: selection takes as long on them as on any."""
+    pools = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        concept = torch.randint(20, (size,), generator=generator)
+        base = torch.randn(20, dim, generator=torch.Generator().manual_seed(99))
+        pools.append(
+            {
+                "image": torch.randn(size, 3, image_size, image_size, generator=generator),
+                "text": torch.randint(1, vocab, (size, context), generator=generator),
+                "id": torch.arange(size) + seed * size,
+                "image_embedding": base[concept] + torch.randn(size, dim, generator=generator),
+                "text_embedding": base[concept] + torch.randn(size, dim, generator=generator),
+            }
+        )
+    return pools
+
+
+def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: list[dict[str, Tensor]]) -> list[float]:
+    """Milliseconds of every timed step of one variant."""
+    torch.manual_seed(0)
+    model = ClipModel(build_towers(**towers), num_survivors=args.survivors)
+    ends, algorithms = Ends(), []
+    if variant == "plain":
+        keys = ("image", "text")
+        loader = Pools([{key: pool[key][: args.survivors] for key in keys} for pool in pools], args.warmup + args.steps)
+    else:
+        loader = Pools(pools, args.warmup + args.steps)
+        embed = "teacher" if variant == "random" else variant
+        algorithms.append(
+            ClipCov(
+                filter_ratio=1 - args.survivors / args.pool,
+                embed=embed,
+                selector="random" if variant == "random" else "clipcov",
+                warmup="0ba",
+                proxy=build_towers(**towers) if embed == "proxy" else None,
+                max_invalid_ratio=0.5,
+            )
+        )
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["image"])),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        max_duration=f"{args.warmup + args.steps}ba",
+        algorithms=algorithms,
+        callbacks=[ends],
+        device=args.device,
+        precision=args.precision,
+        device_train_microbatch_size=args.survivors,
+        progress_bar=False,
+        log_to_console=False,
+        loggers=[],
+    )
+    trainer.fit()
+    trainer.close()
+    steps = [1e3 * (end - start) for start, end in zip(loader.handed, ends.at, strict=True)]
+    return steps[args.warmup :]
+
+
+def table_of(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['machine']}, {result['threads']} threads, {result['device']}, {result['precision']}, torch "
+        f"{torch.__version__}; {result['recipe']}, {result['pool']:,} to {result['survivors']:,}; {result['turns']} turns "
+        f"of {result['steps']} steps each.",
+        "",
+        "| variant | step, ms (median) | extra |",
+        "|---|---|---|",
+    ]
+    for row in result["variants"]:
+        extra = "" if row["variant"] == "plain" else f"{row['extra']:+.1%} +- {row['extra_95']:.1%}"
+        lines.append(f"| {row['variant']} | {row['ms']:.1f} | {extra} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "yamls" / "quickstart.yaml", help="its model is trained")
+    parser.add_argument("--pool", type=int, default=640)
+    parser.add_argument("--survivors", type=int, default=128)
+    parser.add_argument("--dim", type=int, default=64, help="width of the columns' embeddings")
+    parser.add_argument("--embeds", default=",".join(EMBEDS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_overhead"))
+    parser.add_argument("--name", default="bench_overhead")
+    args = parser.parse_args(argv)
+    embeds = args.embeds.split(",")
+    unknown = set(embeds) - set(EMBEDS)
+    if unknown:
+        parser.error(f"--embeds {sorted(unknown)} are not among {list(EMBEDS)}")
+    if not 2 <= args.survivors < args.pool:
+        parser.error(f"--survivors {args.survivors} must be from 2 to less than --pool {args.pool}")
+    if args.turns < 2:
+        parser.error(f"--turns {args.turns} must be at least 2, for an interval")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = load_config(str(args.recipe), []).model
+    towers = {"name": model.name, "config": model.config}
+    probe = build_towers(**towers)
+    size = probe.visual.image_size  # pyright: ignore
+    pools = draw_pools(
+        args.pool,
+        size[0] if isinstance(size, (tuple, list)) else size,
+        probe.context_length,  # pyright: ignore
+        args.dim,
+        probe.vocab_size,  # pyright: ignore
+    )
+    variants = ["plain", "random", *embeds]
+    medians: dict[str, list[float]] = {variant: [] for variant in variants}
+    for turn in range(args.turns):
+        for variant in variants:
+            medians[variant].append(statistics.median(run(variant, args, towers, pools)))
+            print(f"turn {turn + 1} of {args.turns}: {variant:8} {medians[variant][-1]:8.1f} ms", flush=True)
+    rows = []
+    for variant in variants:
+        extras = [ours / plain - 1 for ours, plain in zip(medians[variant], medians["plain"], strict=True)]
+        mean, half = mean_and_interval(extras)
+        rows.append({"variant": variant, "ms": statistics.median(medians[variant]), "extra": mean, "extra_95": half})
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "recipe": args.recipe.name,
+        **{name: getattr(args, name) for name in ("pool", "survivors", "threads", "device", "precision", "turns", "steps")},
+        "variants": rows,
+        "medians_ms": medians,
+    }
+    page = table_of(result)
+    print(page)
+    (args.out / f"{args.name}.md").write_text(page, encoding="utf-8")
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    axis.bar([row["variant"] for row in rows], [row["ms"] for row in rows], color="grey")
+    for place, row in enumerate(rows[1:], 1):
+        axis.annotate(f"{row['extra']:+.1%}", (place, row["ms"]), ha="center", va="bottom", fontsize=8)
+    axis.set(ylabel="ms per step", title=f"{args.recipe.stem}: {args.pool:,} to {args.survivors:,}, {args.device}")
+    figure.tight_layout()
+    figure.savefig(args.out / f"{args.name}.png", dpi=110)
+    plt.close(figure)
+    line = json.dumps(result)
+    (args.out / f"{args.name}.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
