@@ -59,12 +59,12 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, learnability, gate, balance, quality, overshoot, memory, ridge, references: see `selection.Settings`. The lag
-            behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
+        coverage, learnability, gate, balance, quality, overshoot, memory, ridge, references: see `selection.Settings`.
+            The lag behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
             `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass over the survivors.
         seed: of everything random in selection.
-        scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools. "global":
-            embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each trains an
+        scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools.
+            "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each trains an
             equal share; survivors and, up to the order of sums, weights are then the same on any number of ranks. It
             needs the samples' `id`, and reads the survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
@@ -438,8 +438,8 @@ class ClipCov(Algorithm):
         if int(counts[1]):
             raise RuntimeError(
                 f"step {int(state.timestamp.batch)}: {pools * num_survivors} survivors are needed, but "
-                f"{int(counts[2]) // int(counts[1])} of the pool's {pools * pool_size} samples cannot be used (undecodable "
-                f"image, NaN or inf embedding), on {int(counts[1]) * pools} of {world_size} ranks"
+                f"{int(counts[2]) // int(counts[1])} of the pool's {pools * pool_size} samples cannot be used "
+                f"(undecodable image, NaN or inf embedding), on {int(counts[1]) * pools} of {world_size} ranks"
             )
         ratio = self.max_invalid_ratio
         if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):

@@ -121,7 +121,7 @@ def matching(pool: Pool, most: int) -> Matching:
     half_by_image, half_by_text = 0.5 * totals(pool.image, ref_text), 0.5 * totals(pool.text, ref_image)
 
     def beside(rows: Tensor, start: int, refs: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits with the references less `half` of the column's total; log of the sum of exponentials of the logits."""
+        """Logits with the references less `half` of the column's total; log of the sum of the logits' exponentials."""
         table = torch.addmm(closed - half, rows, refs.T)
         hide_own(table, start, index, -torch.inf)
         top_logit = table.amax(1, keepdim=True).nan_to_num(neginf=0.0)

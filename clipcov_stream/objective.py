@@ -250,8 +250,8 @@ class Frame:
     @classmethod
     def of(cls, stream: CrossCovSketch, ridge: float) -> Frame:
         """Costs: some 2 * dim^3 flops."""
-        roots = (inverse_root(cov, ridge) for cov in (stream.image_cov, stream.text_cov))
-        return cls(*roots, stream.image_mean, stream.text_mean)
+        image, text = (inverse_root(cov, ridge) for cov in (stream.image_cov, stream.text_cov))
+        return cls(image, text, stream.image_mean, stream.text_mean)
 
     def rows(
         self, image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], in_place: bool = False
@@ -366,9 +366,12 @@ class Herding:
         return along(self.image, self.text, self.aim)
 
     def objective(self, index: Int64[Tensor, " survivors"]) -> Float[Tensor, ""]:
-        """What greedy picks raise, of a finished choice S of K, in whatever order: sum_S worth_i + coverage * (K <A,
-        sum_S z_i> - sum_{i < j in S} <z_i, z_j>); the second part is a constant less half of ||sum_S z_i - K A||^2, with
-        the norms left on as above. 0-dim."""
+        """What greedy picks raise, of a finished choice S of K in any order; 0-dim.
+
+            sum_S worth_i + coverage * (K <A, sum_S z_i> - sum_{i < j in S} <z_i, z_j>)
+
+        The second part is a constant less half of ||sum_S z_i - K A||^2, with the norms left on as above.
+        """
         x, y = self.image.index_select(0, index), self.text.index_select(0, index)
         overlap = (x @ x.T).mul_(y @ y.T)
         pull = len(index) * self.along.index_select(0, index).sum()
@@ -379,8 +382,8 @@ class Herding:
         """Choose `num_survivors`.
 
         Args:
-            chunk: picks between two looks at the whole pool, among the `NEAR * chunk` of highest gain at the look before.
-                1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples.
+            chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
+                look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples.
 
         Costs: 4 * pool * survivors * dim flops, a table of pool x chunk, no host sync but on a CPU, where it is free.
         """
@@ -465,9 +468,7 @@ class Herding:
         return start.norm() + torch.where(count > num, drift, 0.0)
 
 
-def pick_among(
-    gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int
-) -> Int64[Tensor, " num"]:
+def pick_among(gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int) -> Int64[Tensor, " num"]:
     """`num` picks one by one, each the best; picking j adds row j of `change` to the gains."""
     if sync_is_free(gain):
         # The same steps on the same numbers, in NumPy: a call takes a microsecond there and several in torch.

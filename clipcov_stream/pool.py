@@ -85,9 +85,9 @@ def prepared(pool: Pool) -> Pool:
     def unit(rows: Tensor | None) -> Tensor | None:
         if rows is None:
             return None
-        rows = rows.float()
-        rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
-        return rows if uncounted is None else rows.masked_fill_(uncounted, 0.0)
+        whole = rows.float()
+        whole = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True).clamp_min_(1e-12)
+        return whole if uncounted is None else whole.masked_fill_(uncounted, 0.0)
 
     return replace(
         pool,

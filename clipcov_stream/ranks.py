@@ -33,10 +33,11 @@ def gathered(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the samples of a global pool are: `origin[n]` is the place, in all ranks' pools rank after rank, of its n-th.
+    """Where the samples of a global pool are, which is in the order of their ids.
 
     Args:
-        origin: (global pool,) int64, in the order of ids; of equal ids the lower rank's and then the earlier first.
+        origin: (global pool,) int64, the place of each in all ranks' pools, rank after rank; of equal ids the lower
+            rank's and then the earlier comes first.
         pool_size: per rank.
     """
 
@@ -58,7 +59,9 @@ class Placement:
         def rows(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.ndim == 0:
                 return value
-            return self.whole(value.to(torch.bfloat16)).to(value.dtype) if value.is_floating_point() else self.whole(value)
+            return (
+                self.whole(value.to(torch.bfloat16)).to(value.dtype) if value.is_floating_point() else self.whole(value)
+            )
 
         if pool.concepts is not None:
             pool = replace(pool, concepts=padded(pool.concepts))

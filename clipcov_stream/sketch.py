@@ -85,7 +85,8 @@ class CrossCovSketch:
         ValueError: a width below 1, or a half_life that is not positive.
 
     Costs: `update` 2 * n * image_dim * text_dim flops, and 1.5 * n * (image_dim^2 + text_dim^2) for covariances (n at
-    most about `covariance_rows`), without a copy of all pairs; no host sync. Memory is constant in the length of the stream.
+    most about `covariance_rows`), without a copy of all pairs; no host sync. Memory is constant in the length of the
+    stream.
 
     >>> sketch = CrossCovSketch(2)
     >>> sketch.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -180,7 +181,8 @@ class CrossCovSketch:
             image, text: embeddings of the pairs, finite where `valid`.
             valid: pairs to count; all of them if not given.
             all_reduce: sums over ranks, in place. With it every rank adds every rank's pairs, and all ranks end with
-                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x d_y, and d_x^2 + d_y^2 for covariances.
+                the same sketch. Two collectives: 1 + d_x + d_y numbers, then d_x d_y, and for
+                covariances d_x^2 + d_y^2.
             elapsed: 0-dim, samples by which the older ones decay; the number added if not given. The sketch of a
                 stream's survivors passes the number streamed, so that both forget at one pace.
 
@@ -222,7 +224,11 @@ class CrossCovSketch:
             x, y = sides(start, self.image_mean + x_shift, self.text_mean + y_shift)
             own_scatter.addmm_(x.T, y)
             first_row = -start % stride
-            used += len(x[first_row::stride]) if counted is None else counted[start : start + BLOCK][first_row::stride].sum()
+            used += (
+                len(x[first_row::stride])
+                if counted is None
+                else counted[start : start + BLOCK][first_row::stride].sum()
+            )
             for scatter, rows in zip(parts[1:], (x, y), strict=False):
                 add_gram(scatter, rows[first_row::stride])
         for scatter in parts[1:]:

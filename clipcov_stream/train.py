@@ -181,8 +181,8 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
 def leave_group() -> None:
     """Destroy the process group, if there is one, once gloo's threads have let go of their last tensors.
 
-    torch 2.7 joins those threads while it holds the interpreter's lock; a thread that still holds a tensor waits for that
-    lock to drop it, and both wait for ever. A moment's sleep gives the lock away.
+    torch 2.7 joins those threads while it holds the interpreter's lock; a thread that still holds a tensor waits for
+    that lock to drop it, and both wait for ever. A moment's sleep gives the lock away.
     """
     if torch.distributed.is_initialized():
         time.sleep(0.2)

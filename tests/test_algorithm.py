@@ -290,7 +290,14 @@ def launch(command: list[str]) -> str:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("scope", "global"), ("selector", "random"), ("filter_ratio", 0.5), ("seed", 7), ("embed", "columns"), ("gate", 0.1)],
+        *[
+            ("scope", "global"),
+            ("selector", "random"),
+            ("filter_ratio", 0.5),
+            ("seed", 7),
+            ("embed", "columns"),
+            ("gate", 0.1),
+        ],
         *[
             ("coverage", 0.0),
             ("learnability", 0.3),

@@ -69,7 +69,9 @@ def test_the_gate_lets_matches_through():
 def test_density_equals_the_oracle():
     pool, among = draw(15, 4, 0.5), torch.arange(15) % 4 != 2
     want = oracle.log_density(pool.image, pool.text, among.numpy())
-    np.testing.assert_allclose(log_density(pool.image, pool.text, among, 4096)[among], want[among.numpy()], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        log_density(pool.image, pool.text, among, 4096)[among], want[among.numpy()], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_copies_are_as_dense_as_they_are_many():

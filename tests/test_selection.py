@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipcov_stream import objective, sketch
 from clipcov_stream.evidence import matching
 from clipcov_stream.objective import (
-    Frame,
-    Herding,
     LAG_DECAY,
     SKETCHES,
+    Frame,
+    Herding,
     SelectionState,
     Settings,
     along,
@@ -34,8 +34,8 @@ from clipcov_stream.objective import (
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
-from clipcov_stream.sketch import CrossCovSketch
 from clipcov_stream.selection import SELECTORS, Selector, check_survivors, learn, reads_lag, resolve, select
+from clipcov_stream.sketch import CrossCovSketch
 
 NAMES = sorted(SELECTORS)
 ALONE = [name for name in NAMES if SELECTORS[name] not in NEEDS_LEARNER]

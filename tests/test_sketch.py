@@ -391,7 +391,9 @@ def test_ranks_return_their_own_moments():
     image, text = pairs(12, 3, 3)
     sums = []
     for half in (slice(0, 5), slice(5, 12)):
-        CrossCovSketch(3, dtype=torch.float64).update(image[half], text[half], None, lambda part: sums.append(part.clone()))
+        CrossCovSketch(3, dtype=torch.float64).update(
+            image[half], text[half], None, lambda part: sums.append(part.clone())
+        )
     first = sums[0] + sums[2]  # counts and sums of both ranks
     for half in (slice(0, 5), slice(5, 12)):
         batch = CrossCovSketch(3, dtype=torch.float64).update(

@@ -136,8 +136,8 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
 def table_of(result: dict[str, Any]) -> str:
     lines = [
         f"{result['machine']}, {result['threads']} threads, {result['device']}, {result['precision']}, torch "
-        f"{torch.__version__}; {result['recipe']}, {result['pool']:,} to {result['survivors']:,}; {result['turns']} turns "
-        f"of {result['steps']} steps each.",
+        f"{torch.__version__}; {result['recipe']}, {result['pool']:,} to {result['survivors']:,}; "
+        f"{result['turns']} turns of {result['steps']} steps each.",
         "",
         "| variant | step, ms (median) | extra |",
         "|---|---|---|",
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_config(str(args.recipe), []).model
     towers = {"name": model.name, "config": model.config}
     probe = build_towers(**towers)
-    size = probe.visual.image_size  # pyright: ignore
+    size: Any = probe.visual.image_size  # pyright: ignore
     pools = draw_pools(
         args.pool,
         size[0] if isinstance(size, (tuple, list)) else size,
@@ -200,7 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "machine": platform.processor() or platform.machine(),
         "recipe": args.recipe.name,
-        **{name: getattr(args, name) for name in ("pool", "survivors", "threads", "device", "precision", "turns", "steps")},
+        **{
+            name: getattr(args, name)
+            for name in ("pool", "survivors", "threads", "device", "precision", "turns", "steps")
+        },
         "variants": rows,
         "medians_ms": medians,
     }

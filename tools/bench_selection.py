@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcov_stream.evidence import log_density, matching
 from clipcov_stream.objective import Frame, SelectionState, Settings
-from clipcov_stream.pool import Pool, prepared, valid_of, with_learner
+from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
 from clipcov_stream.selection import SELECTORS, aim_of, learn, select
 
 OURS = "clipcov"
@@ -61,14 +61,18 @@ def draw_pool(generator: torch.Generator, num: int, dim: int) -> Pool:
         for kind, spread in ((concept, 0.7), (captioned, 0.5))
     )
     noise = [0.5 * torch.randn(num, dim, generator=generator) for _ in range(2)]
-    return Pool(image, text, 20.0, learner_image=image + noise[0], learner_text=text + noise[1], learner_logit_scale=10.0)
+    return Pool(
+        image, text, 20.0, learner_image=image + noise[0], learner_text=text + noise[1], learner_logit_scale=10.0
+    )
 
 
 def real_pool(generator: torch.Generator, num: int, image: Tensor, text: Tensor) -> Pool:
     rows = torch.randperm(len(image), generator=generator)[:num]
     image, text = image[rows], text[rows]
     noise = [0.02 * torch.randn(image.shape, generator=generator) for _ in range(2)]
-    return Pool(image, text, 100.0, learner_image=image + noise[0], learner_text=text + noise[1], learner_logit_scale=30.0)
+    return Pool(
+        image, text, 100.0, learner_image=image + noise[0], learner_text=text + noise[1], learner_logit_scale=30.0
+    )
 
 
 def pools_of(args: argparse.Namespace, num: int, dim: int, count: int) -> list[Pool]:
@@ -94,8 +98,7 @@ def warm_state(pools: list[Pool], num_survivors: int) -> SelectionState:
     for pool in (pools * 3)[:3]:
         state, survivors, _ = select(state, pool, num_survivors)
         image, text = (rows.index_select(0, survivors) for rows in (pool.learner_image, pool.learner_text))  # pyright: ignore
-        seen = Pool(*(rows.index_select(0, survivors) for rows in (pool.image, pool.text)), pool.logit_scale)
-        state = learn(state, with_learner(seen, image, text, 10.0))
+        state = learn(state, with_learner(survivors_of(pool, survivors), image, text, 10.0))
     return state
 
 
@@ -175,7 +178,7 @@ def replayed(trace: Trace, device: str) -> Callable[[], None]:
 
     def run() -> None:
         for left, right in calls:
-            left @ right
+            torch.matmul(left, right)
 
     return run
 
@@ -289,7 +292,8 @@ def objective_ratios(pools: list[Pool], state: SelectionState, num: int) -> list
         chance, exact, ours = (
             float(herding.objective(index)) for index in (order, herding.picks(1).index, herding.picks().index)
         )
-        found.append((ours - chance) / (exact - chance))
+        # Where no more candidates are open than survive there is nothing to choose.
+        found.append((ours - chance) / (exact - chance) if exact != chance else 1.0)
     return found
 
 
@@ -337,7 +341,9 @@ CURVES = {
 }
 
 
-def draw_plot(path: Path, rows: list[dict[str, Any]], ours: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> None:
+def draw_plot(
+    path: Path, rows: list[dict[str, Any]], ours: dict[str, Any], curves: dict[str, list[dict[str, Any]]]
+) -> None:
     columns = 1 + len(curves)
     figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns + 2, 4.2), squeeze=False)
     ordered = sorted(rows, key=lambda row: -row["ms"])
@@ -354,7 +360,9 @@ def draw_plot(path: Path, rows: list[dict[str, Any]], ours: dict[str, Any], curv
     for axis, (name, found) in zip(axes[0][1:], curves.items(), strict=True):
         key = name.split(",")[0]
         x = [row[key] for row in found]
-        axis.loglog(x, [row["ms"] for row in found], "o-", color="black", label=f"clipcov, slope {slope(found, key):.2f}")
+        axis.loglog(
+            x, [row["ms"] for row in found], "o-", color="black", label=f"clipcov, slope {slope(found, key):.2f}"
+        )
         axis.loglog(x, [row["products_ms"] for row in found], ":", color="tab:red", label="matrix products alone")
         axis.set(xlabel=name, ylabel="ms", title=f"over {name}")
         axis.grid(alpha=0.3)
@@ -369,7 +377,8 @@ def table_of(result: dict[str, Any]) -> str:
     ours = result["clipcov"]
     jest = next(row["ms"] for row in result["selectors"] if row["name"] == "jest")
     lines = [
-        f"{result['machine']}, {result['threads']} threads, {result['device']}, torch {torch.__version__}; {result['data']}.",
+        f"{result['machine']}, {result['threads']} threads, {result['device']}, torch {torch.__version__}; "
+        f"{result['data']}.",
         "",
         f"### {ours['pool']:,} to {ours['survivors']:,}, d = {ours['dim']}",
         "",
@@ -383,9 +392,10 @@ def table_of(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP); the whole "
-        f"step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes {jest / ours['ms']:.1f} times as long. Peak memory "
-        f"{ours['peak_mib']:.1f} MiB, {ours['peak_over_embeddings']:.2f} times the embeddings'. What its picks gain over "
+        f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP), "
+        f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes {jest / ours['ms']:.1f} times as "
+        f"long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, {ours['peak_over_embeddings']:.2f} times the "
+        f"embeddings'. What its picks gain over "
         f"a random choice, over what exact picks gain: mean {result['objective_mean']:.4f}, lowest "
         f"{result['objective_low']:.4f} of {result['objective_pools']} pools.",
         "",
@@ -402,8 +412,8 @@ def table_of(result: dict[str, Any]) -> str:
             "| pool | d | survivors | ms | products alone | peak MiB | over embeddings |",
             "|---|---|---|---|---|---|---|",
             *[
-                f"| {row['pool']:,} | {row['dim']:,} | {row['survivors']:,} | {row['ms']:.1f} | {row['products_ms']:.1f} | "
-                f"{row['peak_mib']:.1f} | {row['peak_over_embeddings']:.2f} |"
+                f"| {row['pool']:,} | {row['dim']:,} | {row['survivors']:,} | {row['ms']:.1f} | "
+                f"{row['products_ms']:.1f} | {row['peak_mib']:.1f} | {row['peak_over_embeddings']:.2f} |"
                 for row in rows
             ],
         ]
