@@ -60,13 +60,14 @@ class ClipCov(Algorithm):
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
         coverage, learnability, gate, balance, quality, overshoot, memory, ridge, references: see `selection.Settings`.
-            The lag behind learnability comes from the training pass: from the model's outputs, if they have `image_features`,
-            `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass over the survivors.
+            The lag behind learnability comes from the training pass: from the model's outputs, if they have
+            `image_features`, `text_features` and `logit_scale` as open_clip's do, and else from one more forward pass
+            over the survivors.
         seed: of everything random in selection.
         scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools.
-            "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each trains an
-            equal share; survivors and, up to the order of sums, weights are then the same on any number of ranks. It
-            needs the samples' `id`, and reads the survivors' numbers back from the device once a step.
+            "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each
+            trains an equal share; survivors and, up to the order of sums, weights are then the same on any number of
+            ranks. It needs the samples' `id`, and reads the survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.

@@ -393,8 +393,8 @@ def table_of(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP), "
-        f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes {jest / ours['ms']:.1f} times as "
-        f"long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, {ours['peak_over_embeddings']:.2f} times the "
+        f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes {jest / ours['ms']:.1f} times "
+        f"as long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, {ours['peak_over_embeddings']:.2f} times the "
         f"embeddings'. What its picks gain over "
         f"a random choice, over what exact picks gain: mean {result['objective_mean']:.4f}, lowest "
         f"{result['objective_low']:.4f} of {result['objective_pools']} pools.",
