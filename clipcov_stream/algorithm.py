@@ -12,6 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors, trained_on
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import (
+    EMBED_PRECISIONS,
     EMBED_SOURCES,
     Embeddings,
     Teacher,
@@ -72,6 +74,9 @@ class ClipCov(Algorithm):
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embed_chunk: rows per forward pass of the embedder, or of the learner; None is the number of survivors.
+        embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
+            trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come.
+        embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
@@ -104,6 +109,8 @@ class ClipCov(Algorithm):
         teacher_momentum: float = 0.99,
         logit_scale: float = 100.0,
         embed_chunk: int | None = None,
+        embed_resolution: int | None = None,
+        embed_precision: str | None = None,
         max_invalid_ratio: float = 0.05,
         image_key: str = "image",
         text_key: str = "text",
@@ -123,6 +130,15 @@ class ClipCov(Algorithm):
             raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
         if embed_chunk is not None and embed_chunk < 1:
             raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
+        for name, value in (("embed_resolution", embed_resolution), ("embed_precision", embed_precision)):
+            if value is not None and embed == "columns":
+                raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
+        if embed_resolution is not None and embed_resolution < 1:
+            raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
+        if embed_precision not in (None, *EMBED_PRECISIONS):
+            raise ValueError(
+                f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
+            )
         self.function = resolve(selector)
         self.selector = selector if isinstance(selector, str) else name_of(selector)
         self.filter_ratio = filter_ratio
@@ -147,6 +163,7 @@ class ClipCov(Algorithm):
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
         self.embed_chunk = embed_chunk
+        self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
         self.max_invalid_ratio = max_invalid_ratio
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
@@ -169,6 +186,8 @@ class ClipCov(Algorithm):
             **{key: value for key, value in vars(self.settings).items() if key != "half_life"},
             "teacher_momentum": teacher_momentum,
             "logit_scale": logit_scale,
+            "embed_resolution": embed_resolution,
+            "embed_precision": embed_precision,
         }
         """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
 
@@ -354,10 +373,12 @@ class ClipCov(Algorithm):
         """The pool's embeddings, and a function that tells how many milliseconds they took."""
         chunk = self.embed_chunk or chunk
 
-        def towers(model: nn.Module) -> Embeddings:
-            inputs = [state.device.tensor_to_device(batch[key]) for key in (self.image_key, self.text_key)]
-            precision = get_precision_context(state.precision, state.precision_config)
-            return embed_with_towers(model, inputs[0], inputs[1], chunk, precision)
+        def towers(model: nn.Module, learner: bool = False) -> Embeddings:
+            image, text = state.device.tensor_to_device(batch[self.image_key]), batch[self.text_key]
+            if learner:
+                precision = get_precision_context(state.precision, state.precision_config)
+                return embed_with_towers(model, image, text, chunk, precision, plain=True)
+            return embed_with_towers(model, image, text, chunk, self._precision(state), self.embed_resolution)
 
         with Stopwatch(state) as watch:
             if self.embed == "columns":
@@ -372,11 +393,19 @@ class ClipCov(Algorithm):
             on_device = {key: state.device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             if self.uses_learner:
-                learner_image, learner_text, learner_scale = towers(unwrap(state.model))
+                learner_image, learner_text, learner_scale = towers(unwrap(state.model), learner=True)
                 pool = replace(
                     pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
                 )
         return pool, watch.milliseconds
+
+    def _precision(self, state: State) -> AbstractContextManager[Any]:
+        """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""
+        if self.embed_precision is None:
+            return get_precision_context(state.precision, state.precision_config)
+        dtype = EMBED_PRECISIONS[self.embed_precision]
+        device = state.device.name.replace("gpu", "cuda")
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
     def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
         if self.selection is None:
@@ -407,7 +436,8 @@ class ClipCov(Algorithm):
                 check_towers(model, "learnability above 0 (selection.learnability): the Trainer's model")
                 inputs = (state.batch[self.image_key], state.batch[self.text_key])
                 precision = get_precision_context(state.precision, state.precision_config)
-                image, text, scale = embed_with_towers(model, *inputs, self.embed_chunk or len(inputs[0]), precision)
+                chunk = self.embed_chunk or len(inputs[0])
+                image, text, scale = embed_with_towers(model, *inputs, chunk, precision, plain=True)
             if self._shares is not None:
                 # All ranks' survivors in the order chosen: one lag, whatever the number of ranks.
                 image, text = (self._shares.in_order(rows.detach().float()) for rows in (image, text))

@@ -235,7 +235,7 @@ def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer:
     """The algorithm of a selection section."""
     proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
     knobs = ("coverage", "learnability", "gate", "balance", "quality", "overshoot", "memory", "ridge", "references")
-    optional = given(config, *knobs, "teacher_momentum", "embed_chunk")
+    optional = given(config, *knobs, "teacher_momentum", "embed_chunk", "embed_resolution", "embed_precision")
     return ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,

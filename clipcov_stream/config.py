@@ -111,6 +111,8 @@ class SelectionConfig:
     teacher_momentum: float | None = None
     logit_scale: float = 100.0
     embed_chunk: int | None = None
+    embed_resolution: int | None = None
+    embed_precision: str | None = None
     max_invalid_ratio: float = 0.05
 
 

@@ -8,17 +8,30 @@ batch needs no more memory than the batch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from clipcov_stream.sketch import sync_is_free
 
 EMBED_SOURCES = ("teacher", "proxy", "columns")
+EMBED_PRECISIONS = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+"""Composer's names."""
+
 Embeddings = tuple[Tensor, Tensor, float | Tensor]
 """(pool, dim) image, (pool, dim) text, logit scale (exponentiated)."""
+
+LENGTH_STEP = 8
+"""Captions are cut at multiples of it, so that few shapes occur."""
 
 
 def check_towers(model: Any, what: str) -> None:
@@ -39,29 +52,157 @@ def check_towers(model: Any, what: str) -> None:
 
 @torch.no_grad()
 def embed_with_towers(
-    model: Any, image: Tensor, text: Tensor, chunk: int, precision: AbstractContextManager[Any]
+    model: Any,
+    image: Tensor,
+    text: Tensor,
+    chunk: int,
+    precision: AbstractContextManager[Any],
+    resolution: int | None = None,
+    plain: bool = False,
 ) -> Embeddings:
     """Embeddings of a pool by a model's two towers.
 
     Args:
         model: with `encode_image`, `encode_text`, `logit_scale`; the train or eval mode of all its parts is left as it
             was.
-        image, text: (pool, ...) inputs of the towers, on the model's device.
+        image: (pool, ...) images, on the model's device.
+        text: (pool, context) tokens, there or on the CPU.
         chunk: rows per forward pass; the training batch's shape avoids recompilation.
         precision: an autocast context, or a null one.
+        resolution: side in pixels of the images the model sees; position embeddings are resized with them. None: as
+            they come.
+        plain: call the model as it is. Otherwise images are laid out channels last, and an open_clip text tower reads
+            captions no further than to their end token, which changes rounding alone.
 
-    Costs: one forward of both towers on the pool: pool / (3 * survivors) training steps.
+    Raises:
+        ValueError: a resolution that the model cannot read.
+
+    Costs: one forward of both towers on the pool: pool / (3 * survivors) training steps, less what `resolution` and
+        short captions save.
     """
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         with precision:
-            images = torch.cat([model.encode_image(part) for part in image.split(chunk)])
-            texts = torch.cat([model.encode_text(part) for part in text.split(chunk)])
+            images = encoded_images(model, image, chunk, resolution, plain)
+            short = None if plain or not sync_is_free(text) else reads_to_end(model)
+            if short is None:
+                texts = torch.cat([model.encode_text(part.to(image.device)) for part in text.split(chunk)])
+            else:
+                texts = encoded_captions(model, text, chunk, *short, image.device)
     finally:
         for part in training:
             part.training = True  # not model.train(), which would wake parts their owner put to sleep
     return images.float(), texts.float(), scale_of(model)
+
+
+class Call(nn.Module):
+    """Lets `functional_call` call any method of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, value: Tensor) -> Tensor:
+        return getattr(self.model, method)(value)
+
+
+def call_with(model: nn.Module, tensors: dict[str, Tensor], method: str, value: Tensor) -> Tensor:
+    """A method's result with some parameters or buffers replaced during the call."""
+    if not tensors:
+        return getattr(model, method)(value)
+    call = Call(model)
+    call.training = model.training
+    return functional_call(call, {f"model.{name}": tensor for name, tensor in tensors.items()}, (method, value))
+
+
+def encoded_images(model: Any, image: Tensor, chunk: int, resolution: int | None, plain: bool) -> Tensor:
+    """(pool, dim) image embeddings; arguments as in `embed_with_towers`."""
+    tensors: dict[str, Tensor] = {}
+    if resolution is not None:
+        tensors = positions_at(model, resolution)
+        if isinstance(model, Proxy):
+            model = model.reading(image_size=resolution)
+        elif image.shape[-2:] != (resolution, resolution):
+            image = F.interpolate(image, size=(resolution, resolution), mode="bicubic", antialias=True)
+    if not plain and image.ndim == 4:
+        image = image.contiguous(memory_format=torch.channels_last)
+    try:
+        return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
+    except (RuntimeError, AssertionError) as error:
+        if resolution is None:
+            raise
+        raise ValueError(
+            f"selection.embed_resolution={resolution}: the embedder cannot read images of {resolution} x {resolution} "
+            f"pixels ({error}); of transformers, open_clip's own can, in multiples of the patch size"
+        ) from error
+
+
+def positions_at(model: nn.Module, resolution: int) -> dict[str, Tensor]:
+    """The position embeddings of open_clip's image towers for images of another size, by name; none if they fit.
+
+    Raises:
+        ValueError: a size that is not whole in the tower's patches, or in the 32 pixels of a ResNet's cell.
+    """
+    tensors = {}
+    for name, part in model.named_modules():
+        if isinstance(part, VisionTransformer):
+            cell, owner, key = int(part.patch_size[0]), part, f"{name}.positional_embedding"
+        elif isinstance(part, ModifiedResNet):
+            cell, owner, key = 32, part.attnpool, f"{name}.attnpool.positional_embedding"
+        else:
+            continue
+        if resolution % cell:
+            raise ValueError(f"selection.embed_resolution={resolution} must be a multiple of {cell} for this embedder")
+        positions = owner.positional_embedding
+        assert isinstance(positions, Tensor)
+        side, wanted = math.isqrt(len(positions) - 1), resolution // cell
+        if side != wanted:
+            grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+            grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+            grid = grid.permute(0, 2, 3, 1).reshape(wanted * wanted, -1).to(positions.dtype)
+            tensors[key] = torch.cat([positions[:1], grid])
+    return tensors
+
+
+def reads_to_end(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of an open_clip text tower in which what follows a caption's end token changes nothing.
+
+    That is a causal one, read at the end token.
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, CLIP):
+            pooled_at = part.text_pool_type
+        elif isinstance(part, TextTransformer) and part.cls_emb is None:
+            pooled_at = part.pool_type
+        else:
+            continue
+        causal = isinstance(getattr(part, "attn_mask", None), Tensor)
+        return (name, part) if causal and pooled_at in ("argmax", "eos") else None
+    return None
+
+
+def encoded_captions(model: nn.Module, text: Tensor, chunk: int, name: str, tower: Any, device: torch.device) -> Tensor:
+    """(pool, dim) caption embeddings, each chunk as long as its longest caption; the tower from `reads_to_end`."""
+    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    pooled_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    length = ((text == eos).int() if pooled_at == "eos" else text).argmax(1) + 1
+    order = length.argsort(stable=True)
+    prefix = f"{name}." if name else ""
+    positions, mask = tower.positional_embedding, tower.attn_mask
+    found = []
+    for rows in order.split(chunk):
+        longest = int(length[rows[-1]])
+        reads, tensors = model, {}
+        if longest <= len(positions):
+            longest = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, len(positions), text.shape[1])
+            tensors[f"{prefix}positional_embedding"] = positions[:longest]
+            tensors[f"{prefix}attn_mask"] = mask[:longest, :longest]
+            reads = model.reading(context_length=longest) if isinstance(model, Proxy) else model
+        found.append(call_with(reads, tensors, "encode_text", text[rows, :longest].to(device)))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    return torch.cat(found).index_select(0, place.to(device))
 
 
 def scale_of(model: Any) -> float | Tensor:
@@ -160,6 +301,13 @@ class Proxy(nn.Module):
     @property
     def logit_scale(self) -> Any:
         return getattr(self.towers, "logit_scale", None)
+
+    def reading(self, image_size: int | None = None, context_length: int | None = None) -> Proxy:
+        """The same proxy, weights shared, that reads images or captions of another size."""
+        other = copy.copy(self)
+        other.image_size = self.image_size if image_size is None else image_size
+        other.context_length = self.context_length if context_length is None else context_length
+        return other
 
     def encode_image(self, image: Tensor) -> Tensor:
         if self.image_size is not None and image.shape[-1] != self.image_size:

@@ -89,7 +89,7 @@ class CrossCovSketch:
     stream.
 
     >>> sketch = CrossCovSketch(2)
-    >>> sketch.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> _ = sketch.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     >>> sketch.cross_cov
     tensor([[ 0.2500, -0.2500],
             [-0.2500,  0.2500]])

@@ -107,6 +107,39 @@ def test_survivors_alone_are_trained_on_and_counted(tmp_path: Path, corpus: Path
     assert len(values(memory, "selection/embed_ms")) == len(values(memory, "selection/select_ms")) == 4
 
 
+def test_the_embedder_alone_sees_a_lower_resolution_and_precision(tmp_path: Path, corpus: Path) -> None:
+    seen: dict[str, set[tuple[int, torch.dtype]]] = {"teacher": set(), "learner": set()}
+
+    def watch(trainer: Trainer, who: str, model: ClipModel) -> None:
+        def note(module: Any, args: Any, output: torch.Tensor) -> None:
+            seen[who].add((args[0].shape[-1], output.dtype))
+
+        model.towers.visual.conv1.register_forward_hook(note)  # pyright: ignore
+
+    tree = recipe(corpus, selection={"embed_resolution": 8, "embed_precision": "amp_bf16"})
+    trainer, recorder, memory = trainer_of(tmp_path, tree)
+
+    class Watch(Callback):
+        def fit_start(self, state: Any, logger: Any) -> None:
+            teacher = algorithm_of(trainer).teacher
+            assert teacher is not None
+            watch(trainer, "teacher", teacher.model)  # pyright: ignore
+            watch(trainer, "learner", state.model)
+
+    trainer.state.callbacks.append(Watch())
+    trainer.fit()
+    assert seen == {"teacher": {(8, torch.bfloat16)}, "learner": {(16, torch.float32)}}
+    assert [len(batch) for batch in recorder.batches] == [8] * 6
+    assert all(np.isfinite(values(memory, "selection/residual")))
+    assert "embed_resolution" in algorithm_of(trainer).state_dict()["arguments"]
+
+
+def test_a_resolution_that_does_not_fit_the_patches_is_refused(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection={"embed_resolution": 12}))
+    with pytest.raises(ValueError, match=r"embed_resolution=12 must be a multiple of 8 for this embedder"):
+        trainer.fit()
+
+
 def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: Path) -> None:
     _, ours, _ = run(tmp_path, recipe(corpus))
     _, twin, _ = run(tmp_path, recipe(corpus, selection={"selector": "random"}))
@@ -309,6 +342,7 @@ def launch(command: list[str]) -> str:
             ("memory", 0.5),
         ],
         *[("warmup", "7ba"), ("half_life", 5.0), ("teacher_momentum", 0.5), ("logit_scale", 3.0)],
+        *[("embed_resolution", 16), ("embed_precision", "amp_bf16")],
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
@@ -548,6 +582,9 @@ class TestOwnTrainer:
         ({"coverage": -1.0}, "selection.coverage=-1.0 must be a finite number"),
         ({"gate": 0.0}, "selection.gate=0.0 must be above 0; inf opens every candidate"),
         ({"logit_scale": 0.0}, "selection.logit_scale=0.0"),
+        ({"embed_resolution": 0}, "selection.embed_resolution=0 must be at least 1 pixel"),
+        ({"embed_precision": "int8"}, r"embed_precision='int8' is not one of \['fp32', 'amp_fp16', 'amp_bf16'\]"),
+        ({"embed": "columns", "embed_resolution": 16}, "embed_resolution=16 has no effect with embed='columns'"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:

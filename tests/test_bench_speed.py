@@ -75,7 +75,7 @@ def test_objective_ratio_of_exact_picks_is_one(monkeypatch):
 def test_bad_sizes_are_named(capsys):
     for main, arguments, message in (
         (bench_selection.main, ["--pool", "8", "--survivors", "9"], "--survivors 9 must be from 1 to --pool 8"),
-        (bench_overhead.main, ["--embeds", "oracle"], "--embeds ['oracle'] are not among"),
+        (bench_overhead.main, ["--embeds", "oracle"], "--embeds: 'oracle' is not EMBED[-RESOLUTION][-bf16]"),
         (bench_overhead.main, ["--turns", "1"], "--turns 1 must be at least 2"),
         (bench_overhead.main, ["--survivors", "640"], "must be from 2 to less than --pool 640"),
     ):
@@ -97,11 +97,13 @@ def test_overhead_is_measured_in_the_real_trainer(tmp_path, capsys):
         encoding="utf-8",
     )
     sizes = ["--pool", "20", "--survivors", "4", "--steps", "3", "--warmup", "1", "--turns", "2"]
-    bench_overhead.main(["--recipe", str(recipe), *sizes, "--out", str(tmp_path)])
+    embeds = ["--embeds", "columns,proxy,teacher,teacher-8-bf16"]
+    bench_overhead.main(["--recipe", str(recipe), *sizes, *embeds, "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert [row["variant"] for row in result["variants"]] == ["plain", "random", "columns", "proxy", "teacher"]
+    expected = ["plain", "random", "columns", "proxy", "teacher", "teacher-8-bf16"]
+    assert [row["variant"] for row in result["variants"]] == expected
     plain, teacher = result["medians_ms"]["plain"], result["medians_ms"]["teacher"]
-    row = result["variants"][-1]
+    row = result["variants"][expected.index("teacher")]
     assert row["extra"] == pytest.approx(np.mean([t / p - 1 for t, p in zip(teacher, plain, strict=True)]))
     assert all(len(medians) == 2 and min(medians) > 0 for medians in result["medians_ms"].values())
     assert (tmp_path / "bench_overhead.png").stat().st_size > 1000

@@ -6,9 +6,21 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.model import resize_pos_embed
+from open_clip.transformer import TextTransformer
 from torch import nn
 
-from clipcov_stream.embed import Proxy, Teacher, check_towers, embed_from_columns, embed_with_towers, scale_of
+from clipcov_stream.embed import (
+    Proxy,
+    Teacher,
+    check_towers,
+    embed_from_columns,
+    embed_with_towers,
+    positions_at,
+    reads_to_end,
+    scale_of,
+)
+from clipcov_stream.model import ClipModel, build_towers
 
 CONTEXT = 16
 
@@ -161,6 +173,150 @@ def test_mode_is_restored_after_an_error():
     with pytest.raises(Exception):  # noqa: B017  (whatever the tower raises)
         embed_with_towers(model, image, text, 2, contextlib.nullcontext())
     assert model.training
+
+
+def uneven_captions(n, context=CONTEXT, seed=3):
+    """Captions of 2 to `context` tokens, the end token last, zeros behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 49000, (n, context), generator=generator)
+    length = torch.randint(2, context + 1, (n,), generator=generator)
+    places = torch.arange(context)
+    text[places == length[:, None] - 1] = 49407
+    return text.masked_fill(places >= length[:, None], 0)
+
+
+def in_a_custom_text_tower(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return open_clip.CustomTextCLIP(
+            embed_dim=16,
+            vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+            text_cfg={"context_length": CONTEXT, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        )
+
+
+def as_clip_model():
+    return ClipModel(build_towers(config={**TINY, "embed_dim": 16}))
+
+
+TINY = {
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("make", [tiny_clip, in_a_custom_text_tower, as_clip_model, lambda: Proxy(tiny_clip(), 32)])
+@pytest.mark.parametrize("chunk", [3, 7, 40])
+def test_captions_are_read_to_their_ends_alone_and_nothing_changes(make, chunk):
+    model, (image, _), text = make(), inputs(20), uneven_captions(20)
+    lengths = []
+    tower = next(part for part in model.modules() if isinstance(part, (open_clip.CLIP, TextTransformer)))
+    hook = tower.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    plain = embed_with_towers(model, image, text, chunk, contextlib.nullcontext(), plain=True)
+    assert set(lengths) == {CONTEXT}
+    lengths.clear()
+    short = embed_with_towers(model, image, text, chunk, contextlib.nullcontext())
+    hook.remove()
+    torch.testing.assert_close(short[1], plain[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(short[0], plain[0], rtol=1e-4, atol=1e-5)
+    assert min(lengths) == (8 if chunk < 40 else CONTEXT) and set(lengths) <= {8, CONTEXT}
+    torch.testing.assert_close(model.eval().encode_text(text), plain[1])  # as it was
+
+
+def test_captions_that_fit_a_proxys_context_need_not_be_padded_to_it():
+    towers, text = tiny_clip(), uneven_captions(6)
+    (image, _) = inputs(6)
+    longer = F.pad(text, (0, 8))  # the learner's context, 24, is longer than the proxy's
+    proxy = Proxy(towers, context_length=CONTEXT)
+    got = embed_with_towers(proxy, image, longer, 4, contextlib.nullcontext())[1]
+    torch.testing.assert_close(got, towers.eval().encode_text(text), rtol=1e-4, atol=1e-5)
+    longer[0, 20] = 49408 - 1
+    longer[0, :20] = 5
+    with pytest.raises(ValueError, match=r"the proxy reads 16 tokens, the learner's captions have 21"):
+        embed_with_towers(proxy, image, longer, 4, contextlib.nullcontext())
+
+
+def bidirectional_text_tower():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_clip.CLIP(
+            embed_dim=16,
+            vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+            text_cfg={
+                "context_length": 16,
+                "vocab_size": 49408,
+                "width": 32,
+                "heads": 2,
+                "layers": 1,
+                "no_causal_mask": True,
+            },
+        )
+
+
+def test_a_tower_that_sees_the_padding_reads_it_all():
+    model = bidirectional_text_tower()
+    assert reads_to_end(model) is None
+    image, text = inputs(5)[0], uneven_captions(5)
+    got = embed_with_towers(model, image, text, 2, contextlib.nullcontext())[1]
+    torch.testing.assert_close(got, model.encode_text(text), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_clip, in_a_custom_text_tower, as_clip_model])
+def test_a_lower_resolution_has_resized_images_and_position_embeddings(make):
+    """Against open_clip's own resizing of position embeddings, in a second model of the lower resolution."""
+    model, (image, text) = make(), inputs(5)
+    towers = getattr(model, "towers", model)
+    cfg = {**TINY, "embed_dim": 16, "vision_cfg": {**TINY["vision_cfg"], "image_size": 16}}
+    small = open_clip.CLIP(**cfg) if isinstance(towers, open_clip.CLIP) else open_clip.CustomTextCLIP(**cfg)
+    weights = towers.state_dict()
+    resize_pos_embed(weights, small)
+    visual = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
+    small.visual.load_state_dict(visual)
+    pixels = F.interpolate(image, size=(16, 16), mode="bicubic", antialias=True)
+    expected = small.visual.eval()(pixels)
+    got = embed_with_towers(model, image, text, 2, contextlib.nullcontext(), resolution=16)[0]
+    torch.testing.assert_close(F.normalize(got, dim=1), F.normalize(expected, dim=1), rtol=1e-4, atol=1e-4)
+    same = embed_with_towers(model, image, text, 2, contextlib.nullcontext(), resolution=32)[0]
+    plain = embed_with_towers(model, image, text, 2, contextlib.nullcontext())[0]
+    torch.testing.assert_close(same, plain)
+    assert not torch.allclose(got, plain, atol=1e-3)
+
+
+def test_a_proxy_reads_a_lower_resolution_in_its_own_format():
+    towers, (image, text) = tiny_clip(), inputs(4, side=48)
+    proxy = Proxy(towers, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    got = embed_with_towers(proxy, image, text, 4, contextlib.nullcontext(), resolution=16)[0]
+    low = Proxy(towers, image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    assert proxy.image_size == 32
+    names = positions_at(proxy, 16)
+    assert list(names) == ["towers.visual.positional_embedding"] and len(*names.values()) == 2
+    towers.visual.positional_embedding = nn.Parameter(names["towers.visual.positional_embedding"])
+    torch.testing.assert_close(got, low.encode_image(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_resnet_reads_lower_resolutions_in_whole_cells():
+    cfg = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    model, (image, text) = build_towers(config={**TINY, "embed_dim": 16, "vision_cfg": cfg}), inputs(3, side=64)
+    got = embed_with_towers(model, image, text, 2, contextlib.nullcontext(), resolution=32)[0]
+    assert got.shape == (3, 16) and torch.isfinite(got).all()
+    (name, positions), *more = positions_at(model, 32).items()
+    assert name == "visual.attnpool.positional_embedding" and len(positions) == 2 and not more
+    own = model.visual.attnpool.positional_embedding
+    torch.testing.assert_close(positions[1], own[1:].mean(0), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match=r"embed_resolution=48 must be a multiple of 32"):
+        embed_with_towers(model, image, text, 2, contextlib.nullcontext(), resolution=48)
+
+
+def test_a_resolution_that_a_tower_cannot_read_is_a_clear_error():
+    class Fixed(nn.Module):
+        def encode_image(self, image):
+            raise RuntimeError("my positions do not fit")
+
+        def encode_text(self, text):
+            return text
+
+    with pytest.raises(ValueError, match=r"embed_resolution=16: the embedder cannot read .*my positions do not fit"):
+        embed_with_towers(Fixed(), inputs(2)[0], torch.ones(2, 2), 2, contextlib.nullcontext(), resolution=16)
 
 
 def test_logit_scale_is_exponentiated_and_defaults_to_clips():

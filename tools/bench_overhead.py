@@ -6,8 +6,9 @@
 Pools lie in memory, so that no loader is timed: reading five candidates for each survivor is another cost. A step is
 timed from the moment Composer has the pool to the end of the optimizer's step, after a warm-up, in turns (every variant
 once, then again), so that a slow spell of the machine falls on all alike. `plain` trains on the survivors without
-ClipCov; `random` has ClipCov draw them. `extra` is what a variant takes beyond `plain`, in percent of `plain`, from the
-medians of every turn: mean and 95% interval over turns.
+ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x 16 pixels in bfloat16. `extra` is
+what a variant takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over
+turns.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -37,10 +38,10 @@ from torch import Tensor
 
 from clipcov_stream import ClipCov
 from clipcov_stream.config import load_config
+from clipcov_stream.embed import EMBED_SOURCES
 from clipcov_stream.model import ClipModel, build_towers
 
 ROOT = Path(__file__).resolve().parent.parent
-EMBEDS = ("columns", "proxy", "teacher")
 
 
 class Pools:
@@ -73,6 +74,14 @@ class Ends(Callback):
         self.at.append(time.perf_counter())
 
 
+def draw_captions(size: int, context: int, vocab: int, generator: torch.Generator) -> Tensor:
+    """Tokens of captions with 4 to 16 words or as many as fit, the end token last, zeros behind it."""
+    text = torch.randint(1, vocab - 1, (size, context), generator=generator)
+    end = torch.randint(min(5, context - 1), min(18, context), (size, 1), generator=generator)
+    place = torch.arange(context)
+    return text.masked_fill(place == end, vocab - 1).masked_fill(place > end, 0)
+
+
 def draw_pools(size: int, image_size: int, context: int, dim: int, vocab: int) -> list[dict[str, Tensor]]:
     """Four pools of noise around a few concepts: selection takes as long on them as on any."""
     pools = []
@@ -83,13 +92,31 @@ def draw_pools(size: int, image_size: int, context: int, dim: int, vocab: int) -
         pools.append(
             {
                 "image": torch.randn(size, 3, image_size, image_size, generator=generator),
-                "text": torch.randint(1, vocab, (size, context), generator=generator),
+                "text": draw_captions(size, context, vocab, generator),
                 "id": torch.arange(size) + seed * size,
                 "image_embedding": base[concept] + torch.randn(size, dim, generator=generator),
                 "text_embedding": base[concept] + torch.randn(size, dim, generator=generator),
             }
         )
     return pools
+
+
+def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
+    """`EMBED[-RESOLUTION][-bf16]` -> the embed source, and the knobs of its pass.
+
+    Raises:
+        ValueError: another form, or an unknown source.
+    """
+    embed, *rest = variant.split("-")
+    knobs: dict[str, Any] = {}
+    if rest and rest[0].isdigit():
+        knobs["embed_resolution"] = int(rest.pop(0))
+    if rest and rest[0] == "bf16":
+        rest.pop(0)
+        knobs["embed_precision"] = "amp_bf16"
+    if embed not in EMBED_SOURCES or rest:
+        raise ValueError(f"--embeds: {variant!r} is not EMBED[-RESOLUTION][-bf16] with one of {list(EMBED_SOURCES)}")
+    return embed, knobs
 
 
 def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: list[dict[str, Tensor]]) -> list[float]:
@@ -102,7 +129,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
         loader = Pools([{key: pool[key][: args.survivors] for key in keys} for pool in pools], args.warmup + args.steps)
     else:
         loader = Pools(pools, args.warmup + args.steps)
-        embed = "teacher" if variant == "random" else variant
+        embed, knobs = parse_variant("teacher" if variant == "random" else variant)
         algorithms.append(
             ClipCov(
                 filter_ratio=1 - args.survivors / args.pool,
@@ -111,6 +138,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
                 warmup="0ba",
                 proxy=build_towers(**towers) if embed == "proxy" else None,
                 max_invalid_ratio=0.5,
+                **knobs,
             )
         )
     trainer = Trainer(
@@ -154,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=640)
     parser.add_argument("--survivors", type=int, default=128)
     parser.add_argument("--dim", type=int, default=64, help="width of the columns' embeddings")
-    parser.add_argument("--embeds", default=",".join(EMBEDS))
+    parser.add_argument("--embeds", default="columns,proxy,teacher,teacher-bf16", help="variants, as above")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--precision", default="fp32")
@@ -165,9 +193,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="bench_overhead")
     args = parser.parse_args(argv)
     embeds = args.embeds.split(",")
-    unknown = set(embeds) - set(EMBEDS)
-    if unknown:
-        parser.error(f"--embeds {sorted(unknown)} are not among {list(EMBEDS)}")
+    try:
+        for variant in embeds:
+            parse_variant(variant)
+    except ValueError as error:
+        parser.error(str(error))
     if not 2 <= args.survivors < args.pool:
         parser.error(f"--survivors {args.survivors} must be from 2 to less than --pool {args.pool}")
     if args.turns < 2:
