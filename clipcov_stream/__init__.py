@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from clipcov_stream.lowrank import LowRankSketch
 from clipcov_stream.objective import Settings
 from clipcov_stream.pool import Pool
 from clipcov_stream.selection import SELECTORS, Selector
@@ -10,7 +11,7 @@ from clipcov_stream.sketch import CrossCovSketch
 if TYPE_CHECKING:
     from clipcov_stream.algorithm import ClipCov
 
-__all__ = ["SELECTORS", "ClipCov", "CrossCovSketch", "Pool", "Selector", "Settings"]
+__all__ = ["SELECTORS", "ClipCov", "CrossCovSketch", "LowRankSketch", "Pool", "Selector", "Settings"]
 
 
 def __getattr__(name: str) -> Any:

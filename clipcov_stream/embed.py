@@ -147,7 +147,8 @@ def positions_at(model: nn.Module, resolution: int) -> dict[str, Tensor]:
     tensors = {}
     for name, part in model.named_modules():
         if isinstance(part, VisionTransformer):
-            cell, owner, key = int(part.patch_size[0]), part, f"{name}.positional_embedding"
+            patch: Any = part.patch_size
+            cell, owner, key = int(patch[0]), part, f"{name}.positional_embedding"
         elif isinstance(part, ModifiedResNet):
             cell, owner, key = 32, part.attnpool, f"{name}.attnpool.positional_embedding"
         else:
