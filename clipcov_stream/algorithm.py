@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,7 @@ from clipcov_stream.embed import (
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool, survivors_of, with_learner
-from clipcov_stream.ranks import SCOPES, Placement, Shares
+from clipcov_stream.ranks import SCOPES, Gathering, Placement, Shares, travelling
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import learn, reads_lag, resolve, select
 from clipcov_stream.sketch import AllReduce
@@ -334,10 +334,16 @@ class ClipCov(Algorithm):
             num_chosen = num_survivors * dist.get_world_size()
         figures: dict[str, float] = {}
         if self._selects(state):
-            pool, embed_ms = self._embed(batch, state, num_survivors, valid)
+            sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
+
+            def send(images: Tensor) -> None:
+                sending.append(Gathering(travelling(images)))
+
+            on_images = None if placement is None else send
+            pool, embed_ms = self._embed(batch, state, num_survivors, valid, on_images)
             with Stopwatch(state) as watch:
                 if placement is not None:
-                    pool = placement.whole_pool(pool)
+                    pool = placement.whole_pool(pool, *sending)
                 report, survivors = self._select(pool, num_chosen, step)
             figures = {name: float(value) for name, value in report.items()}
             num_invalid = int(figures.pop("num_invalid"))
@@ -369,7 +375,14 @@ class ClipCov(Algorithm):
         """Whether this step selects; if not, survivors are random and nothing is embedded."""
         return self.uses_embeddings and not in_warmup(self.warmup, state)
 
-    def _embed(self, batch: Mapping[str, Any], state: State, chunk: int, valid: Tensor) -> tuple[Pool, Any]:
+    def _embed(
+        self,
+        batch: Mapping[str, Any],
+        state: State,
+        chunk: int,
+        valid: Tensor,
+        on_images: Callable[[Tensor], None] | None,
+    ) -> tuple[Pool, Any]:
         """The pool's embeddings, and a function that tells how many milliseconds they took."""
         chunk = self.embed_chunk or chunk
 
@@ -378,7 +391,8 @@ class ClipCov(Algorithm):
             if learner:
                 precision = get_precision_context(state.precision, state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True)
-            return embed_with_towers(model, image, text, chunk, self._precision(state), self.embed_resolution)
+            options = {"resolution": self.embed_resolution, "on_images": on_images}
+            return embed_with_towers(model, image, text, chunk, self._precision(state), **options)
 
         with Stopwatch(state) as watch:
             if self.embed == "columns":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,6 +59,7 @@ def embed_with_towers(
     precision: AbstractContextManager[Any],
     resolution: int | None = None,
     plain: bool = False,
+    on_images: Callable[[Tensor], None] | None = None,
 ) -> Embeddings:
     """Embeddings of a pool by a model's two towers.
 
@@ -73,6 +74,7 @@ def embed_with_towers(
             they come.
         plain: call the model as it is. Otherwise images are laid out channels last, and an open_clip text tower reads
             captions no further than to their end token, which changes rounding alone.
+        on_images: told the image embeddings before captions are read, to send them meanwhile.
 
     Raises:
         ValueError: a resolution that the model cannot read.
@@ -84,7 +86,9 @@ def embed_with_towers(
     model.eval()
     try:
         with precision:
-            images = encoded_images(model, image, chunk, resolution, plain)
+            images = encoded_images(model, image, chunk, resolution, plain).float()
+            if on_images is not None:
+                on_images(images)
             short = None if plain or not sync_is_free(text) else reads_to_end(model)
             if short is None:
                 texts = torch.cat([model.encode_text(part.to(image.device)) for part in text.split(chunk)])
@@ -93,7 +97,7 @@ def embed_with_towers(
     finally:
         for part in training:
             part.training = True  # not model.train(), which would wake parts their owner put to sleep
-    return images.float(), texts.float(), scale_of(model)
+    return images, texts.float(), scale_of(model)
 
 
 class Call(nn.Module):

@@ -21,14 +21,40 @@ from clipcov_stream.pool import Pool
 SCOPES = ("local", "global")
 
 
+class Gathering:
+    """All ranks' rows, of equal number, on their way while other work goes on.
+
+    Args:
+        rows: this rank's. Every rank must make its gatherings in the same order.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.own = rows
+        self.parts: list[Tensor] = []
+        self.work: Any = None
+        if dist.get_world_size() > 1:
+            # Not every back end moves bfloat16 and bool; their bytes it does.
+            narrow = rows.dtype in (torch.bfloat16, torch.bool)
+            sent = rows.contiguous().view(torch.uint8) if narrow else rows.contiguous()
+            self.parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+            self.work = torch.distributed.all_gather(self.parts, sent, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The rows, rank after rank."""
+        if self.work is None:
+            return self.own
+        self.work.wait()
+        return torch.cat(self.parts).view(self.own.dtype)
+
+
 def gathered(rows: Tensor) -> Tensor:
     """All ranks' rows, of equal number, rank after rank."""
-    if dist.get_world_size() == 1:
-        return rows
-    if rows.dtype in (torch.bfloat16, torch.bool):
-        # Not every back end moves these; their bytes it does.
-        return gathered(rows.contiguous().view(torch.uint8)).view(rows.dtype)
-    return torch.cat(list(dist.all_gather(rows.contiguous())))
+    return Gathering(rows).wait()
+
+
+def travelling(rows: Tensor) -> Tensor:
+    """Embeddings as they travel, on a single rank too: as bfloat16."""
+    return rows.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -53,19 +79,24 @@ class Placement:
         """This rank's rows and all others', in the global pool's order."""
         return gathered(rows).index_select(0, self.origin)
 
-    def whole_pool(self, pool: Pool) -> Pool:
-        """The global pool. Embeddings travel as bfloat16, and are rounded to it on a single rank too."""
+    def whole_pool(self, pool: Pool, image: Gathering | None = None) -> Pool:
+        """The global pool. Embeddings travel as bfloat16, and are rounded to it on a single rank too.
 
-        def rows(value: Any) -> Any:
+        Args:
+            pool: this rank's.
+            image: the gathering of its image rows (`travelling`), if it has begun.
+        """
+
+        def rows(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor) or value.ndim == 0:
                 return value
-            return (
-                self.whole(value.to(torch.bfloat16)).to(value.dtype) if value.is_floating_point() else self.whole(value)
-            )
+            if name == "image" and image is not None:
+                return image.wait().index_select(0, self.origin).to(value.dtype)
+            return self.whole(travelling(value)).to(value.dtype) if value.is_floating_point() else self.whole(value)
 
         if pool.concepts is not None:
             pool = replace(pool, concepts=padded(pool.concepts))
-        return replace(pool, **{name: rows(value) for name, value in vars(pool).items()})
+        return replace(pool, **{name: rows(name, value) for name, value in vars(pool).items()})
 
 
 def padded(concepts: Tensor) -> Tensor:
