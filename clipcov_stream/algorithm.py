@@ -73,6 +73,8 @@ class ClipCov(Algorithm):
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
         teacher_momentum: of the moving average, per step.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
+        embedder: a number that names the columns' model, `identity.fingerprint` of it; a checkpoint of columns of
+            another one is refused.
         embed_chunk: rows per forward pass of the embedder, or of the learner; None is the number of survivors.
         embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
             trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come.
@@ -108,6 +110,7 @@ class ClipCov(Algorithm):
         proxy: nn.Module | None = None,
         teacher_momentum: float = 0.99,
         logit_scale: float = 100.0,
+        embedder: int | None = None,
         embed_chunk: int | None = None,
         embed_resolution: int | None = None,
         embed_precision: str | None = None,
@@ -186,6 +189,7 @@ class ClipCov(Algorithm):
             **{key: value for key, value in vars(self.settings).items() if key != "half_life"},
             "teacher_momentum": teacher_momentum,
             "logit_scale": logit_scale,
+            "embedder": embedder,
             "embed_resolution": embed_resolution,
             "embed_precision": embed_precision,
         }

@@ -38,7 +38,7 @@ from clipcov_stream.config import (
 from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
-from clipcov_stream.stream import Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
+from clipcov_stream.stream import EMBEDDER_FILE, Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for, tokenize_prompts
 
 TASKS = ("zeroshot", "retrieval")
@@ -231,8 +231,47 @@ def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
             )
 
 
-def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer: Tokenizer) -> ClipCov:
-    """The algorithm of a selection section."""
+def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
+    """What embedder.json says of a stream's embedding columns; None where there is no such file.
+
+    Raises:
+        ValueError: a file that says something else.
+    """
+    try:
+        record = read_json_beside(config.local, config.remote, config.split, EMBEDDER_FILE)
+    except ValueError:
+        return None  # columns of another tool's making
+    if not (isinstance(record, dict) and {"fingerprint", "logit_scale"} <= record.keys()):
+        raise ValueError(f"{EMBEDDER_FILE} of {config.remote or config.local} has no fingerprint and logit_scale")
+    return record
+
+
+def build_selection(
+    config: SelectionConfig,
+    learner: ImageTransform,
+    tokenizer: Tokenizer,
+    embedder: Mapping[str, Any] | None = None,
+) -> ClipCov:
+    """The algorithm of a selection section.
+
+    Args:
+        config: the section.
+        learner: the image transform of the model in training.
+        tokenizer: of the same.
+        embedder: what made the columns, from `columns_embedder`.
+
+    Raises:
+        ValueError: a logit scale that is not the embedder's, and whatever `ClipCov` refuses.
+    """
+    scale = config.logit_scale
+    if embedder is not None:
+        own = float(embedder["logit_scale"])
+        if scale is not None and not math.isclose(scale, own, rel_tol=1e-2):
+            raise ValueError(
+                f"selection.logit_scale={scale} is not that of the columns' embedder, {own:.4g} ({EMBEDDER_FILE}); "
+                "leave it out"
+            )
+        scale = own
     proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
     knobs = ("coverage", "learnability", "gate", "balance", "quality", "overshoot", "memory", "ridge", "references")
     optional = given(config, *knobs, "teacher_momentum", "embed_chunk", "embed_resolution", "embed_precision")
@@ -245,7 +284,8 @@ def build_selection(config: SelectionConfig, learner: ImageTransform, tokenizer:
         half_life=config.half_life,
         seed=config.seed or 0,
         proxy=proxy,
-        logit_scale=config.logit_scale,
+        logit_scale=100.0 if scale is None else scale,
+        embedder=None if embedder is None else embedder["fingerprint"],
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )

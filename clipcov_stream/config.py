@@ -109,7 +109,7 @@ class SelectionConfig:
     seed: int | None = None
     proxy: ProxyConfig | None = None
     teacher_momentum: float | None = None
-    logit_scale: float = 100.0
+    logit_scale: float | None = None
     embed_chunk: int | None = None
     embed_resolution: int | None = None
     embed_precision: str | None = None

@@ -27,6 +27,8 @@ from clipcov_stream.objective import mix
 
 Tokenizer = Callable[[str], Tensor]
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
+EMBEDDER_FILE = "embedder.json"
+"""In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
     tasks = {task for section in config.eval.values() for task in section.tasks}
     model = build.build_model(config.model, num_survivors, tasks & set(build.TASKS))
     tokenizer = build.tokenizer_of(model.towers, config.model)
-    selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer)
+    embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
+    selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed)
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)

@@ -295,10 +295,10 @@ def _checked(
 
 def write_source_json(folder: Path, source: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
     """Write folder/source.json: tool, arguments and counts, with paths cut down to their names."""
-    _write_json(folder / "source.json", {**_names_only(source), "counts": dict(counts)})
+    write_json(folder / "source.json", {**_names_only(source), "counts": dict(counts)})
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -57,6 +57,7 @@ class PairFolder:
         if len(self) == 0 or any(other != columns[0] for other in columns):
             raise ValueError(f"FOLDER={folder!r} has no samples, or shards with other columns than the first")
         self.columns: dict[str, str] = columns[0]
+        self.compression: str | None = self._shards[0].compression
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self._shards)
@@ -68,22 +69,35 @@ class PairFolder:
 
         Raises: ValueError for a shard that is missing or broken.
         """
-        decode, first = set(decode), 0
-        for shard in self._shards:
+        first = 0
+        for number, shard in enumerate(self._shards):
             own = rows[bisect_left(rows, first) : bisect_left(rows, first + len(shard))]
-            name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
-            with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    shard.dirname = str(self.path)
-                    if own and packed and not (self.path / name).is_file():
-                        shard.dirname = scratch
-                        Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
-                    shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
-                    for row in own:
-                        yield shard[row - first]
-                except Exception as error:  # whatever a broken file makes a decoder say
-                    raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
+            yield from self.samples_of(number, [row - first for row in own], decode)
             first += len(shard)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of every shard."""
+        return [len(shard) for shard in self._shards]
+
+    def samples_of(
+        self, number: int, rows: Sequence[int] | None = None, decode: Iterable[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """The same from one shard, `rows` counted from its first sample; all of them if not given."""
+        shard, decode = self._shards[number], set(decode)
+        rows = range(len(shard)) if rows is None else rows
+        name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                shard.dirname = str(self.path)
+                if len(rows) and packed and not (self.path / name).is_file():
+                    shard.dirname = scratch
+                    Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
+                shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
+                for row in rows:
+                    yield shard[row]
+            except Exception as error:  # whatever a broken file makes a decoder say
+                raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
 
     def embeddings(self, names: Mapping[str, str]) -> list[Float[Tensor, "n dim"]]:
         """The ndarray columns of these names, option -> column, in float32: 4 n dim bytes each.
@@ -109,7 +123,7 @@ class PairFolder:
         return [torch.from_numpy(table) for table in tables]
 
 
-class _VerbatimWriter(MDSWriter):
+class VerbatimWriter(MDSWriter):
     """Writes samples whose values are encoded already."""
 
     def encode_sample(self, sample: dict[str, Any]) -> bytes:
@@ -148,7 +162,7 @@ def write_subset(
     has_uid = pairs.columns.get("uid") == "str"
     if mds or has_uid:
         out, ascending = str(folder / "train"), sorted(rows)
-        writer = _VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
+        writer = VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
         samples = bar(pairs.samples(ascending), "write", "samples", total=len(rows))
         for row, sample in zip(ascending, samples, strict=True):
             if has_uid:

@@ -1,0 +1,308 @@
+"""Adds image and text embeddings to an MDS folder, for `selection.embed: columns`.
+
+    python tools/embed_mds.py data/pairs data/pairs_b32 --name ViT-B-32 --pretrained laion2b_s34b_b79k
+    python tools/embed_mds.py data/pairs data/pairs_own --recipe yamls/clip_pairs.yaml --pretrained runs/x/latest.pt
+    composer -n 8 tools/embed_mds.py ...                        # shards are shared out over ranks
+
+FOLDER's samples are copied as they are stored, with two columns more: `image_embedding` and `text_embedding`, float16,
+unit-norm. A sample whose image cannot be decoded gets NaN in both, so that training counts it and never selects it.
+OUT/embedder.json says what made them: model, a fingerprint of its weights, image size and transform, logit scale.
+Training takes the logit scale from it and refuses to resume on columns of another embedder.
+
+OUT is complete or absent. What is finished waits shard by shard in a hidden folder beside it; the same command goes on
+from there after an interruption and makes the same bytes. With several ranks all need to see OUT's disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist, get_device
+from mds_folder import write_json
+from PIL import Image
+from streaming.base.format.mds.encodings import mds_decode, mds_encode
+from subset_folder import PairFolder, VerbatimWriter
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipcov_stream.build import tokenizer_of, transform_of
+from clipcov_stream.config import ProxyConfig, load_config
+from clipcov_stream.embed import EMBED_PRECISIONS, embed_with_towers
+from clipcov_stream.identity import fingerprint
+from clipcov_stream.materialize import ImageTransform, UndecodableImage, decode_image
+from clipcov_stream.model import build_towers
+from clipcov_stream.stream import EMBEDDER_FILE, Tokenizer
+
+COLUMNS = ("image_embedding", "text_embedding")
+IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A frozen model with what it takes to feed it; `record` is what embedder.json says of it."""
+
+    towers: nn.Module
+    transform: ImageTransform
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: str
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: ProxyConfig, device: torch.device, precision: str) -> Embedder:
+        """Raises ValueError for a model that cannot be built or has no weights."""
+        if config.pretrained is None:
+            raise ValueError("--pretrained is missing: a model with random weights says nothing about a pair")
+        towers = build_towers(config.name, config.config, config.pretrained, config.loss)
+        towers = towers.eval().requires_grad_(False).to(device)
+        transform = transform_of(towers)
+        tag = config.pretrained if not Path(config.pretrained).exists() else Path(config.pretrained).name
+        scale: Any = towers.logit_scale
+        record = {
+            "model": config.name or config.config,
+            "pretrained": tag,
+            "fingerprint": fingerprint(towers),
+            "transform": asdict(transform),
+            "logit_scale": float(scale.detach().exp()),
+            "precision": precision,
+        }
+        return cls(towers, transform, tokenizer_of(towers, config), device, precision, record)
+
+    def __call__(self, images: Tensor, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(n, dim) float16 unit-norm image and text embeddings of uint8 images and token ids."""
+        pixels = self.transform.normalize()(images.to(self.device))
+        dtype = EMBED_PRECISIONS[self.precision]
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        image, text, _ = embed_with_towers(self.towers, pixels, tokens, len(images), autocast)
+        normalize = torch.nn.functional.normalize
+        return tuple(normalize(rows, dim=1).half().cpu().numpy() for rows in (image, text))  # pyright: ignore
+
+
+class Decoder:
+    """A sample's stored bytes -> a cropped image and a caption's tokens."""
+
+    def __init__(self, pairs: PairFolder, image: str, caption: str, embedder: Embedder) -> None:
+        for option, name, kinds in (("--image", image, IMAGE_ENCODINGS), ("--caption", caption, ("str",))):
+            if pairs.columns.get(name) not in kinds:
+                raise ValueError(
+                    f"{option} {name!r} is not a column of {pairs.path} encoded as one of {list(kinds)}; it has "
+                    f"{pairs.columns}"
+                )
+        taken = sorted(set(COLUMNS) & set(pairs.columns))
+        if taken:
+            raise ValueError(f"{pairs.path} has columns {taken} already; embed the folder that it was made from")
+        self.is_pil = pairs.columns[image] == "pil"
+        self.image, self.caption = image, caption
+        self.crop, self.tokenizer = embedder.transform.crop(), embedder.tokenizer
+        self.size = embedder.transform.size
+
+    def __call__(self, sample: dict[str, bytes]) -> tuple[Tensor, Tensor, bool]:
+        """The image, zeros if it cannot be decoded; the tokens; whether it could."""
+        tokens = self.tokenizer(sample[self.caption].decode("utf-8"))
+        try:
+            return self.crop(self.decoded(sample[self.image])), tokens, True
+        except UndecodableImage:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), tokens, False
+
+    def decoded(self, data: bytes) -> Image.Image:
+        """Raises UndecodableImage."""
+        if not self.is_pil:
+            return decode_image(data)
+        try:
+            return decode_image(mds_decode("pil", data))
+        except Exception as error:  # whatever broken bytes make Streaming or Pillow say
+            raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+
+
+def batches(samples: Iterator[dict[str, bytes]], size: int) -> Iterator[list[dict[str, bytes]]]:
+    while batch := list(islice(samples, size)):
+        yield batch
+
+
+def write_part(
+    pairs: PairFolder,
+    number: int,
+    folder: Path,
+    embedder: Embedder,
+    decoder: Decoder,
+    args: argparse.Namespace,
+    bar: Any,
+) -> None:
+    """Shard `number` with embeddings, as a folder that appears when it is complete."""
+    rough = folder.with_name(f"{folder.name}.rough")
+    shutil.rmtree(rough, ignore_errors=True)
+    undecodable = 0
+    with ThreadPoolExecutor(args.threads) as threads:
+
+        def begun(batch: list[dict[str, bytes]]) -> tuple[list[dict[str, bytes]], Any]:
+            return batch, threads.map(decoder, batch)
+
+        writer: VerbatimWriter | None = None
+        kinds: dict[str, str] = {}
+        groups = batches(pairs.samples_of(number), args.batch_size)
+        waiting = [begun(batch) for batch in islice(groups, 1)]
+        while waiting:
+            batch, decoding = waiting.pop()
+            images, tokens, good = zip(*decoding, strict=True)
+            waiting = [begun(batch) for batch in islice(groups, 1)]  # decoded while the model reads this one
+            rows = dict(zip(COLUMNS, embedder(torch.stack(images), torch.stack(tokens)), strict=True))
+            if writer is None:
+                kinds = {name: f"ndarray:float16:{table.shape[1]}" for name, table in rows.items()}
+                writer = VerbatimWriter(
+                    columns={**pairs.columns, **kinds},
+                    out=str(rough),
+                    hashes=["sha1"],
+                    compression=pairs.compression,
+                    size_limit=None,
+                )
+            for at, sample in enumerate(batch):
+                values = {
+                    name: table[at] if good[at] else np.full_like(table[at], np.nan) for name, table in rows.items()
+                }
+                encoded = {name: mds_encode(kinds[name], value) for name, value in values.items()}
+                writer.write({**sample, **encoded})
+            undecodable += len(good) - sum(good)
+            bar.update(len(batch))
+        if writer is not None:
+            writer.finish()
+    rough.mkdir(exist_ok=True)  # of an empty shard
+    write_json(rough / "counts.json", {"undecodable": undecodable})
+    rough.rename(folder)
+
+
+def assemble(pairs: PairFolder, parts: list[Path], staging: Path, record: dict[str, Any]) -> dict[str, int]:
+    """Make the parts one MDS folder inside of `staging`/whole; what lies beside the source's shards is copied."""
+    whole = staging / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    known = {"index.json", EMBEDDER_FILE}
+    shards, undecodable = [], 0
+    for part in parts:
+        undecodable += json.loads((part / "counts.json").read_text(encoding="utf-8"))["undecodable"]
+        index = part / "index.json"
+        for shard in json.loads(index.read_text(encoding="utf-8"))["shards"] if index.is_file() else []:
+            for kind in ("raw_data", "zip_data"):
+                if shard[kind] is None:
+                    continue
+                old = shard[kind]["basename"]
+                shard[kind]["basename"] = old.replace("shard.00000", f"shard.{len(shards):05d}")
+                if (part / old).is_file():
+                    # A link, not a move: until the end an interruption finds every part where it was.
+                    (whole / shard[kind]["basename"]).hardlink_to(part / old)
+            shards.append(shard)
+    for path in pairs.path.iterdir():
+        if path.is_file() and path.name not in known and not path.name.startswith("shard."):
+            shutil.copyfile(path, whole / path.name)
+    counts = {"samples": len(pairs), "undecodable": undecodable}
+    write_json(whole / EMBEDDER_FILE, {**record, "counts": counts})
+    write_json(whole / "index.json", {"version": 2, "shards": shards})
+    return counts
+
+
+def check_staging(staging: Path, record: dict[str, Any], restart: bool) -> None:
+    """Raise ValueError if `staging` was begun with another model or source; make it if there is none."""
+    if restart:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    begun = staging / "begun.json"
+    if not begun.is_file():
+        write_json(begun, record)
+        return
+    before = json.loads(begun.read_text(encoding="utf-8"))
+    other = sorted(key for key in record if before.get(key) != json.loads(json.dumps(record[key])))
+    if other:
+        raise ValueError(
+            f"{staging} was begun with other settings ({', '.join(other)}): give the same ones, or --restart"
+        )
+
+
+def config_of(args: argparse.Namespace) -> ProxyConfig:
+    """The model asked for.
+
+    Raises: ValueError unless exactly one of --name and --recipe is given.
+    """
+    if (args.name is None) == (args.recipe is None):
+        raise ValueError("give --name, an open_clip model, or --recipe, whose model it is")
+    if args.recipe is None:
+        return ProxyConfig(name=args.name, pretrained=args.pretrained)
+    model = load_config(args.recipe).model
+    return ProxyConfig(name=model.name, config=model.config, pretrained=args.pretrained, loss=model.loss)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Embed FOLDER into OUT; returns embedder.json's contents."""
+    if "://" in args.out:
+        raise ValueError(f"OUT={args.out!r} is remote; write to a local folder, then upload the finished folder there")
+    out = Path(args.out).expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"OUT={args.out!r} exists already; give another folder")
+    for name in ("batch_size", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    pairs = PairFolder(args.folder)
+    device = get_device(args.device)
+    embedder = Embedder.of(config_of(args), torch.device(str(device.name).replace("gpu", "cuda")), args.precision)
+    decoder = Decoder(pairs, args.image, args.caption, embedder)
+    source = hashlib.sha1((pairs.path / "index.json").read_bytes()).hexdigest()
+    record = {**embedder.record, "columns": list(COLUMNS), "source_index_sha1": source}
+    staging = out.with_name(f".{out.name}.embedding")
+    if dist.get_global_rank() == 0:
+        check_staging(staging, record, args.restart)
+    dist.barrier()
+    numbers = range(len(pairs.shard_sizes))
+    parts = [staging / f"part.{number:05d}" for number in numbers]
+    own = [number for number in numbers if number % dist.get_world_size() == dist.get_global_rank()]
+    done = [number for number in own if parts[number].is_dir()]
+    total, initial = (sum(pairs.shard_sizes[number] for number in some) for some in (own, done))
+    with tqdm(total=total, initial=initial, unit=" samples", file=sys.stderr) as bar:
+        for number in sorted(set(own) - set(done)):
+            write_part(pairs, number, parts[number], embedder, decoder, args, bar)
+    dist.barrier()
+    counts = {}
+    if dist.get_global_rank() == 0:
+        counts = assemble(pairs, parts, staging, record)
+        if out.is_dir():
+            out.rmdir()
+        (staging / "whole").rename(out)
+        shutil.rmtree(staging)
+        print(f"{out.name}: {counts['samples']:,} samples embedded, {counts['undecodable']:,} images undecodable")
+    dist.barrier()
+    return {**record, "counts": counts}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with images and captions")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--name", help="an open_clip model")
+    parser.add_argument("--recipe", help="a recipe whose model to use, instead of --name")
+    parser.add_argument("--pretrained", help="open_clip tag, or a checkpoint of open_clip or Composer")
+    parser.add_argument("--image", default="image", help="image column")
+    parser.add_argument("--caption", default="caption", help="caption column")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=4, help="that decode images, per rank")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU if there is one")
+    parser.add_argument("--precision", default="fp32", choices=list(EMBED_PRECISIONS))
+    parser.add_argument("--restart", action="store_true", help="forget what an interrupted run had finished")
+    args = parser.parse_args(argv)
+    dist.initialize_dist(get_device(args.device), timeout=3600)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
