@@ -359,6 +359,16 @@ class Herding:
     coverage: float
     valid: Bool[Tensor, " pool"]
     num_survivors: int
+    known_mean: Float[Tensor, "dim dim"] | None = None
+    """`mean_atom`, where it is known already."""
+
+    @cached_property
+    def mean_atom(self) -> Float[Tensor, "dim dim"]:
+        """The mean of the valid atoms. Costs: 2 * pool * dim^2 flops, unless it is known."""
+        if self.known_mean is not None:
+            return self.known_mean
+        weight = self.valid / self.valid.sum().clamp_min(1)
+        return (self.image * weight[:, None]).T @ self.text
 
     @cached_property
     def along(self) -> Float[Tensor, " pool"]:
@@ -390,8 +400,10 @@ class Herding:
         num, coverage, along = len(self.worth), self.coverage, self.along
         gain = self.worth + coverage * along
         left = self.valid.clone()
+        # The sum of the atoms left, of which the slack is a function: no table of all candidates is needed for it.
+        left_sum = self.mean_atom * self.valid.sum()
         picked, slack, done = [], torch.zeros_like(gain[0]), 0
-        while done < self.num_survivors:
+        while True:
             size = min(chunk, self.num_survivors - done)
             open_gain = gain.masked_fill(~left, -torch.inf)
             # In the pool's order, so that of equal gains the earlier sample is found first.
@@ -400,43 +412,49 @@ class Herding:
             change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
             place = near.index_select(0, pick_among(open_gain.index_select(0, near), change, size))
             x, y = self.image.index_select(0, place), self.text.index_select(0, place)
-            overlap = (self.image @ x.T).mul_(self.text @ y.T)
-            slack = torch.maximum(slack, self._slack(gain, left, place, overlap))
-            gain = gain + coverage * (size * along - overlap.sum(1))
-            left = left.index_fill(0, place, False)
+            slack = torch.maximum(slack, self._slack(gain, left, place, left_sum))
             picked.append(place)
             done += size
-        return Picks(torch.cat(picked), slack)
+            if done == self.num_survivors:
+                return Picks(torch.cat(picked), slack)
+            overlap = (self.image @ x.T).mul_(self.text @ y.T)
+            gain = gain + coverage * (size * along - overlap.sum(1))
+            left = left.index_fill(0, place, False)
+            left_sum = left_sum - x.T @ y
 
     def _slack(
         self,
         gain: Float[Tensor, " pool"],
         left: Bool[Tensor, " pool"],
         place: Int64[Tensor, " chunk"],
-        overlap: Float[Tensor, "pool chunk"],
+        left_sum: Float[Tensor, "dim dim"],
     ) -> Float[Tensor, ""]:
         """By how much the mean gain of those left exceeds a pick's, at most, over the picks `place` of one chunk.
 
-        All from sums: before pick t the gain of i is gain_i + coverage * (t along_i - sum_{s < t} overlap_is).
+        All from sums: before pick t the gain of i is gain_i + coverage * (t along_i - sum_{s < t} <z_s, z_i>).
+
+        Args:
+            gain, left: before the chunk.
+            place: its picks.
+            left_sum: of the atoms left before the chunk.
         """
         size = len(place)
         steps = torch.arange(size, dtype=gain.dtype, device=gain.device)
-        weight = left.to(gain.dtype)
         before = torch.ones(size, size, dtype=gain.dtype, device=gain.device).triu(1)  # [s, t]: s < t
-        along = self.along.index_select(0, place)
+        pull = self.along.index_select(0, place)
+        x, y = self.image.index_select(0, place), self.text.index_select(0, place)
         # [u, t]: the gain of pick u before pick t.
         picks = gain.index_select(0, place)[:, None] + self.coverage * (
-            steps * along[:, None] - overlap.index_select(0, place) @ before
+            steps * pull[:, None] - (x @ x.T).mul_(y @ y.T) @ before
         )
-        total = (weight * gain).sum() + self.coverage * (steps * (weight @ self.along) - (weight @ overlap) @ before)
-        mean = (total - (picks * before).sum(0)) / (weight.sum() - steps).clamp_min(1)
+        of_left = self.coverage * (steps * (left_sum * self.aim).sum() - along(x, y, left_sum) @ before)
+        total = gain.masked_fill(~left, 0.0).sum() + of_left
+        mean = (total - (picks * before).sum(0)) / (left.sum() - steps).clamp_min(1)
         # Rounding: sums over the pool, of gains that themselves are sums.
         noise = 1e-5 * (picks.abs().amax() + mean.abs().amax())
         return (mean - picks.diagonal() - noise).amax().clamp_min(0)
 
-    def bound(
-        self, slack: Float[Tensor, ""] | float = 0.0, mean_atom: Float[Tensor, "dim dim"] | None = None
-    ) -> Float[Tensor, ""]:
+    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
         """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
 
             ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
@@ -448,13 +466,10 @@ class Herding:
 
         Args:
             slack: of the picks.
-            mean_atom: C_N, where it is known already; to find it costs 2 * pool * dim^2 flops.
         """
         count = self.valid.sum()
         weight = self.valid / count.clamp_min(1)
-        if mean_atom is None:
-            mean_atom = (self.image * weight[:, None]).T @ self.text
-        start = mean_atom - self.aim
+        start = self.mean_atom - self.aim
         size = row_squares(self.image) * row_squares(self.text)
         apart = size - 2 * self.along + self.aim.square().sum()
         spread = (apart * weight).sum().clamp_min(0)

@@ -95,7 +95,7 @@ def choose(
     figures = {
         **aimed.figures,
         "aim_residual": (image.T @ text / num_survivors - herding.aim).norm() / aimed.size,
-        "aim_residual_bound": herding.bound(picks.slack, aimed.mean_atom) / aimed.size,
+        "aim_residual_bound": herding.bound(picks.slack) / aimed.size,
     }
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
     return Choice(survivors, aimed.opened, figures)
@@ -109,7 +109,6 @@ class Aimed:
         rows: (open,) numbers in the pool of the herding's samples; None if it holds the whole pool.
         herding: worths and aim of the open candidates.
         opened: the target's sketch, this pool included.
-        mean_atom: the mean of the open candidates' atoms.
         size: 0-dim, norm of the whitened target.
         figures: of the gate, 0-dim.
     """
@@ -117,7 +116,6 @@ class Aimed:
     rows: Tensor | None
     herding: Herding
     opened: CrossCovSketch
-    mean_atom: Tensor
     size: Tensor
     figures: dict[str, Tensor]
 
@@ -149,11 +147,11 @@ def aim_of(
         lag = frame.matrix(state.lag / state.lag_weight.clamp_min(1e-12))
         worth = worth + settings.learnability * standardize(along(*whitened, lag), among)
     aim = settings.overshoot * target + settings.memory * (target - memory)
-    herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors)
+    mean_atom = frame.matrix(batch.cross_cov_about(*centres))
+    herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors, mean_atom)
     share = open_.sum() / valid.sum().clamp_min(1)
     figures = {"matched_share": match.share, "open_share": share}
-    mean_atom = frame.matrix(batch.cross_cov_about(*centres))
-    return Aimed(rows, herding, opened, mean_atom, target.norm().clamp_min(1e-12), figures)
+    return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), figures)
 
 
 def narrowed(

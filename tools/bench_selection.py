@@ -278,7 +278,7 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
         "whitening": lambda: Frame.of(state.stream, settings.ridge).rows(image, text),
         "lag, aim": lambda: (herding.image @ herding.aim, herding.image @ herding.aim, match),
         "picks": lambda: replace(herding).picks(),
-        "bound": lambda: herding.bound(picks.slack, aimed.mean_atom),
+        "bound": lambda: herding.bound(picks.slack),
     }
 
 
