@@ -23,7 +23,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,20 +138,21 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(run: Callable[[], Any], device: str, repeats: int, budget_s: float = 60.0) -> list[float]:
-    """Milliseconds of each of `repeats` calls after two of warm-up, fewer if they take more than the budget."""
-    found: list[float] = []
-    began = time.perf_counter()
-    for call in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        if call >= 2:
-            found.append(1e3 * (time.perf_counter() - start))
-        if found and time.perf_counter() - began > budget_s:
-            break
-    return found
+def timed(runs: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, dict[str, float]]:
+    """How long calls take, by name: `repeats` turns of all, one after another, after two of warm-up.
+
+    In turns, so that a slow spell of the machine falls on all alike.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 2):
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn >= 2:
+                found[name].append(1e3 * (time.perf_counter() - start))
+    return {name: spread_of(values) for name, values in found.items()}
 
 
 def spread_of(values: list[float]) -> dict[str, float]:
@@ -243,11 +244,10 @@ def time_peers(args: argparse.Namespace, peers: list[Peer]) -> list[dict[str, An
     torch.set_num_threads(args.threads)
     pools = pools_of(args, args.pool, args.dim, 3)
     state = warm_state(pools, args.survivors)
-    rows = []
-    for peer in peers:
-        found = timed(peer.prepare(pools[0], state, args.survivors), args.device, args.repeats)
-        rows.append({"name": peer.name, **spread_of(found)})
-        print(f"{peer.name:36} {rows[-1]['ms']:10,.1f} ms", flush=True)
+    runs = {peer.name: peer.prepare(pools[0], state, args.survivors) for peer in peers}
+    rows = [{"name": name, **spread} for name, spread in timed(runs, args.device, args.repeats).items()]
+    for row in rows:
+        print(f"{row['name']:36} {row['ms']:10,.1f} ms", flush=True)
     return rows
 
 
@@ -314,12 +314,13 @@ def measure(args: argparse.Namespace, num: int, dim: int, survivors: int) -> dic
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     given = 2 * pool.image.numel() * pool.image.element_size()
+    took = timed({"whole": run, "products": replayed(trace, args.device)}, args.device, args.repeats)
     return {
         "pool": num,
         "dim": pool.image.shape[1],
         "survivors": survivors,
-        **spread_of(timed(run, args.device, args.repeats)),
-        "products_ms": spread_of(timed(replayed(trace, args.device), args.device, args.repeats))["ms"],
+        **took["whole"],
+        "products_ms": took["products"]["ms"],
         "products_gflop": trace.flops / 1e9,
         "peak_mib": peak / 2**20,
         "peak_over_embeddings": peak / given,
@@ -375,7 +376,7 @@ def draw_plot(
 def table_of(result: dict[str, Any]) -> str:
     """The result as a page."""
     ours = result["clipcov"]
-    jest = next(row["ms"] for row in result["selectors"] if row["name"] == "jest")
+    beside = {row["name"]: row["ms"] for row in result["selectors"]}  # timed in turns
     lines = [
         f"{result['machine']}, {result['threads']} threads, {result['device']}, torch {torch.__version__}; "
         f"{result['data']}.",
@@ -388,16 +389,16 @@ def table_of(result: dict[str, Any]) -> str:
     for row in sorted(result["selectors"], key=lambda row: row["ms"]):
         lines.append(
             f"| {row['name']} | {row['ms']:,.1f} | {row['low']:,.1f} to {row['high']:,.1f} | {row['runs']} | "
-            f"{row['ms'] / ours['ms']:.1f} |"
+            f"{row['ms'] / beside[OURS]:.1f} |"
         )
     lines += [
         "",
         f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP), "
-        f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes {jest / ours['ms']:.1f} times "
-        f"as long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, {ours['peak_over_embeddings']:.2f} times the "
-        f"embeddings'. What its picks gain over "
-        f"a random choice, over what exact picks gain: mean {result['objective_mean']:.4f}, lowest "
-        f"{result['objective_low']:.4f} of {result['objective_pools']} pools.",
+        f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes "
+        f"{beside['jest'] / beside[OURS]:.1f} times as long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, "
+        f"{ours['peak_over_embeddings']:.2f} times the embeddings'. What its picks gain over a random choice, over what "
+        f"exact picks gain: mean {result['objective_mean']:.4f}, lowest {result['objective_low']:.4f} of "
+        f"{result['objective_pools']} pools.",
         "",
         "| part of clipcov | ms |",
         "|---|---|",
@@ -450,12 +451,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(f"{package} is not installed and left out: pip install -e '.[bench]'")
     bare = replace(pools[0], learner_image=None, learner_text=None)
-    parts = {
-        name: spread_of(timed(run, args.device, args.repeats))["ms"]
-        for name, run in parts_of(bare, state, args.survivors).items()
-    }
+    took = timed(parts_of(bare, state, args.survivors), args.device, args.repeats)
+    parts = {name: spread["ms"] for name, spread in took.items()}
     exact = aim_of(prepared(bare), args.survivors, state).herding
-    rows.append({"name": "exact picks alone", **spread_of(timed(lambda: exact.picks(1), args.device, 3))})
+    name = "exact picks alone"
+    rows.append({"name": name, **timed({name: lambda: replace(exact).picks(1)}, args.device, 3)[name]})
     ratios = objective_ratios(pools[: args.objective_pools], state, args.survivors)
     curves = {}
     for name, sizes in (CURVES if args.curves else {}).items():
