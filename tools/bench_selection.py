@@ -396,8 +396,8 @@ def table_of(result: dict[str, Any]) -> str:
         f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP), "
         f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes "
         f"{beside['jest'] / beside[OURS]:.1f} times as long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, "
-        f"{ours['peak_over_embeddings']:.2f} times the embeddings'. What its picks gain over a random choice, over what "
-        f"exact picks gain: mean {result['objective_mean']:.4f}, lowest {result['objective_low']:.4f} of "
+        f"{ours['peak_over_embeddings']:.2f} times the embeddings'. What its picks gain over a random choice, over "
+        f"what exact picks gain: mean {result['objective_mean']:.4f}, lowest {result['objective_low']:.4f} of "
         f"{result['objective_pools']} pools.",
         "",
         "| part of clipcov | ms |",
