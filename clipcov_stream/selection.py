@@ -133,7 +133,7 @@ def aim_of(
     open_ = match.opened(valid, settings.gate, num_survivors)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
     density = log_density(image, text, among, settings.references)
-    opened = state.opened.clone()
+    opened = state.opened.fork()
     batch = opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
     centres = (state.stream.image_mean, state.stream.text_mean)
     frame = Frame.of(state.stream, settings.ridge)
@@ -142,7 +142,9 @@ def aim_of(
     # Before there are survivors nothing is missed of the target.
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
-    worth = -settings.balance * density + settings.quality * standardize(score, among)
+    worth = -settings.balance * density
+    if settings.quality > 0:
+        worth = worth + settings.quality * standardize(score, among)
     if settings.learnability > 0:
         lag = frame.matrix(state.lag / state.lag_weight.clamp_min(1e-12))
         worth = worth + settings.learnability * standardize(along(*whitened, lag), among)
@@ -207,7 +209,7 @@ def select(
         )
     pool = prepared(pool)
     valid = valid_of(pool)
-    stream, kept = state.stream.clone(), state.kept.clone()
+    stream, kept = state.stream.fork(), state.kept.fork()
     streamed = stream.update(pool.image, pool.text, valid, all_reduce)
     seen, elapsed = replace(state, stream=stream), stream.num_samples - state.stream.num_samples
     figures: dict[str, Tensor] = {}

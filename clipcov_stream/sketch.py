@@ -284,6 +284,12 @@ class CrossCovSketch:
             setattr(copy, name, getattr(self, name).clone())
         return copy
 
+    def fork(self) -> CrossCovSketch:
+        """A copy to update. It shares memory until then: no method writes into a sketch's tensors, all replace them."""
+        fork = object.__new__(CrossCovSketch)
+        fork.__dict__.update(self.__dict__)
+        return fork
+
     def to(self, device: torch.device | str) -> CrossCovSketch:
         """Move the accumulators, in place; returns self."""
         for name in _STATE:

@@ -286,6 +286,22 @@ def test_a_state_and_a_clone_share_no_memory():
 # Errors
 
 
+def test_a_forks_updates_leave_the_first_alone():
+    image, text = pairs(30)
+    sketch = sketch_of(image[:20], text[:20], half_life=9.0)
+    before = {name: value.clone() for name, value in sketch.state_dict().items() if name != "half_life"}
+    fork = sketch.fork()
+    fork.update(image[20:], text[20:])
+    fork.merge(sketch)
+    assert all(torch.equal(value, sketch.state_dict()[name]) for name, value in before.items())
+    expected = sketch.clone()
+    expected.update(image[20:], text[20:])
+    expected.merge(sketch)
+    assert_matches(fork, expected)
+    fork.load_state_dict(sketch.state_dict())
+    assert_matches(fork, sketch)
+
+
 def test_errors_name_the_values_and_the_knob():
     with pytest.raises(ValueError, match=r"image_dim=0, text_dim=3"):
         CrossCovSketch(0, 3)
