@@ -239,8 +239,10 @@ def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
     """
     try:
         record = read_json_beside(config.local, config.remote, config.split, EMBEDDER_FILE)
-    except ValueError:
-        return None  # columns of another tool's making
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            return None  # no such file: columns of another tool's making
+        raise
     if not (isinstance(record, dict) and {"fingerprint", "logit_scale"} <= record.keys()):
         raise ValueError(f"{EMBEDDER_FILE} of {config.remote or config.local} has no fingerprint and logit_scale")
     return record

@@ -21,8 +21,8 @@ from ports import free_port
 from streaming import MDSWriter, StreamingDataset
 from subset_folder import PairFolder
 
-from clipcov_stream.build import tokenizer_of, transform_of
-from clipcov_stream.config import ModelConfig, load_config
+from clipcov_stream.build import columns_embedder, tokenizer_of, transform_of
+from clipcov_stream.config import ModelConfig, StreamConfig, load_config
 from clipcov_stream.materialize import decode_image
 from clipcov_stream.model import build_towers
 from clipcov_stream.train import build_trainer
@@ -218,3 +218,14 @@ def test_training_on_columns_takes_the_embedders_scale_and_keeps_to_it(tmp_path:
     elsewhere = {**tree["stream"], "local": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=r"began with selection.embedder=\d+, not \d+"):
         trainer(stream=elsewhere, save_folder=None, load_path=str(tmp_path / "saved" / "latest-rank0.pt"))
+
+
+def test_a_broken_record_of_the_embedder_is_an_error_and_a_missing_one_is_not(tmp_path: Path) -> None:
+    stream = StreamConfig(global_pool_size=8, local=str(tmp_path))
+    assert columns_embedder(stream) is None
+    (tmp_path / "embedder.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match="cannot read .*embedder.json"):
+        columns_embedder(stream)
+    (tmp_path / "embedder.json").write_text('{"model": "ViT-B-32"}')
+    with pytest.raises(ValueError, match="embedder.json of .* has no fingerprint and logit_scale"):
+        columns_embedder(stream)
