@@ -224,8 +224,8 @@ def test_a_broken_record_of_the_embedder_is_an_error_and_a_missing_one_is_not(tm
     stream = StreamConfig(global_pool_size=8, local=str(tmp_path))
     assert columns_embedder(stream) is None
     (tmp_path / "embedder.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match="cannot read .*embedder.json"):
+    with pytest.raises(ValueError, match=r"cannot read .*embedder.json"):
         columns_embedder(stream)
     (tmp_path / "embedder.json").write_text('{"model": "ViT-B-32"}')
-    with pytest.raises(ValueError, match="embedder.json of .* has no fingerprint and logit_scale"):
+    with pytest.raises(ValueError, match=r"embedder.json of .* has no fingerprint and logit_scale"):
         columns_embedder(stream)
