@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.sketch import check_alike, check_made, check_rows
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -75,12 +77,9 @@ class LowRankSketch:
         device: torch.device | str = "cpu",
     ) -> None:
         text_dim = image_dim if text_dim is None else text_dim
-        if image_dim < 1 or text_dim < 1:
-            raise ValueError(f"sketch widths must be at least 1; got image_dim={image_dim}, text_dim={text_dim}")
+        check_made(image_dim, text_dim, half_life)
         if rank < 1:
             raise ValueError(f"rank={rank} must be at least 1")
-        if not half_life > 0:
-            raise ValueError(f"half_life={half_life} must be a positive number of samples, or inf")
         self.half_life = float(half_life)
         self.num_samples = torch.zeros((), dtype=torch.int64, device=device)
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
@@ -137,16 +136,7 @@ class LowRankSketch:
         Raises:
             ValueError: rows or widths that do not match.
         """
-        if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
-            raise ValueError(
-                f"image and text embeddings must be (n, dim) with the same n; got {tuple(image.shape)} "
-                f"and {tuple(text.shape)}"
-            )
-        if (image.shape[1], text.shape[1]) != (self.image_dim, self.text_dim):
-            raise ValueError(
-                f"embeddings of widths {image.shape[1]} x {text.shape[1]} given to a sketch of "
-                f"{self.image_dim} x {self.text_dim}"
-            )
+        check_rows(self, image, text)
         x, y = image.to(self.image_mean.dtype), text.to(self.text_mean.dtype)
         count = self.weight.new_tensor(len(x)) if valid is None else valid.sum().double()
         if valid is not None:
@@ -171,13 +161,7 @@ class LowRankSketch:
         Raises:
             ValueError: another width or half-life.
         """
-        if (self.image_dim, self.text_dim) != (other.image_dim, other.text_dim):
-            raise ValueError(
-                f"cannot merge a sketch of widths {other.image_dim} x {other.text_dim} "
-                f"into one of {self.image_dim} x {self.text_dim}"
-            )
-        if self.half_life != other.half_life:
-            raise ValueError(f"cannot merge half_life={other.half_life} into half_life={self.half_life}")
+        check_alike(self, other)
         has_any = (other.weight > 0).to(self.image_mean.dtype)
         shifts = has_any * (other.image_mean - self.image_mean), has_any * (other.text_mean - self.text_mean)
         self._age(other.num_samples.double(), other.weight, other.num_samples, *shifts)

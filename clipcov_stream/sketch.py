@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,10 +107,7 @@ class CrossCovSketch:
         device: torch.device | str = "cpu",
     ) -> None:
         text_dim = image_dim if text_dim is None else text_dim
-        if image_dim < 1 or text_dim < 1:
-            raise ValueError(f"sketch widths must be at least 1; got image_dim={image_dim}, text_dim={text_dim}")
-        if not half_life > 0:
-            raise ValueError(f"half_life={half_life} must be a positive number of samples, or inf")
+        check_made(image_dim, text_dim, half_life)
         self.half_life = float(half_life)
         # Counts stay on the device as tensors: reading them as Python numbers would stall a GPU at every step.
         self.num_samples = torch.zeros((), dtype=torch.int64, device=device)
@@ -189,7 +186,7 @@ class CrossCovSketch:
         Raises:
             ValueError: rows or widths that do not match.
         """
-        self._check(image, text)
+        check_rows(self, image, text)
         dtype = self.image_mean.dtype
         counted = None if valid is None or all_hold(valid) else valid
         own_count = torch.full((), float(len(image)), dtype=dtype, device=image.device)
@@ -254,13 +251,7 @@ class CrossCovSketch:
         Raises:
             ValueError: another width or half-life, or covariances on one side alone.
         """
-        if (self.image_dim, self.text_dim) != (other.image_dim, other.text_dim):
-            raise ValueError(
-                f"cannot merge a sketch of widths {other.image_dim} x {other.text_dim} "
-                f"into one of {self.image_dim} x {self.text_dim}"
-            )
-        if self.half_life != other.half_life:
-            raise ValueError(f"cannot merge half_life={other.half_life} into half_life={self.half_life}")
+        check_alike(self, other)
         if self.covariances != other.covariances:
             raise ValueError(f"cannot merge covariances={other.covariances} into covariances={self.covariances}")
         dtype = self.image_mean.dtype
@@ -330,18 +321,6 @@ class CrossCovSketch:
     def _per_weight(self, scatter: Tensor) -> Tensor:
         return scatter / self.weight.clamp_min(1e-300).to(scatter.dtype).clamp_min(torch.finfo(scatter.dtype).tiny)
 
-    def _check(self, image: Tensor, text: Tensor) -> None:
-        if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
-            raise ValueError(
-                f"image and text embeddings must be (n, dim) with the same n; got {tuple(image.shape)} "
-                f"and {tuple(text.shape)}"
-            )
-        if (image.shape[1], text.shape[1]) != (self.image_dim, self.text_dim):
-            raise ValueError(
-                f"embeddings of widths {image.shape[1]} x {text.shape[1]} given to a sketch of "
-                f"{self.image_dim} x {self.text_dim}"
-            )
-
     def _absorb(
         self,
         elapsed: Tensor,
@@ -375,6 +354,52 @@ class CrossCovSketch:
         self.cross_scatter = self.cross_scatter * decay + xy + between * torch.outer(x_shift, y_shift)
         self.image_mean = self.image_mean + share * x_shift
         self.text_mean = self.text_mean + share * y_shift
+
+
+@runtime_checkable
+class Sketched(Protocol):
+    """What the checks of every kind of sketch read."""
+
+    half_life: float
+
+    @property
+    def image_dim(self) -> int: ...
+
+    @property
+    def text_dim(self) -> int: ...
+
+
+def check_made(image_dim: int, text_dim: int, half_life: float) -> None:
+    """Raise ValueError unless a sketch can be made."""
+    if image_dim < 1 or text_dim < 1:
+        raise ValueError(f"sketch widths must be at least 1; got image_dim={image_dim}, text_dim={text_dim}")
+    if not half_life > 0:
+        raise ValueError(f"half_life={half_life} must be a positive number of samples, or inf")
+
+
+def check_rows(sketch: Sketched, image: Tensor, text: Tensor) -> None:
+    """Raise ValueError unless embeddings are pairs of a sketch's widths."""
+    if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
+        raise ValueError(
+            f"image and text embeddings must be (n, dim) with the same n; got {tuple(image.shape)} "
+            f"and {tuple(text.shape)}"
+        )
+    if (image.shape[1], text.shape[1]) != (sketch.image_dim, sketch.text_dim):
+        raise ValueError(
+            f"embeddings of widths {image.shape[1]} x {text.shape[1]} given to a sketch of "
+            f"{sketch.image_dim} x {sketch.text_dim}"
+        )
+
+
+def check_alike(sketch: Sketched, other: Sketched) -> None:
+    """Raise ValueError unless two sketches can be merged."""
+    if (sketch.image_dim, sketch.text_dim) != (other.image_dim, other.text_dim):
+        raise ValueError(
+            f"cannot merge a sketch of widths {other.image_dim} x {other.text_dim} "
+            f"into one of {sketch.image_dim} x {sketch.text_dim}"
+        )
+    if sketch.half_life != other.half_life:
+        raise ValueError(f"cannot merge half_life={other.half_life} into half_life={sketch.half_life}")
 
 
 def sync_is_free(tensor: Tensor) -> bool:
