@@ -157,7 +157,7 @@ def test_errors_name_the_values():
     with pytest.raises(ValueError, match="rank=0 must be at least 1"):
         LowRankSketch(3, rank=0)
     with pytest.raises(ValueError, match="half_life=-1"):
-        LowRankSketch(3, rank=1, half_life=-1)
+        LowRankSketch(3, rank=1, half_life=-1.0)
     sketch = LowRankSketch(3, rank=1)
     with pytest.raises(ValueError, match="widths 4 x 3 given to a sketch of 3 x 3"):
         sketch.update(torch.ones(2, 4), torch.ones(2, 3))
@@ -166,7 +166,7 @@ def test_errors_name_the_values():
     with pytest.raises(ValueError, match="cannot merge a sketch of widths 4 x 4"):
         sketch.merge(LowRankSketch(4, rank=1))
     with pytest.raises(ValueError, match="half_life=2"):
-        sketch.merge(LowRankSketch(3, rank=1, half_life=2))
+        sketch.merge(LowRankSketch(3, rank=1, half_life=2.0))
     with pytest.raises(ValueError, match="saved with another embedder or rank"):
         sketch.load_state_dict(LowRankSketch(3, rank=2).state_dict())
     with pytest.raises(ValueError, match="lacks"):
