@@ -10,7 +10,8 @@ OUT/embedder.json says what made them: model, a fingerprint of its weights, imag
 Training takes the logit scale from it and refuses to resume on columns of another embedder.
 
 OUT is complete or absent. What is finished waits shard by shard in a hidden folder beside it; the same command goes on
-from there after an interruption and makes the same bytes. With several ranks all need to see OUT's disk.
+from there after an interruption and makes the same bytes; another --batch-size or number of threads may round
+otherwise. With several ranks all need to see OUT's disk.
 """
 
 from __future__ import annotations
