@@ -115,7 +115,7 @@ def test_killed_and_resumed_makes_the_same_bytes(tmp_path: Path, corpus: Path) -
     arguments = options(tmp_path, folder, "straight")
 
     def begun() -> subprocess.Popen[bytes]:
-        # One sample at a time, so that the kill finds it at work. All three alike: rounding depends on batch and threads.
+        # One sample at a time, so that the kill finds it at work; all three alike, as rounding depends on the batch.
         command = [sys.executable, str(ROOT / "tools" / "embed_mds.py"), *arguments, "--batch-size", "1"]
         return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
