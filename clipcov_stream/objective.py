@@ -1,21 +1,20 @@
-"""The objective: what a sample is worth, what it adds to those already chosen, and how good a choice was.
+"""The objective: what selection remembers, what a sample is worth by it, and how good a choice was.
 
-Pure functions of a pool and of what selection remembers. Atoms are z_i = x_i y_i^T; their inner product is a product of
-two kernels, <z_i, z_j>_F = (x_i . x_j)(y_i . y_j), so no d x d atom is ever built.
+Pure functions of a pool and of the state. How picks are made from worths and an aim is `herding`'s.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.herding import row_squares, top
 from clipcov_stream.pool import Pool, valid_of
-from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch, sync_is_free
+from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -26,11 +25,6 @@ LAG_DECAY = 0.9
 
 COVARIANCE_ROWS = 4
 """Per dimension: what whitening learns of a pool. Rows of one pool say little that the next pool's do not say too."""
-
-CHUNK = 64
-NEAR = 4
-"""`Herding.picks` looks at the whole pool once per CHUNK picks, which it makes among the NEAR * CHUNK best; measured in
-tools/LOG.md."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +184,6 @@ def random_survivors(
     return top(keys.masked_fill(~valid, -torch.inf), num_survivors)
 
 
-def top(score: Float[Tensor, " pool"], num: int) -> Int64[Tensor, " num"]:
-    """Indices of the `num` highest scores, best first; of equal scores the earlier sample."""
-    return torch.sort(score, descending=True, stable=True).indices[:num]
-
-
 def alignment(pool: Pool) -> Float[Tensor, " pool"]:
     """Cosine of each image and its own caption (F_self of the paper)."""
     return (pool.image * pool.text).sum(1)
@@ -268,13 +257,6 @@ class Frame:
         return self.image @ cross @ self.text.T
 
 
-def along(
-    image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], matrix: Float[Tensor, "dim dim"]
-) -> Float[Tensor, " pool"]:
-    """<matrix, x_i y_i^T>_F of every row."""
-    return (image @ matrix).mul_(text).sum(1)
-
-
 def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
     """W with W (cov + ridge * mean variance * I) W^T = I, up to a factor that gives W x a mean square norm of 1."""
     root = cholesky(cov, ridge)
@@ -327,185 +309,6 @@ def gated(
     keep = torch.zeros_like(valid)
     keep.index_fill_(0, top(score.masked_fill(~valid, -torch.inf), num_open), True)
     return keep & valid
-
-
-@dataclass(frozen=True)
-class Picks:
-    """What `Herding.picks` chose.
-
-    Args:
-        index: in the order chosen; of equal gains the earlier sample. No repeats.
-        slack: 0-dim, by how much the mean gain of those left at most exceeded a pick's: 0 where every pick was exact.
-    """
-
-    index: Int64[Tensor, " survivors"]
-    slack: Float[Tensor, ""]
-
-
-@dataclass(frozen=True)
-class Herding:
-    """Kernel herding of the atoms z_i = x_i y_i^T towards `aim`, beside what each sample is worth by itself.
-
-    After m picks S, the next is the one of largest worth_i + coverage * ((m + 1) <A, z_i> - sum_{j in S} <z_j, z_i>)
-    (Chen, Welling and Smola, UAI 2010, here without replacement). A duplicate of a pick loses its whole norm. With
-    ||z_i||^2 / 2 taken off, a step would lower ||C_S - A|| as far as one pick can; it is left on, as a worth, because
-    a long whitened atom is one that few others resemble. `bound` says how close C_S comes all the same.
-    """
-
-    image: Float[Tensor, "pool dim"]
-    text: Float[Tensor, "pool dim"]
-    worth: Float[Tensor, " pool"]
-    aim: Float[Tensor, "dim dim"]
-    coverage: float
-    valid: Bool[Tensor, " pool"]
-    num_survivors: int
-    known_mean: Float[Tensor, "dim dim"] | None = None
-    """`mean_atom`, where it is known already."""
-
-    @cached_property
-    def mean_atom(self) -> Float[Tensor, "dim dim"]:
-        """The mean of the valid atoms. Costs: 2 * pool * dim^2 flops, unless it is known."""
-        if self.known_mean is not None:
-            return self.known_mean
-        weight = self.valid / self.valid.sum().clamp_min(1)
-        return (self.image * weight[:, None]).T @ self.text
-
-    @cached_property
-    def along(self) -> Float[Tensor, " pool"]:
-        """<A, z_i> of every atom."""
-        return along(self.image, self.text, self.aim)
-
-    def objective(self, index: Int64[Tensor, " survivors"]) -> Float[Tensor, ""]:
-        """What greedy picks raise, of a finished choice S of K in any order; 0-dim.
-
-            sum_S worth_i + coverage * (K <A, sum_S z_i> - sum_{i < j in S} <z_i, z_j>)
-
-        The second part is a constant less half of ||sum_S z_i - K A||^2, with the norms left on as above.
-        """
-        x, y = self.image.index_select(0, index), self.text.index_select(0, index)
-        overlap = (x @ x.T).mul_(y @ y.T)
-        pull = len(index) * self.along.index_select(0, index).sum()
-        push = 0.5 * (overlap.sum() - overlap.diagonal().sum())
-        return self.worth.index_select(0, index).sum() + self.coverage * (pull - push)
-
-    def picks(self, chunk: int = CHUNK) -> Picks:
-        """Choose `num_survivors`.
-
-        Args:
-            chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
-                look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples.
-
-        Costs: 4 * pool * survivors * dim flops, a table of pool x chunk, no host sync but on a CPU, where it is free.
-        """
-        num, coverage, along = len(self.worth), self.coverage, self.along
-        gain = self.worth + coverage * along
-        left = self.valid.clone()
-        # The sum of the atoms left, of which the slack is a function: no table of all candidates is needed for it.
-        left_sum = self.mean_atom * self.valid.sum()
-        picked, slack, done = [], torch.zeros_like(gain[0]), 0
-        while True:
-            size = min(chunk, self.num_survivors - done)
-            open_gain = gain.masked_fill(~left, -torch.inf)
-            # In the pool's order, so that of equal gains the earlier sample is found first.
-            near = top(open_gain, min(num, NEAR * size)).sort().values
-            x, y = self.image.index_select(0, near), self.text.index_select(0, near)
-            change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
-            place = near.index_select(0, pick_among(open_gain.index_select(0, near), change, size))
-            x, y = self.image.index_select(0, place), self.text.index_select(0, place)
-            slack = torch.maximum(slack, self._slack(gain, left, place, left_sum))
-            picked.append(place)
-            done += size
-            if done == self.num_survivors:
-                return Picks(torch.cat(picked), slack)
-            overlap = (self.image @ x.T).mul_(self.text @ y.T)
-            gain = gain + coverage * (size * along - overlap.sum(1))
-            left = left.index_fill(0, place, False)
-            left_sum = left_sum - x.T @ y
-
-    def _slack(
-        self,
-        gain: Float[Tensor, " pool"],
-        left: Bool[Tensor, " pool"],
-        place: Int64[Tensor, " chunk"],
-        left_sum: Float[Tensor, "dim dim"],
-    ) -> Float[Tensor, ""]:
-        """By how much the mean gain of those left exceeds a pick's, at most, over the picks `place` of one chunk.
-
-        All from sums: before pick t the gain of i is gain_i + coverage * (t along_i - sum_{s < t} <z_s, z_i>).
-
-        Args:
-            gain, left: before the chunk.
-            place: its picks.
-            left_sum: of the atoms left before the chunk.
-        """
-        size = len(place)
-        steps = torch.arange(size, dtype=gain.dtype, device=gain.device)
-        before = torch.ones(size, size, dtype=gain.dtype, device=gain.device).triu(1)  # [s, t]: s < t
-        pull = self.along.index_select(0, place)
-        x, y = self.image.index_select(0, place), self.text.index_select(0, place)
-        # [u, t]: the gain of pick u before pick t.
-        picks = gain.index_select(0, place)[:, None] + self.coverage * (
-            steps * pull[:, None] - (x @ x.T).mul_(y @ y.T) @ before
-        )
-        of_left = self.coverage * (steps * (left_sum * self.aim).sum() - along(x, y, left_sum) @ before)
-        total = gain.masked_fill(~left, 0.0).sum() + of_left
-        mean = (total - (picks * before).sum(0)) / (left.sum() - steps).clamp_min(1)
-        # Rounding: sums over the pool, of gains that themselves are sums.
-        noise = 1e-5 * (picks.abs().amax() + mean.abs().amax())
-        return (mean - picks.diagonal() - noise).amax().clamp_min(0)
-
-    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
-        """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
-
-            ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
-
-        N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
-        ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
-        spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0,
-        which does not look at the atoms.
-
-        Args:
-            slack: of the picks.
-        """
-        count = self.valid.sum()
-        weight = self.valid / count.clamp_min(1)
-        start = self.mean_atom - self.aim
-        size = row_squares(self.image) * row_squares(self.text)
-        apart = size - 2 * self.along + self.aim.square().sum()
-        spread = (apart * weight).sum().clamp_min(0)
-        worth = self.worth + 0.5 * self.coverage * size
-        worths = worth.masked_fill(~self.valid, -torch.inf).amax() - worth.masked_fill(~self.valid, torch.inf).amin()
-        worths = worths.clamp_min(0) + slack
-        price = 2 * worths / self.coverage if self.coverage > 0 else torch.full_like(worths, torch.inf)
-        num = self.num_survivors
-        fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
-        drift = ((spread + price) * fall).clamp_min(0).sqrt()
-        return start.norm() + torch.where(count > num, drift, 0.0)
-
-
-def pick_among(gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int) -> Int64[Tensor, " num"]:
-    """`num` picks one by one, each the best; picking j adds row j of `change` to the gains."""
-    if sync_is_free(gain):
-        # The same steps on the same numbers, in NumPy: a call takes a microsecond there and several in torch.
-        gains, changes, found = gain.numpy().copy(), change.numpy(), []
-        for _ in range(num):
-            best = int(gains.argmax())
-            found.append(best)
-            gains += changes[best]
-            gains[best] = -math.inf
-        return torch.tensor(found)
-    picks = torch.empty(num, dtype=torch.int64, device=gain.device)
-    for step in range(num):
-        # A one-element index instead of gain[best]: a 0-dim index is read back from the device.
-        best = gain.argmax().view(1)
-        picks[step : step + 1] = best
-        gain = (gain + change.index_select(0, best).squeeze(0)).index_fill_(0, best, -torch.inf)
-    return picks
-
-
-def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-    """Squared norm of every row, without a copy of them."""
-    return torch.linalg.vector_norm(rows, dim=1).square()
 
 
 def certificate(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.herding import top
 from clipcov_stream.objective import (
     SelectionState,
     alignment,
@@ -22,7 +23,6 @@ from clipcov_stream.objective import (
     gated,
     margin,
     random_survivors,
-    top,
 )
 from clipcov_stream.pool import Pool, valid_of
 from clipcov_stream.sketch import AllReduce

@@ -14,7 +14,7 @@ corpus:
    near-duplicates do not fill the batch again and again (`evidence.log_density`), and more if it points where the
    learner does not yet reproduce what it was trained on (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
-   that of the open pairs (`objective.Herding`).
+   that of the open pairs (`herding.Herding`).
 
 That cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
 Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.evidence import log_density, matching
+from clipcov_stream.herding import Herding, along
 from clipcov_stream.objective import (
     Frame,
-    Herding,
     SelectionState,
     Settings,
-    along,
     certificate,
     standardize,
     updated_lag,

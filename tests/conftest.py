@@ -1,5 +1,14 @@
 """Shape checks of the maths, under pytest only; and what Streaming leaves open is closed after every test."""
 
+# ruff: noqa: E402
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it once, when something first imports it: its kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import atexit
 import gc
 import importlib
@@ -11,10 +20,9 @@ from collections.abc import Iterator
 import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks run below)
 import jaxtyping
 import pytest
-import torch
 from streaming.base.shared import SharedMemory
 
-CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "objective", "rivals", "selection")]
+CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "herding", "objective", "rivals", "selection")]
 
 
 def import_checked() -> None:

@@ -14,23 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcov_stream import objective, sketch
+from clipcov_stream import herding as herding_module
+from clipcov_stream import sketch
 from clipcov_stream.evidence import matching
+from clipcov_stream.herding import Herding, along, top
 from clipcov_stream.objective import (
     LAG_DECAY,
     SKETCHES,
     Frame,
-    Herding,
     SelectionState,
     Settings,
-    along,
     certificate,
     gated,
     margin,
     mix,
     random_survivors,
     standardize,
-    top,
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
@@ -129,7 +128,7 @@ def test_greedy_avoids_both_copies_and_breaks_ties_by_order():
 def test_chunks_that_see_the_whole_pool_are_exact(chunk, device_waits, monkeypatch):
     """On the CPU's own loop and on the one that a GPU runs."""
     monkeypatch.setattr(sketch, "FREE_SYNC", frozenset() if device_waits else frozenset({"cpu"}))
-    monkeypatch.setattr(objective, "NEAR", 12)
+    monkeypatch.setattr(herding_module, "NEAR", 12)
     for seed in range(4):
         image, text, worth, aim, valid = drawn_atoms(seed, num=30)
         expected = oracle.greedy(oracle.atoms(image, text), worth.numpy(), aim, 0.7, valid.numpy(), 12)
@@ -175,7 +174,7 @@ def test_slack_is_what_a_pick_falls_short_of_the_mean():
     worth, aim = torch.tensor([0.2, 0.1, 0.0, 0.0]), torch.zeros(3, 3)
     herding = Herding(x, x, worth, aim, 5.0, torch.ones(4, dtype=torch.bool), 2)
     assert herding.picks(chunk=1).index.tolist() == [0, 2]
-    slack = herding._slack(worth, torch.ones(4, dtype=torch.bool), torch.tensor([0, 1]), x.T @ x)
+    slack = herding.slack(torch.tensor([0, 1]), torch.tensor([0.2, -4.9]))
     # Before the second pick: -4.9 for the copy, 0 for the two others.
     assert float(slack) == pytest.approx((0 + 0 - 4.9) / 3 + 4.9, rel=1e-3)
     assert float(herding.bound(slack)) > float(herding.bound())

@@ -1,0 +1,256 @@
+"""Kernel herding: picks that together come close to an aim, beside what each is worth by itself.
+
+Atoms are z_i = x_i y_i^T; their inner product is a product of two kernels, <z_i, z_j>_F = (x_i . x_j)(y_i . y_j), so no
+d x d atom is ever built, and no table of all pairs either: picks are made in chunks, among the best of the pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clipcov_stream import kernels
+from clipcov_stream.fused import fused
+from clipcov_stream.sketch import sync_is_free
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+
+CHUNK = 64
+NEAR = 4
+"""`Herding.picks` looks at the whole pool once per CHUNK picks, which it makes among the NEAR * CHUNK best; measured in
+tools/LOG.md."""
+
+LOOKS = 16
+"""Where a look costs launches and no time of its own, on a GPU: at most so many for all picks."""
+
+
+def top(score: Float[Tensor, " pool"], num: int) -> Int64[Tensor, " num"]:
+    """Indices of the `num` highest scores, best first; of equal scores the earlier sample."""
+    return torch.sort(score, descending=True, stable=True).indices[:num]
+
+
+@fused
+def row_dots(left: Float[Tensor, "n dim"], right: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+    """Inner product of every row of one with the same row of the other."""
+    return (left * right).sum(1)
+
+
+def along(
+    image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], matrix: Float[Tensor, "dim dim"]
+) -> Float[Tensor, " pool"]:
+    """<matrix, x_i y_i^T>_F of every row."""
+    product = image @ matrix
+    return row_dots(product, text) if product.is_cuda else product.mul_(text).sum(1)
+
+
+def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
+    """Squared norm of every row, without a copy of them."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What `Herding.picks` chose.
+
+    Args:
+        index: in the order chosen; of equal gains the earlier sample. No repeats.
+        gain: of each when it was picked.
+        slack: 0-dim, by how much the mean gain of those left at most exceeded a pick's: 0 where every pick was exact.
+    """
+
+    index: Int64[Tensor, " survivors"]
+    gain: Float[Tensor, " survivors"]
+    slack: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Herding:
+    """Kernel herding of the atoms z_i = x_i y_i^T towards `aim`, beside what each sample is worth by itself.
+
+    After m picks S, the next is the one of largest worth_i + coverage * ((m + 1) <A, z_i> - sum_{j in S} <z_j, z_i>)
+    (Chen, Welling and Smola, UAI 2010, here without replacement). A duplicate of a pick loses its whole norm. With
+    ||z_i||^2 / 2 taken off, a step would lower ||C_S - A|| as far as one pick can; it is left on, as a worth, because
+    a long whitened atom is one that few others resemble. `bound` says how close C_S comes all the same.
+    """
+
+    image: Float[Tensor, "pool dim"]
+    text: Float[Tensor, "pool dim"]
+    worth: Float[Tensor, " pool"]
+    aim: Float[Tensor, "dim dim"]
+    coverage: float
+    valid: Bool[Tensor, " pool"]
+    num_survivors: int
+    known_mean: Float[Tensor, "dim dim"] | None = None
+    """`mean_atom`, where it is known already."""
+
+    @cached_property
+    def mean_atom(self) -> Float[Tensor, "dim dim"]:
+        """The mean of the valid atoms. Costs: 2 * pool * dim^2 flops, unless it is known."""
+        if self.known_mean is not None:
+            return self.known_mean
+        weight = self.valid / self.valid.sum().clamp_min(1)
+        return (self.image * weight[:, None]).T @ self.text
+
+    @cached_property
+    def along(self) -> Float[Tensor, " pool"]:
+        """<A, z_i> of every atom."""
+        return along(self.image, self.text, self.aim)
+
+    @cached_property
+    def squares(self) -> Float[Tensor, " pool"]:
+        """||z_i||^2 of every atom."""
+        return row_squares(self.image) * row_squares(self.text)
+
+    def objective(self, index: Int64[Tensor, " survivors"]) -> Float[Tensor, ""]:
+        """What greedy picks raise, of a finished choice S of K in any order; 0-dim.
+
+            sum_S worth_i + coverage * (K <A, sum_S z_i> - sum_{i < j in S} <z_i, z_j>)
+
+        The second part is a constant less half of ||sum_S z_i - K A||^2, with the norms left on as above.
+        """
+        x, y = self.image.index_select(0, index), self.text.index_select(0, index)
+        overlap = (x @ x.T).mul_(y @ y.T)
+        pull = len(index) * self.along.index_select(0, index).sum()
+        push = 0.5 * (overlap.sum() - overlap.diagonal().sum())
+        return self.worth.index_select(0, index).sum() + self.coverage * (pull - push)
+
+    def picks(self, chunk: int | None = None) -> Picks:
+        """Choose `num_survivors`.
+
+        Args:
+            chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
+                look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples. None is
+                CHUNK, and where kernels run, on a GPU, as many as make LOOKS looks if that is more.
+
+        Costs: 4 * pool * survivors * dim flops and no host sync but on a CPU, where it is free; a table of pool x
+            chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (NEAR * chunk)^2.
+        """
+        if chunk != 1 and kernels.run_on(self.worth):
+            chunk = max(CHUNK, -(-self.num_survivors // LOOKS)) if chunk is None else chunk
+            index, gain = kernels.herd(
+                self.image,
+                self.text,
+                self.worth,
+                self.along,
+                self.valid,
+                self.coverage,
+                self.num_survivors,
+                chunk,
+                NEAR,
+            )
+        else:
+            index, gain = self._picks(CHUNK if chunk is None else chunk)
+        return Picks(index, gain, self.slack(index, gain))
+
+    def _picks(self, chunk: int) -> tuple[Int64[Tensor, " survivors"], Float[Tensor, " survivors"]]:
+        """The picks and their gains, by torch alone; what `kernels.herd` is tested against."""
+        num, coverage, along = len(self.worth), self.coverage, self.along
+        gain = self.worth + coverage * along
+        gain = gain.masked_fill(~self.valid, -math.inf)
+        picked, gains, done = [], [], 0
+        while True:
+            size = min(chunk, self.num_survivors - done)
+            # In the pool's order, so that of equal gains the earlier sample is found first.
+            near = top(gain, min(num, NEAR * size)).sort().values
+            x, y = self.image.index_select(0, near), self.text.index_select(0, near)
+            change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
+            place, found = pick_among(gain.index_select(0, near), change, size)
+            picked.append(near.index_select(0, place))
+            gains.append(found)
+            done += size
+            if done == self.num_survivors:
+                return torch.cat(picked), torch.cat(gains)
+            x, y = self.image.index_select(0, picked[-1]), self.text.index_select(0, picked[-1])
+            overlap = (self.image @ x.T).mul_(self.text @ y.T)
+            gain = gain.add_(along, alpha=coverage * size).sub_(overlap.sum(1), alpha=coverage)
+            gain.index_fill_(0, picked[-1], -math.inf)
+
+    def slack(self, index: Int64[Tensor, " survivors"], gain: Float[Tensor, " survivors"]) -> Float[Tensor, ""]:
+        """By how much the mean gain of those left at most exceeds a pick's; 0-dim, 0 where every pick is exact.
+
+        All from sums over the picks. Before pick t the gain of i is worth_i + coverage * ((t + 1) <A, z_i> - sum_{s <
+        t} <z_s, z_i>). Of all valid atoms it sums to one number, since their sum is known; of those picked already too,
+        since a pick's own gain tells its overlap with those before it.
+
+        Args:
+            index: valid atoms in the order picked.
+            gain: of each when it was picked.
+        """
+        coverage, count = self.coverage, self.valid.sum()
+        x, y = self.image.index_select(0, index), self.text.index_select(0, index)
+        # In double: the sums are over all picks and differ by little.
+        with_all = along(x, y, self.mean_atom).double() * count
+        worth, pull, size = (of.index_select(0, index).double() for of in (self.worth, self.along, self.squares))
+        found = torch.nan_to_num(gain.double(), neginf=0.0)
+        step = torch.arange(len(index), dtype=torch.float64, device=index.device)
+        overlap = worth + coverage * (step + 1) * pull - found  # coverage * sum_{s < t} <z_s, z_t>
+
+        def before(of: Tensor) -> Tensor:
+            return of.cumsum(0) - of
+
+        every = torch.where(self.valid, self.worth, 0.0).sum(dtype=torch.float64)
+        every = every + coverage * ((step + 1) * (self.mean_atom * self.aim).sum() * count - before(with_all))
+        picked = before(worth) + coverage * (step + 1) * before(pull) - before(2 * overlap + coverage * size)
+        mean = (every - picked) / (count - step).clamp_min(1)
+        # Rounding: sums over the pool, of gains that themselves are sums.
+        noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
+        return (mean - found - noise).amax().clamp_min(0).to(self.worth)
+
+    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
+        """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
+
+            ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
+
+        N the valid samples, C_N their mean atom, s^2 the mean of ||z_i - A||^2, D the range of worth_i + coverage *
+        ||z_i||^2 / 2; ||C_N - A|| alone if K = N. The proof is in tools/LOG.md; with D = 0 and A = C_N it has the mean
+        spread where the known bound for herding without replacement has the largest. 0-dim; inf where coverage is 0,
+        which does not look at the atoms.
+
+        Args:
+            slack: of the picks.
+        """
+        count = self.valid.sum()
+        weight = self.valid / count.clamp_min(1)
+        start = self.mean_atom - self.aim
+        apart = self.squares - 2 * self.along + self.aim.square().sum()
+        spread = (apart * weight).sum().clamp_min(0)
+        worth = self.worth + 0.5 * self.coverage * self.squares
+        worths = worth.masked_fill(~self.valid, -torch.inf).amax() - worth.masked_fill(~self.valid, torch.inf).amin()
+        worths = worths.clamp_min(0) + slack
+        price = 2 * worths / self.coverage if self.coverage > 0 else torch.full_like(worths, torch.inf)
+        num = self.num_survivors
+        fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
+        drift = ((spread + price) * fall).clamp_min(0).sqrt()
+        return start.norm() + torch.where(count > num, drift, 0.0)
+
+
+def pick_among(
+    gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int
+) -> tuple[Int64[Tensor, " num"], Float[Tensor, " num"]]:
+    """`num` picks one by one, each the best, and their gains; picking j adds row j of `change` to the gains."""
+    if sync_is_free(gain):
+        # The same steps on the same numbers, in NumPy: a call takes a microsecond there and several in torch.
+        gains, changes = gain.numpy().copy(), change.numpy()
+        picked, found = [], []
+        for _ in range(num):
+            best = int(gains.argmax())
+            picked.append(best)
+            found.append(gains[best])
+            gains += changes[best]
+            gains[best] = -math.inf
+        return torch.tensor(picked), torch.tensor(found, dtype=gain.dtype)
+    picks = torch.empty(num, dtype=torch.int64, device=gain.device)
+    found = torch.empty(num, dtype=gain.dtype, device=gain.device)
+    for step in range(num):
+        # A one-element index instead of gain[best]: a 0-dim index is read back from the device.
+        best = gain.argmax().view(1)
+        picks[step : step + 1] = best
+        found[step : step + 1] = gain.index_select(0, best)
+        gain = (gain + change.index_select(0, best).squeeze(0)).index_fill_(0, best, -torch.inf)
+    return picks, found

@@ -1,0 +1,83 @@
+"""The picks' Triton kernels against the loop that needs no Triton: on a GPU, or on the CPU by Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipcov_stream import kernels
+from clipcov_stream.herding import NEAR, Herding
+
+pytestmark = [
+    pytest.mark.skipif(not kernels.AVAILABLE, reason="Triton is not installed"),
+    # Triton's interpreter reads NumPy arrays of one element as numbers.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(seed, num, dim, num_survivors, coverage=1.0, valid=0.9):
+    generator = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(num, dim, generator=generator), dim=1)
+    text = F.normalize(image + 0.5 * torch.randn(num, dim, generator=generator), dim=1)
+    worth, is_valid = torch.rand(num, generator=generator), torch.rand(num, generator=generator) < valid
+    aim = image.T @ text / num
+    parts = (part.to(DEVICE) for part in (image, text, worth, aim))
+    return Herding(*parts, coverage, is_valid.to(DEVICE), num_survivors)
+
+
+def chosen_by(herding, chunk):
+    parts = (herding.image, herding.text, herding.worth, herding.along, herding.valid, herding.coverage)
+    return kernels.herd(*parts, herding.num_survivors, chunk, NEAR)
+
+
+@pytest.mark.parametrize(
+    ("num", "dim", "num_survivors", "chunk"),
+    [(300, 12, 70, 64), (257, 70, 33, 16), (40, 3, 40, 16), (17, 5, 1, 64), (500, 64, 129, 64)],
+)
+def test_the_kernels_choose_what_the_loop_chooses(num, dim, num_survivors, chunk):
+    """Up to half precision's ties, over sizes that fill no block; everything valid where all must survive."""
+    for seed in range(2):
+        herding = drawn(seed, num, dim, num_survivors, valid=1.0 if num == num_survivors else 0.9)
+        index, gain = chosen_by(herding, chunk)
+        expected, expected_gain = herding._picks(chunk)
+        assert len(set(index.tolist())) == num_survivors and bool(herding.valid[index].all())
+        assert len(set(index.tolist()) & set(expected.tolist())) >= 0.97 * num_survivors
+        same = index == expected
+        assert float(same.float().mean()) > 0.8
+        torch.testing.assert_close(gain[same], expected_gain[same], atol=0.02, rtol=0.01)
+
+
+def test_equal_gains_go_to_the_earlier_sample():
+    image = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), dim=1).repeat(2, 1).to(DEVICE)
+    worth, aim = torch.zeros(12, device=DEVICE), torch.zeros(32, 32, device=DEVICE)
+    valid = torch.ones(12, dtype=torch.bool, device=DEVICE)
+    assert chosen_by(Herding(image, image, worth, aim, 0.0, valid, 4), 64)[0].tolist() == [0, 1, 2, 3]
+    index, _ = chosen_by(Herding(image, image, worth, aim, 100.0, valid, 6), 64)
+    assert sorted((index % 6).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("largest", [kernels.LARGEST, 4])
+def test_the_nearest_are_the_highest_gains_in_the_pools_order(largest, monkeypatch):
+    """Negative, equal and closed ones among them; and by torch.topk where the pool is too large for one block."""
+    monkeypatch.setattr(kernels, "LARGEST", largest)
+    gain = torch.tensor([0.5, -1.0, 0.5, 2.0, -3.0, 0.0, -0.0, 0.5, 9.0, -1.0], device=DEVICE)
+    left = torch.ones(10, dtype=torch.int8, device=DEVICE)
+    left[8] = 0
+    for take in range(1, 10):
+        place = torch.full((10,), -1, dtype=torch.int32, device=DEVICE)
+        kernels.nearest(gain, left, place, take)
+        found = place[:take].tolist()
+        assert found == sorted(set(found)) and 8 not in found and bool((place[take:] == -1).all())
+        want = torch.sort(gain.masked_fill(left == 0, -torch.inf), descending=True, stable=True).values[:take]
+        torch.testing.assert_close(gain[found].sort(descending=True).values, want)
+
+
+def test_picks_use_the_kernels_where_they_run(monkeypatch):
+    herding = drawn(0, 300, 12, 70)
+    monkeypatch.setattr(kernels, "run_on", lambda tensor: True)
+    picks = herding.picks()
+    assert picks.index.tolist() == chosen_by(herding, 64)[0].tolist()
+    assert float(picks.slack) >= 0
+    # One by one is exact, by the loop.
+    assert herding.picks(1).index.tolist() == herding._picks(1)[0].tolist()
