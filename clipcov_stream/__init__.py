@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from clipcov_stream.lowrank import LowRankSketch
 from clipcov_stream.objective import Settings
 from clipcov_stream.pool import Pool
-from clipcov_stream.selection import SELECTORS, Selector
+from clipcov_stream.selection import SELECTORS
+from clipcov_stream.selector import Selector
 from clipcov_stream.sketch import CrossCovSketch
 
 if TYPE_CHECKING:

@@ -36,12 +36,13 @@ from clipcov_stream.embed import (
     embed_with_towers,
     scale_of,
 )
+from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.ranks import SCOPES, Gathering, Placement, Shares, travelling
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
-from clipcov_stream.selection import learn, reads_lag, resolve, select
+from clipcov_stream.selection import learn, reads_lag, resolve
 from clipcov_stream.sketch import AllReduce
 
 
@@ -171,6 +172,7 @@ class ClipCov(Algorithm):
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
         self.selection: SelectionState | None = None
+        self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
         self.samples_seen = 0
@@ -349,7 +351,9 @@ class ClipCov(Algorithm):
                 if placement is not None:
                     pool = placement.whole_pool(pool, *sending)
                 report, survivors = self._select(pool, num_chosen, step)
-            figures = {name: float(value) for name, value in report.items()}
+            # Read together: each by itself would wait for the device.
+            values = torch.stack([value.float() for value in report.values()]).tolist()
+            figures = dict(zip(report, values, strict=True))
             num_invalid = int(figures.pop("num_invalid"))
             figures |= {"embed_ms": embed_ms(), "select_ms": watch.milliseconds()}
         else:
@@ -435,7 +439,8 @@ class ClipCov(Algorithm):
             if self._pending.get("selection"):
                 self.selection = self.selection.restored(self._pending.pop("selection"))
         state = replace(self.selection, step=step)
-        self.selection, survivors, report = select(state, pool, num_survivors, self.function, self._all_reduce())
+        results = self._graphed(state, pool, num_survivors, self.function, self._all_reduce())
+        self.selection, survivors, report = results
         self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
         return report, survivors
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipcov_stream.fused import fused
+from clipcov_stream.herding import row_dots
 from clipcov_stream.pool import Pool, valid_of
 
 if TYPE_CHECKING:
@@ -66,18 +68,47 @@ def references(among: Bool[Tensor, " pool"], most: int) -> tuple[Int64[Tensor, "
     return torch.where(filled, index, 0), filled
 
 
-def block_rows(width: int) -> int:
-    """Rows of a block, such that its table of `width` columns stays in the cache."""
-    return max(64, TABLE // max(width, 1))
+def block_rows(rows: Tensor, width: int) -> int:
+    """Rows of a block, such that its table of `width` columns stays in a CPU's cache, and does not fill a GPU."""
+    numbers = TABLE << 8 if rows.is_cuda else TABLE
+    return max(64, numbers // max(width, 1))
 
 
 def hide_own(table: Tensor, start: int, index: Tensor, value: float) -> None:
     """Write `value` where a row of the block from `start` on meets itself among the references, in place."""
+    if table.is_cuda:  # compiled together with what follows it
+        row = torch.arange(start, start + len(table), device=index.device)
+        table.masked_fill_(row[:, None] == index, value)
+        return
     row = index - start
     inside = (row >= 0) & (row < len(table))
     row = row.clamp(0, len(table) - 1)
     column = torch.arange(len(index), device=index.device)
     table[row, column] = torch.where(inside, value, table[row, column])
+
+
+@fused
+def beside(
+    rows: Tensor, refs: Tensor, closed: Tensor, half: Tensor, index: Tensor, start: int
+) -> tuple[Tensor, Tensor]:
+    """Logits of a block's rows with the references less `half` of the column's total, own places closed; and the log
+    of the sum of the logits' exponentials, of every row."""
+    table = torch.addmm(closed - half, rows, refs.T)
+    hide_own(table, start, index, -torch.inf)
+    top_logit = table.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    shift = half.amax()
+    # A product instead of a sum puts back what was taken off, without a pass over the table.
+    total = (table - top_logit).exp_() @ (half - shift).exp()
+    return table, (total.log() + top_logit.squeeze(1) + shift).nan_to_num(neginf=0.0)
+
+
+@fused
+def num_reaching(table: Tensor, threshold: Tensor) -> Tensor:
+    """How many of a row's numbers reach the row's threshold; overwrites the table on a CPU."""
+    if table.is_cuda:
+        return (table >= threshold[:, None]).sum(1).to(table.dtype)
+    # Counted in float, which is faster than bool.
+    return torch.ge(table, threshold[:, None], out=table) @ torch.ones_like(table[0])
 
 
 def matching(pool: Pool, most: int) -> Matching:
@@ -109,7 +140,7 @@ def matching(pool: Pool, most: int) -> Matching:
     to_pool = ((count - 1).clamp_min(1) / others.clamp_min(1)).log()
     ref_image, ref_text = (rows.index_select(0, index) * pool.logit_scale for rows in (pool.image, pool.text))
     closed = torch.where(filled, 0.0, -torch.inf)
-    own = (pool.image * pool.text).sum(1) * pool.logit_scale
+    own = row_dots(pool.image, pool.text) * pool.logit_scale
 
     def totals(rows: Tensor, refs: Tensor) -> Tensor:
         """Of references: log of what the others' exponentials sum to."""
@@ -119,30 +150,16 @@ def matching(pool: Pool, most: int) -> Matching:
 
     # What any caption, any image gets beside the references'; half of it comes off every margin.
     half_by_image, half_by_text = 0.5 * totals(pool.image, ref_text), 0.5 * totals(pool.text, ref_image)
-
-    def beside(rows: Tensor, start: int, refs: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits with the references less `half` of the column's total; log of the sum of the logits' exponentials."""
-        table = torch.addmm(closed - half, rows, refs.T)
-        hide_own(table, start, index, -torch.inf)
-        top_logit = table.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-        shift = half.amax()
-        # A product instead of a sum puts back what was taken off, without a pass over the table.
-        total = (table - top_logit).exp_() @ (half - shift).exp()
-        return table, (total.log() + top_logit.squeeze(1) + shift).nan_to_num(neginf=0.0)
-
-    block = block_rows(len(index))
+    block = block_rows(pool.image, len(index))
     totals_found, above = [], []
-    ones = torch.ones_like(half_by_text)
     for start in range(0, len(valid), block):
         part = slice(start, start + block)
-        with_texts, by_image = beside(pool.image[part], start, ref_text, half_by_text)
-        with_images, by_text = beside(pool.text[part], start, ref_image, half_by_image)
+        with_texts, by_image = beside(pool.image[part], ref_text, closed, half_by_text, index, start)
+        with_images, by_text = beside(pool.text[part], ref_image, closed, half_by_image, index, start)
         halves = 0.5 * (by_image + to_pool[part]), 0.5 * (by_text + to_pool[part])
-        # m_ik >= m_ii and m_ki >= m_ii, without what both sides share. Counted in float, which is faster than bool.
-        better = torch.ge(with_texts, (own[part] - halves[1])[:, None], out=with_texts) @ ones
-        better += torch.ge(with_images, (own[part] - halves[0])[:, None], out=with_images) @ ones
+        # m_ik >= m_ii and m_ki >= m_ii, without what both sides share.
+        above.append(num_reaching(with_texts, own[part] - halves[1]) + num_reaching(with_images, own[part] - halves[0]))
         totals_found.append(halves[0] + halves[1])
-        above.append(better)
     score = (own - torch.cat(totals_found)).masked_fill(~valid, 0.0)
     p_value = (torch.cat(above) / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
     by_chance = 2 * ((p_value > 0.5) & valid).sum() / count.clamp_min(1)
@@ -183,15 +200,24 @@ def row_log_density(
     is_reference = torch.zeros_like(among, dtype=torch.int64).scatter_reduce(0, index, filled.long(), "amax")
     num_others = (filled.sum() - is_reference).clamp_min(1)
     weight = filled.to(rows.dtype)
-    block = block_rows(len(index))
-    found, sizes = [], []
-    for start in range(0, len(rows), block):
-        centred = F.normalize(rows[start : start + block] - mean, dim=1)
-        # The eighth power, by squaring: a general power takes ten times as long.
-        kernel = (centred @ centred_refs.T).clamp_min_(0.0).square_().square_().square_()
-        hide_own(kernel, start, index, 0.0)
-        found.append(kernel @ weight)
-        sizes.append(centred.square().sum(1))  # 1, or 0 at the very mean
-    own = among * torch.cat(sizes)
-    density = (own + (count - among.long()) * torch.cat(found) / num_others) / count.clamp_min(1)
+    block = block_rows(rows, len(index))
+    parts = [
+        resemblance(rows[start : start + block], mean, centred_refs, weight, index, start)
+        for start in range(0, len(rows), block)
+    ]
+    found, size = (torch.cat(part) for part in zip(*parts, strict=True))
+    density = (among * size + (count - among.long()) * found / num_others) / count.clamp_min(1)
     return density.clamp_min(LEAST_DENSITY).log()
+
+
+@fused
+def resemblance(
+    rows: Tensor, mean: Tensor, refs: Tensor, weight: Tensor, index: Tensor, start: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of a block's kernels with the references, of every row and without its own; and with itself, which is 1, or 0
+    at the very mean."""
+    centred = F.normalize(rows - mean, dim=1)
+    # The eighth power, by squaring: a general power takes ten times as long.
+    kernel = (centred @ refs.T).clamp_min_(0.0).square_().square_().square_()
+    hide_own(kernel, start, index, 0.0)
+    return kernel @ weight, centred.square().sum(1)

@@ -74,15 +74,41 @@ def herd(
         take = min(num, near * size)
         nearest(gain, left, place, take)
         tiles = -(-take // TILE)
-        table_kernel[(tiles, tiles)](image, text, along, place, change, take, dim, coverage, TILE=TILE, STEP=64)
+        launch(table_kernel, (tiles, tiles), image, text, along, place, change, take, dim, coverage, TILE=TILE, STEP=64)
         block = power_of_two(take)
-        pick_kernel[(1,)](
-            gain, left, place, change, index, found, take, size, start, BLOCK=block, num_warps=warps(block, 256)
+        launch(
+            pick_kernel,
+            (1,),
+            gain,
+            left,
+            place,
+            change,
+            index,
+            found,
+            take,
+            size,
+            start,
+            BLOCK=block,
+            num_warps=warps(block, 256),
         )
         if start + size < num_survivors:
             blocks = -(-num // TILE)
-            update_kernel[(blocks,)](
-                image, text, along, index, gain, num, start, size, dim, coverage, ROWS=TILE, PICKS=128, STEP=64
+            launch(
+                update_kernel,
+                (blocks,),
+                image,
+                text,
+                along,
+                index,
+                gain,
+                num,
+                start,
+                size,
+                dim,
+                coverage,
+                ROWS=TILE,
+                PICKS=128,
+                STEP=64,
             )
     return index, found
 
@@ -92,10 +118,15 @@ def nearest(gain: Float[Tensor, " pool"], left: Tensor, place: Tensor, take: int
     num = len(gain)
     if num <= LARGEST:
         block = power_of_two(num)
-        near_kernel[(1,)](gain, left, place, num, take, BLOCK=block, num_warps=warps(block, 1024))
+        launch(near_kernel, (1,), gain, left, place, num, take, BLOCK=block, num_warps=warps(block, 1024))
     else:
         best = torch.topk(gain.masked_fill(left == 0, -torch.inf), take, sorted=False).indices
         place[:take] = best.sort().values
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """A kernel, or its interpreter, which the annotations of its parameters describe to Triton alone."""
+    kernel[grid](*arguments, **options)
 
 
 def power_of_two(number: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from clipcov_stream.fused import fused
 from clipcov_stream.sketch import all_hold
 
 if TYPE_CHECKING:
@@ -77,17 +78,12 @@ def prepared(pool: Pool) -> Pool:
     pairs = [(pool.image, pool.text)]
     if pool.learner_image is not None and pool.learner_text is not None:
         pairs.append((pool.learner_image, pool.learner_text))
-    # The largest and smallest of a row show any NaN and inf in it, without a copy of the rows.
-    finite = torch.stack([(rows.amax(1) - rows.amin(1)).isfinite() for pair in pairs for rows in pair]).all(0)
+    finite = torch.stack([finite_rows(rows) for pair in pairs for rows in pair]).all(0)
     valid = finite if pool.valid is None else finite & pool.valid.to(finite.device)
-    uncounted = None if all_hold(valid) else ~valid[:, None]
+    counted = None if all_hold(valid) else valid
 
     def unit(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        whole = rows.float()
-        whole = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True).clamp_min_(1e-12)
-        return whole if uncounted is None else whole.masked_fill_(uncounted, 0.0)
+        return None if rows is None else unit_rows(rows, counted)
 
     return replace(
         pool,
@@ -97,6 +93,20 @@ def prepared(pool: Pool) -> Pool:
         learner_text=unit(pool.learner_text),
         valid=valid,
     )
+
+
+@fused
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows have no NaN and no inf: the largest and smallest of a row show any, without a copy of the rows."""
+    return (rows.amax(1) - rows.amin(1)).isfinite()
+
+
+@fused
+def unit_rows(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """Rows as float32, divided by their norms; zeros where one does not count."""
+    whole = rows.float()
+    whole = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True).clamp_min_(1e-12)
+    return whole if counted is None else whole.masked_fill_(~counted[:, None], 0.0)
 
 
 def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:

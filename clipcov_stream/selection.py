@@ -23,7 +23,7 @@ Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from clipcov_stream.objective import (
     standardize,
     updated_lag,
 )
-from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
+from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import AllReduce, CrossCovSketch, sync_is_free
 
@@ -248,107 +248,6 @@ def reads_lag(selector: SelectorFn, settings: Settings) -> bool:
     user's own that has an attribute `reads_lag = True`."""
     function = plain(selector)
     return settings.learnability > 0 and (function is clipcov or bool(getattr(function, "reads_lag", False)))
-
-
-class Selector:
-    """Selection for any training loop: holds the state that `select` returns.
-
-    Args:
-        name: a name in SELECTORS, or a function of the same signature.
-        seed: of everything random; `settings.seed` if not given.
-        settings: the knobs, with the defaults of `Settings`.
-        rank: of this process, if each rank draws its own pools.
-        all_reduce: sums a tensor over ranks in place, if there are several.
-
-    Raises:
-        ValueError: a name that is not in SELECTORS.
-
-    >>> selector = Selector("clipcov", seed=0)
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> pool = Pool(image=torch.randn(16, 4, generator=generator), text=torch.randn(16, 4, generator=generator))
-    >>> selector(pool, num_survivors=4).shape
-    torch.Size([4])
-    """
-
-    def __init__(
-        self,
-        name: str | SelectorFn = "clipcov",
-        seed: int | None = None,
-        *,
-        settings: Settings | None = None,
-        rank: int = 0,
-        all_reduce: AllReduce | None = None,
-    ) -> None:
-        self.function = resolve(name)
-        self.settings = settings or Settings()
-        if seed is not None:
-            self.settings = replace(self.settings, seed=seed)
-        self.rank = rank
-        self.all_reduce = all_reduce
-        self.state: SelectionState | None = None
-        self.report: dict[str, Tensor] = {}
-        self._survivors: Pool | None = None
-        self._pending: dict[str, Any] | None = None
-
-    def __call__(self, pool: Pool, num_survivors: int) -> Int64[Tensor, " survivors"]:
-        """Indices of the survivors, in the order chosen; `report` then holds the step's figures.
-
-        Raises:
-            ValueError: as `select`.
-            RuntimeError: fewer valid candidates than survivors.
-        """
-        state, survivors, report = select(self._state_for(pool), pool, num_survivors, self.function, self.all_reduce)
-        num_valid = len(pool) - int(report["num_invalid"])
-        if num_valid < num_survivors:
-            raise RuntimeError(
-                f"only {num_valid} of the pool's {len(pool)} samples can be used, {num_survivors} are needed: "
-                f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding"
-            )
-        self.state, self.report = state, report
-        self._survivors = survivors_of(pool, survivors) if reads_lag(self.function, self.settings) else None
-        return survivors
-
-    def learned(self, image: Float[Tensor, "n dim"], text: Float[Tensor, "n dim"], logit_scale: float | Tensor) -> None:
-        """Tell what the learner made of the last survivors, once it has embedded them to train on them.
-
-        `clipcov` then favours what is not learned yet; without this call it selects without that. The rows are the
-        survivors' in the order returned, of any width; `logit_scale` is the learner's, exponentiated. Call it before
-        the next pool is selected from, and with `all_reduce` on every rank. Where nothing needs it, for a rival or with
-        learnability 0, it does nothing.
-
-        Raises:
-            ValueError: another number of rows than there were survivors.
-        """
-        if self._survivors is not None:
-            seen = with_learner(self._survivors, image, text, logit_scale)
-            self.state, self._survivors = learn(self._state_for(seen), seen, self.all_reduce), None
-
-    def _state_for(self, pool: Pool) -> SelectionState:
-        """The state; if there is none yet, the one that was loaded, or a fresh one of the pool's width."""
-        if self.state is None:
-            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, pool.image.device)
-            if self._pending is not None:
-                self.state, self._pending = self.state.restored(self._pending), None
-        return self.state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives; empty before the first pool."""
-        if self.state is None:
-            return dict(self._pending or {})
-        rows = self._survivors
-        waiting = {} if rows is None else {"image": rows.image, "text": rows.text, "logit_scale": rows.logit_scale}
-        return {**self.state.state_dict(), "survivors": waiting}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned. Errors about widths come with the next pool if this is the first."""
-        waiting = state.get("survivors") if state else None
-        self._survivors = Pool(**waiting) if waiting else None
-        if not state:
-            self.state, self._pending = None, None
-        elif self.state is None:
-            self._pending = state
-        else:
-            self.state = self.state.restored(state)
 
 
 def resolve(selector: str | SelectorFn) -> SelectorFn:

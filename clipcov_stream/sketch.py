@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from clipcov_stream.fused import fused
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -28,12 +30,12 @@ AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks, in place."""
 
 BLOCK = 1024
-"""Rows that `CrossCovSketch.update` copies at a time."""
+"""Rows that `CrossCovSketch.update` copies at a time, where they then stay in the cache: on a CPU."""
 
 FREE_SYNC = frozenset({"cpu"})
 """Devices whose values can be read without waiting for them."""
 
-_STATE = (
+STATE = (
     "num_samples",
     "weight",
     "weight_sq",
@@ -192,21 +194,14 @@ class CrossCovSketch:
         own_count = torch.full((), float(len(image)), dtype=dtype, device=image.device)
         own_count = own_count if counted is None else counted.sum().to(dtype)
         # In blocks, whose copies stay in the cache: memory fresh from the system costs more than the products.
-        blocks = range(0, len(image), BLOCK)
-
-        def sides(start: int, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor]:
-            part = slice(start, start + BLOCK)
-            x, y = image[part].to(dtype) - x_mean, text[part].to(dtype) - y_mean
-            if counted is not None:
-                # Filled, not multiplied: NaN * 0 is NaN.
-                x.masked_fill_(~counted[part, None], 0.0)
-                y.masked_fill_(~counted[part, None], 0.0)
-            return x, y
+        size = BLOCK if sync_is_free(image) else max(len(image), 1)
+        parts_of = [slice(start, start + size) for start in range(0, len(image), size)]
+        masks = [None if counted is None else counted[part] for part in parts_of]
 
         own_sums = [own_count[None], torch.zeros_like(self.image_mean), torch.zeros_like(self.text_mean)]
-        for start in blocks:
-            for total, rows in zip(own_sums[1:], sides(start, self.image_mean, self.text_mean), strict=True):
-                total += rows.sum(0)
+        for part, mask in zip(parts_of, masks, strict=True):
+            own_sums[1] += centred_sum(image[part], self.image_mean, mask)
+            own_sums[2] += centred_sum(text[part], self.text_mean, mask)
         first = summed(own_sums, all_reduce)
         count = first[0][0]
         x_shift, y_shift = first[1] / count.clamp_min(1), first[2] / count.clamp_min(1)
@@ -217,15 +212,12 @@ class CrossCovSketch:
             parts += [torch.zeros_like(self.image_scatter), torch.zeros_like(self.text_scatter)]
         stride = 1 if self.covariance_rows is None else max(1, len(image) // self.covariance_rows)
         used = torch.zeros_like(own_count)
-        for start in blocks:
-            x, y = sides(start, self.image_mean + x_shift, self.text_mean + y_shift)
+        image_mean, text_mean = self.image_mean + x_shift, self.text_mean + y_shift
+        for part, mask in zip(parts_of, masks, strict=True):
+            x, y = centred(image[part], image_mean, mask), centred(text[part], text_mean, mask)
             own_scatter.addmm_(x.T, y)
-            first_row = -start % stride
-            used += (
-                len(x[first_row::stride])
-                if counted is None
-                else counted[start : start + BLOCK][first_row::stride].sum()
-            )
+            first_row = -part.start % stride
+            used += len(x[first_row::stride]) if mask is None else mask[first_row::stride].sum()
             for scatter, rows in zip(parts[1:], (x, y), strict=False):
                 add_gram(scatter, rows[first_row::stride])
         for scatter in parts[1:]:
@@ -271,7 +263,7 @@ class CrossCovSketch:
         copy = object.__new__(CrossCovSketch)
         copy.half_life, copy.covariances = self.half_life, self.covariances
         copy.covariance_rows = self.covariance_rows
-        for name in _STATE:
+        for name in STATE:
             setattr(copy, name, getattr(self, name).clone())
         return copy
 
@@ -283,13 +275,13 @@ class CrossCovSketch:
 
     def to(self, device: torch.device | str) -> CrossCovSketch:
         """Move the accumulators, in place; returns self."""
-        for name in _STATE:
+        for name in STATE:
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, which load with `weights_only=True`."""
-        names = [name for name in _STATE if self.covariances or name not in _COVARIANCES]
+        names = [name for name in STATE if self.covariances or name not in _COVARIANCES]
         return {"half_life": self.half_life, **{name: getattr(self, name).clone() for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,7 +290,7 @@ class CrossCovSketch:
         Raises:
             ValueError: a sketch of other widths, or with keys missing.
         """
-        names = [name for name in _STATE if self.covariances or name not in _COVARIANCES]
+        names = [name for name in STATE if self.covariances or name not in _COVARIANCES]
         missing = [name for name in ("half_life", *names) if name not in state]
         if missing:
             raise ValueError(f"sketch state lacks {missing}; it has {sorted(state)}")
@@ -409,6 +401,21 @@ def sync_is_free(tensor: Tensor) -> bool:
 def all_hold(flags: Bool[Tensor, " n"]) -> bool:
     """Whether all are True; False where asking would cost a wait."""
     return sync_is_free(flags) and bool(flags.all())
+
+
+@fused
+def centred(rows: Tensor, mean: Tensor, counted: Tensor | None) -> Tensor:
+    """Rows less the mean, in the mean's type; zeros where one does not count."""
+    found = rows.to(mean.dtype) - mean
+    # Filled, not multiplied: NaN * 0 is NaN.
+    return found if counted is None else found.masked_fill_(~counted[:, None], 0.0)
+
+
+@fused
+def centred_sum(rows: Tensor, mean: Tensor, counted: Tensor | None) -> Tensor:
+    """The sum of `centred`."""
+    found = rows.to(mean.dtype) - mean
+    return (found if counted is None else found.masked_fill_(~counted[:, None], 0.0)).sum(0)
 
 
 def add_gram(scatter: Float[Tensor, "dim dim"], rows: Float[Tensor, "n dim"]) -> None:

@@ -1,6 +1,5 @@
 """Shape checks of the maths, under pytest only; and what Streaming leaves open is closed after every test."""
 
-# ruff: noqa: E402
 import os
 
 import torch
@@ -22,7 +21,9 @@ import jaxtyping
 import pytest
 from streaming.base.shared import SharedMemory
 
-CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "herding", "objective", "rivals", "selection")]
+CHECKED = [
+    f"clipcov_stream.{name}" for name in ("pool", "sketch", "herding", "objective", "rivals", "selection", "selector")
+]
 
 
 def import_checked() -> None:

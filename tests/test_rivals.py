@@ -16,7 +16,8 @@ import torch
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import MEMORY, NEEDS_LEARNER, RIVALS, jest, sem_dedup, vas
-from clipcov_stream.selection import SELECTORS, Selector, select
+from clipcov_stream.selection import SELECTORS, select
+from clipcov_stream.selector import Selector
 
 SCALE, LEARNER_SCALE = 10.0, 5.0
 

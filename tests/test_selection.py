@@ -33,7 +33,8 @@ from clipcov_stream.objective import (
 )
 from clipcov_stream.pool import Pool, prepared
 from clipcov_stream.rivals import NEEDS_LEARNER
-from clipcov_stream.selection import SELECTORS, Selector, check_survivors, learn, reads_lag, resolve, select
+from clipcov_stream.selection import SELECTORS, check_survivors, learn, reads_lag, resolve, select
+from clipcov_stream.selector import Selector
 from clipcov_stream.sketch import CrossCovSketch
 
 NAMES = sorted(SELECTORS)

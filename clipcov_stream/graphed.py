@@ -1,0 +1,160 @@
+"""`select` on a GPU as one launch: a CUDA graph.
+
+Selection is some hundreds of short operations. Launched one by one from Python they take longer to launch than to run;
+recorded once and replayed they take their own time. What is recorded is `select` itself, so there is nothing here to
+agree with it: inputs are copied to where the recording reads them, and results out of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clipcov_stream.objective import SKETCHES, SelectionState
+from clipcov_stream.pool import Pool
+from clipcov_stream.rivals import SelectorFn, plain
+from clipcov_stream.selection import clipcov, select
+from clipcov_stream.sketch import STATE, AllReduce
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+
+WARMUP = 3
+"""Pools selected from without a graph first: kernels compile and libraries make their handles, which no graph can
+hold; and the shapes of a run's first steps are not always those of the rest."""
+
+Result = tuple[SelectionState, "Int64[Tensor, ' survivors']", dict[str, Tensor]]
+
+
+class GraphedSelect:
+    """`select`, replayed from a CUDA graph where it can be: `clipcov`, on a GPU, with nothing to sum over ranks.
+
+    Everything else, and the first WARMUP pools of any one size, goes to `select` itself. If recording fails it warns
+    once and leaves it at that. Numbers are those of `select` bit for bit: the same kernels on the same values.
+
+    Costs: beside `select`, a copy of the pool's embeddings and of the state each way; memory for one recording, which
+    keeps what `select` allocates, some four times the embeddings.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._calls = 0
+        self._recording: Recording | None = None
+        self._failed = False
+
+    def __call__(
+        self,
+        state: SelectionState,
+        pool: Pool,
+        num_survivors: int,
+        selector: SelectorFn = clipcov,
+        all_reduce: AllReduce | None = None,
+    ) -> Result:
+        """Arguments, result and errors as of `select`."""
+        if self._failed or not pool.image.is_cuda or all_reduce is not None or plain(selector) is not clipcov:
+            return select(state, pool, num_survivors, selector, all_reduce)
+        pool = replace(pool, ids=None, concepts=None)
+        layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
+        key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), *layouts)
+        if key != self._key:
+            self._key, self._calls, self._recording = key, 0, None
+        self._calls += 1
+        if self._calls <= WARMUP:
+            return select(state, pool, num_survivors, selector)
+        if self._recording is None:
+            try:
+                self._recording = Recording.of(state, pool, num_survivors)
+            except RuntimeError as error:
+                warnings.warn(f"selection runs without a CUDA graph, and slower: {error}", stacklevel=2)
+                self._failed = True
+                return select(state, pool, num_survivors, selector)
+        return self._recording.replayed(state, pool)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`select` of one shape.
+
+    Args:
+        graph: replays it.
+        inputs: where it reads; of the state, then of the pool.
+        state, survivors, figures: where it writes; the figures' values in the order of `names`.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    state: SelectionState
+    survivors: Tensor
+    names: tuple[str, ...]
+    figures: Tensor
+
+    @classmethod
+    def of(cls, state: SelectionState, pool: Pool, num_survivors: int) -> Recording:
+        inputs = [value.clone() for value in inputs_of(state, pool)]
+        own_state, own_pool = with_inputs(state, pool, inputs)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            after, survivors, report = select(own_state, own_pool, num_survivors)
+            figures = torch.stack([value.float() for value in report.values()])
+        return cls(graph, inputs, after, survivors, tuple(report), figures)
+
+    def replayed(self, state: SelectionState, pool: Pool) -> Result:
+        copy_all(self.inputs, inputs_of(state, pool))
+        self.graph.replay()
+        sources = [*of_state(self.state), self.survivors, self.figures]
+        *values, survivors, figures = copy_all([torch.empty_like(source) for source in sources], sources)
+        after = replace(with_values(self.state, values), step=state.step + 1, rank=state.rank, own=state.own)
+        return after, survivors, dict(zip(self.names, figures.unbind(), strict=True))
+
+
+def of_state(state: SelectionState) -> list[Tensor]:
+    """Every tensor that `clipcov` remembers, in an order of its own."""
+    sketches = [getattr(getattr(state, sketch), name) for sketch in SKETCHES for name in STATE]
+    return [value for value in (*sketches, state.lag, state.lag_weight) if value.numel()]
+
+
+def with_values(state: SelectionState, values: Iterable[Tensor]) -> SelectionState:
+    """The state with other tensors, in the order of `of_state`."""
+    values = iter(values)
+    sketches = {}
+    for sketch in SKETCHES:
+        sketches[sketch] = getattr(state, sketch).fork()
+        for name in STATE:
+            if getattr(sketches[sketch], name).numel():
+                setattr(sketches[sketch], name, next(values))
+    return replace(state, **sketches, lag=next(values), lag_weight=next(values))
+
+
+def inputs_of(state: SelectionState, pool: Pool) -> list[Tensor]:
+    """All that `select` reads; the logit scale as a tensor, written without a wait."""
+    scale = pool.logit_scale
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=pool.image.device)
+    valid = [] if pool.valid is None else [pool.valid]
+    return [*of_state(state), pool.image, pool.text, scale, *valid]
+
+
+def with_inputs(state: SelectionState, pool: Pool, inputs: list[Tensor]) -> tuple[SelectionState, Pool]:
+    """Inverse of `inputs_of`."""
+    num = len(of_state(state))
+    image, text, scale, *valid = inputs[num:]
+    own_pool = Pool(image, text, scale, valid=valid[0] if valid else None)
+    return with_values(state, inputs[:num]), own_pool
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> list[Tensor]:
+    """Copy every source to its target, those of one type in one launch; returns the targets."""
+    kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        to, from_ = kinds.setdefault(target.dtype, ([], []))
+        to.append(target)
+        from_.append(source)
+    for to, from_ in kinds.values():
+        torch._foreach_copy_(to, from_)
+    return targets
