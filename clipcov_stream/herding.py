@@ -126,26 +126,19 @@ class Herding:
         Args:
             chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
                 look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples. None is
-                CHUNK, and where kernels run, on a GPU, as many as make LOOKS looks if that is more.
+                CHUNK, and on a GPU as many as make LOOKS looks if that is more.
 
         Costs: 4 * pool * survivors * dim flops and no host sync but on a CPU, where it is free; a table of pool x
             chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (NEAR * chunk)^2.
         """
-        if chunk != 1 and kernels.run_on(self.worth):
-            chunk = max(CHUNK, -(-self.num_survivors // LOOKS)) if chunk is None else chunk
-            index, gain = kernels.herd(
-                self.image,
-                self.text,
-                self.worth,
-                self.along,
-                self.valid,
-                self.coverage,
-                self.num_survivors,
-                chunk,
-                NEAR,
-            )
+        if chunk is None:
+            looks = -(-self.num_survivors // LOOKS)
+            chunk = CHUNK if sync_is_free(self.worth) else max(CHUNK, looks)
+        if chunk > 1 and kernels.run_on(self.worth):
+            parts = (self.image, self.text, self.worth, self.along, self.valid, self.coverage)
+            index, gain = kernels.herd(*parts, self.num_survivors, chunk, NEAR)
         else:
-            index, gain = self._picks(CHUNK if chunk is None else chunk)
+            index, gain = self._picks(chunk)
         return Picks(index, gain, self.slack(index, gain))
 
     def _picks(self, chunk: int) -> tuple[Int64[Tensor, " survivors"], Float[Tensor, " survivors"]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 
+from clipcov_stream import kernels
 from clipcov_stream.embed import embed_with_towers
+from clipcov_stream.graphed import WARMUP, GraphedSelect, of_state
+from clipcov_stream.herding import Herding
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.selection import learn, select
@@ -44,17 +48,57 @@ def no_sync() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_selection_never_waits_for_the_device(dtype: torch.dtype) -> None:
-    state = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
     pools = [pool_of(640, 64, seed, "cuda", dtype) for seed in range(4)]
     learner = torch.randn(128, 32, device="cuda")
     scale = torch.tensor(30.0, device="cuda")
-    state, _, _ = select(state, pools[0], 128)  # libraries make their handles
-    state = learn(state, survivors_of(pools[0], torch.arange(128, device="cuda")))
-    with no_sync():
-        for pool in pools[1:]:
-            state, survivors, _ = select(state, pool, 128)
-            state = learn(state, with_learner(survivors_of(pool, survivors), learner, learner, scale))
-    assert len(set(survivors.tolist())) == 128
+    for run in (select, GraphedSelect()):
+        state = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
+
+        def step(state: SelectionState, pool: Pool) -> tuple[SelectionState, torch.Tensor]:
+            state, survivors, _ = run(state, pool, 128)  # noqa: B023
+            return learn(state, with_learner(survivors_of(pool, survivors), learner, learner, scale)), survivors
+
+        for _ in range(WARMUP + 1):  # functions compile, libraries make their handles, the graph is recorded
+            step(state, pools[0])
+        with no_sync():
+            for pool in pools:
+                state, survivors = step(state, pool)
+        assert len(set(survivors.tolist())) == 128
+
+
+@pytest.mark.parametrize("with_valid", [False, True])
+def test_a_graph_replays_select_bit_for_bit(with_valid: bool) -> None:
+    """The state it leaves too, over pools of which some have samples that are not valid, and a resume."""
+    run, states = GraphedSelect(), [SelectionState.initial(64, Settings(half_life=1e4), device="cuda") for _ in "ab"]
+    for step in range(WARMUP + 4):
+        pool = pool_of(640, 64, step, "cuda")
+        if with_valid:
+            pool = replace(pool, valid=torch.arange(640, device="cuda") % 7 != step % 7)
+        states[0], expected, report = select(states[0], pool, 128)
+        states[1], survivors, figures = run(states[1], pool, 128)
+        assert torch.equal(survivors, expected)
+        for name, value in report.items():
+            torch.testing.assert_close(figures[name], value.float(), rtol=0, atol=0, equal_nan=True)
+        assert all(map(torch.equal, of_state(states[1]), of_state(states[0])))
+        assert states[1].step == states[0].step == step + 1
+        if step == WARMUP + 1:
+            fresh = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
+            states[1] = fresh.restored(states[1].state_dict())
+
+
+def test_the_kernels_reach_what_exact_picks_reach() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(6000, 128, generator=generator), dim=1)
+    text = torch.nn.functional.normalize(image + 0.05 * torch.randn(6000, 128, generator=generator), dim=1)
+    worth, aim = torch.rand(6000, generator=generator), image.T @ text / 6000
+    rows = (part.cuda() for part in (image, text, worth, aim))
+    herding = Herding(*rows, 1.0, torch.rand(6000, generator=generator).cuda() < 0.9, 1200)
+    assert kernels.run_on(herding.worth)
+    exact, chunked = herding.picks(1).index, herding.picks().index
+    lowest, highest, reached = (
+        float(herding.objective(index)) for index in (herding.valid.nonzero()[:1200, 0], exact, chunked)
+    )
+    assert len(set(chunked.tolist())) == 1200 and (reached - lowest) / (highest - lowest) > 0.99
 
 
 def test_a_gpu_and_a_cpu_choose_alike() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import clipcov_stream
-from clipcov_stream import lowrank, objective, selection, sketch
+from clipcov_stream import lowrank, objective, selector, sketch
 
 
 def run_python(code):
@@ -53,7 +53,7 @@ print(*[name for name in heavy if name in sys.modules])
     assert run_python(code) == []
 
 
-@pytest.mark.parametrize("module", [sketch, lowrank, selection], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [sketch, lowrank, selector], ids=lambda module: module.__name__)
 def test_docstring_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted > 0 and failed == 0

@@ -10,6 +10,10 @@ lag, picks, certificate. Submodlib's and apricot's kernel matrix, which they nee
 floor is the time of the same matrix products alone, replayed on the shapes that a step was seen to use. Peak memory is
 that of live tensors above what goes in (of the allocator on a GPU); what single operations use inside is not seen.
 
+On a GPU ours is the CUDA graph that `ClipCov` and `Selector` replay, and its parts and products are graphs too, so that
+none is charged for its launches; products are in the precision of torch.backends.cuda.matmul, TF32 as Composer sets it,
+and are those of the simple form of the picks, without Triton. Rivals are launched one by one, as they are in use.
+
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
 
@@ -39,7 +43,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipcov_stream import kernels
 from clipcov_stream.evidence import log_density, matching
+from clipcov_stream.graphed import WARMUP, GraphedSelect
 from clipcov_stream.objective import Frame, SelectionState, Settings
 from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
 from clipcov_stream.selection import SELECTORS, aim_of, learn, select
@@ -139,18 +145,18 @@ def synchronize(device: str) -> None:
 
 
 def timed(runs: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """How long calls take, by name: `repeats` turns of all, one after another, after two of warm-up.
+    """How long calls take, by name: `repeats` turns of all, one after another, after some of warm-up.
 
     In turns, so that a slow spell of the machine falls on all alike.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 2):
+    for turn in range(repeats + WARMUP + 2):
         for name, run in runs.items():
             synchronize(device)
             start = time.perf_counter()
             run()
             synchronize(device)
-            if turn >= 2:
+            if turn >= WARMUP + 2:
                 found[name].append(1e3 * (time.perf_counter() - start))
     return {name: spread_of(values) for name, values in found.items()}
 
@@ -163,6 +169,35 @@ def spread_of(values: list[float]) -> dict[str, float]:
         "high": values[-1 - len(values) // 10],
         "runs": len(values),
     }
+
+
+def graphed(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """A call as one launch, on a GPU; itself elsewhere."""
+    if not device.startswith("cuda"):
+        return run
+    for _ in range(2):
+        run()  # compiles, makes handles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        held = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def traced(run: Callable[[], Any], *given: Tensor) -> Trace:
+    """What a call does, of the picks their simple form, whose products can be seen."""
+    available, kernels.AVAILABLE = kernels.AVAILABLE, False
+    try:
+        with Trace(*given) as trace:
+            run()
+    finally:
+        kernels.AVAILABLE = available
+    return trace
 
 
 def replayed(trace: Trace, device: str) -> Callable[[], None]:
@@ -181,7 +216,7 @@ def replayed(trace: Trace, device: str) -> Callable[[], None]:
         for left, right in calls:
             torch.matmul(left, right)
 
-    return run
+    return graphed(run, device)
 
 
 @dataclass(frozen=True)
@@ -195,7 +230,8 @@ class Peer:
 def selector_peer(name: str) -> Peer:
     def prepare(pool: Pool, state: SelectionState, num: int) -> Callable[[], Any]:
         plain = replace(pool, learner_image=None, learner_text=None) if name == OURS else pool
-        return lambda: select(state, plain, num, SELECTORS[name])[1]
+        run = GraphedSelect() if name == OURS else select
+        return lambda: run(state, plain, num, SELECTORS[name])[1]
 
     return Peer(name, prepare)
 
@@ -269,7 +305,7 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
     image, text, among = unit.image[rows], unit.text[rows], aimed.herding.valid
     herding = aimed.herding
     picks = herding.picks()
-    return {
+    parts: dict[str, Callable[[], Any]] = {
         "normalize": lambda: prepared(pool),
         "stream sketch": lambda: stream.clone().update(unit.image, unit.text, valid),
         "matching": lambda: matching(unit, settings.references).opened(valid, settings.gate, num),
@@ -278,8 +314,9 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
         "whitening": lambda: Frame.of(state.stream, settings.ridge).rows(image, text),
         "lag, aim": lambda: (herding.image @ herding.aim, herding.image @ herding.aim, match),
         "picks": lambda: replace(herding).picks(),
-        "bound": lambda: herding.bound(picks.slack),
+        "bound": lambda: replace(herding).bound(picks.slack),
     }
+    return {name: graphed(run, str(pool.image.device)) for name, run in parts.items()}
 
 
 def objective_ratios(pools: list[Pool], state: SelectionState, num: int) -> list[float]:
@@ -302,15 +339,15 @@ def measure(args: argparse.Namespace, num: int, dim: int, survivors: int) -> dic
     pools = pools_of(args, num, dim, 3)
     state = warm_state(pools, survivors)
     pool = replace(pools[0], learner_image=None, learner_text=None)
-    run = lambda: select(state, pool, survivors)  # noqa: E731
-    run()
-    with Trace(pool.image, pool.text) as trace:
+    trace = traced(lambda: select(state, pool, survivors), pool.image, pool.text)
+    run = selector_peer(OURS).prepare(pool, state, survivors)
+    for _ in range(WARMUP + 1):
         run()
     peak = trace.peak
     if args.device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
+        select(state, pool, survivors)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     given = 2 * pool.image.numel() * pool.image.element_size()
@@ -373,6 +410,10 @@ def draw_plot(
     plt.close(figure)
 
 
+def digits(ms: float) -> str:
+    return f"{ms:,.2f}" if ms < 10 else f"{ms:,.1f}"
+
+
 def table_of(result: dict[str, Any]) -> str:
     """The result as a page."""
     ours = result["clipcov"]
@@ -388,12 +429,12 @@ def table_of(result: dict[str, Any]) -> str:
     ]
     for row in sorted(result["selectors"], key=lambda row: row["ms"]):
         lines.append(
-            f"| {row['name']} | {row['ms']:,.1f} | {row['low']:,.1f} to {row['high']:,.1f} | {row['runs']} | "
+            f"| {row['name']} | {digits(row['ms'])} | {digits(row['low'])} to {digits(row['high'])} | {row['runs']} | "
             f"{row['ms'] / beside[OURS]:.1f} |"
         )
     lines += [
         "",
-        f"clipcov's matrix products alone take {ours['products_ms']:.1f} ms ({ours['products_gflop']:.2f} GFLOP), "
+        f"clipcov's matrix products alone take {digits(ours['products_ms'])} ms ({ours['products_gflop']:.2f} GFLOP), "
         f"the whole step {ours['ms'] / ours['products_ms']:.2f} times that; jest takes "
         f"{beside['jest'] / beside[OURS]:.1f} times as long as clipcov. Peak memory {ours['peak_mib']:.1f} MiB, "
         f"{ours['peak_over_embeddings']:.2f} times the embeddings'. What its picks gain over a random choice, over "
@@ -402,7 +443,7 @@ def table_of(result: dict[str, Any]) -> str:
         "",
         "| part of clipcov | ms |",
         "|---|---|",
-        *[f"| {name} | {ms:.1f} |" for name, ms in result["parts"].items()],
+        *[f"| {name} | {digits(ms)} |" for name, ms in result["parts"].items()],
     ]
     for name, rows in result["curves"].items():
         key = name.split(",")[0]
@@ -413,8 +454,8 @@ def table_of(result: dict[str, Any]) -> str:
             "| pool | d | survivors | ms | products alone | peak MiB | over embeddings |",
             "|---|---|---|---|---|---|---|",
             *[
-                f"| {row['pool']:,} | {row['dim']:,} | {row['survivors']:,} | {row['ms']:.1f} | "
-                f"{row['products_ms']:.1f} | {row['peak_mib']:.1f} | {row['peak_over_embeddings']:.2f} |"
+                f"| {row['pool']:,} | {row['dim']:,} | {row['survivors']:,} | {digits(row['ms'])} | "
+                f"{digits(row['products_ms'])} | {row['peak_mib']:.1f} | {row['peak_over_embeddings']:.2f} |"
                 for row in rows
             ],
         ]
@@ -438,6 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= args.survivors <= args.pool:
         parser.error(f"--survivors {args.survivors} must be from 1 to --pool {args.pool}")
     torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as Composer's Trainer does
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # of the peers' processes
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -462,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
         curves[name] = []
         for size in sizes:
             curves[name].append(measure(args, *size))
-            print(f"over {name}: {size} {curves[name][-1]['ms']:.1f} ms", flush=True)
+            print(f"over {name}: {size} {curves[name][-1]['ms']:.2f} ms", flush=True)
     result = {
         "machine": platform.processor() or platform.machine(),
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
