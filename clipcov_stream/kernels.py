@@ -118,7 +118,8 @@ def nearest(gain: Float[Tensor, " pool"], left: Tensor, place: Tensor, take: int
     num = len(gain)
     if num <= LARGEST:
         block = power_of_two(num)
-        launch(near_kernel, (1,), gain, left, place, num, take, BLOCK=block, num_warps=warps(block, 1024))
+        slice_ = min(block, 4096)
+        launch(near_kernel, (1,), gain, left, place, num, take, BLOCK=block, SLICE=slice_, num_warps=warps(block, 1024))
     else:
         best = torch.topk(gain.masked_fill(left == 0, -torch.inf), take, sorted=False).indices
         place[:take] = best.sort().values
@@ -143,13 +144,13 @@ if AVAILABLE:
     import triton.language as tl
 
     @triton.jit
-    def ordered(value: Any) -> Any:
+    def ordered(value):
         """int32 that compare as the float32 do."""
         bits = value.to(tl.int32, bitcast=True)
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     @triton.jit
-    def near_kernel(gain, left, place, num, take, BLOCK: tl.constexpr):  # noqa: N803
+    def near_kernel(gain, left, place, num, take, BLOCK: tl.constexpr, SLICE: tl.constexpr):  # noqa: N803
         at = tl.arange(0, BLOCK)
         inside = at < num
         value = tl.load(gain + at, mask=inside, other=0.0)
@@ -161,12 +162,22 @@ if AVAILABLE:
             higher = threshold ^ (tl.full((), 1, tl.int32) << (31 - back))
             count = tl.sum((key >= higher).to(tl.int32), 0)
             threshold = tl.where(count >= take, higher, threshold)
-        above = (key > threshold).to(tl.int32)
-        equal = (key == threshold).to(tl.int32)
-        room = take - tl.sum(above, 0)
-        chosen = above + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)
-        rank = tl.cumsum(chosen, 0) - 1
-        tl.store(place + rank, at, mask=chosen > 0)
+        # A slice at a time: places for the whole pool at once would take more shared memory than there is.
+        room = take - tl.sum((key > threshold).to(tl.int32), 0)
+        num_chosen = 0
+        num_equal = 0
+        for start in range(0, num, SLICE):
+            slice_at = start + tl.arange(0, SLICE)
+            in_slice = slice_at < num
+            slice_value = tl.load(gain + slice_at, mask=in_slice, other=0.0)
+            is_left = in_slice & (tl.load(left + slice_at, mask=in_slice, other=0) != 0)
+            slice_key = tl.where(is_left, ordered(slice_value), -2147483648)
+            equal = (in_slice & (slice_key == threshold)).to(tl.int32)
+            is_chosen = (slice_key > threshold) | ((equal > 0) & (num_equal + tl.cumsum(equal, 0) <= room))
+            chosen = is_chosen.to(tl.int32)
+            tl.store(place + num_chosen + tl.cumsum(chosen, 0) - 1, slice_at, mask=is_chosen)
+            num_chosen += tl.sum(chosen, 0)
+            num_equal += tl.sum(equal, 0)
 
     @triton.jit
     def table_kernel(image, text, along, place, change, take, dim, coverage, TILE: tl.constexpr, STEP: tl.constexpr):  # noqa: N803
@@ -198,7 +209,6 @@ if AVAILABLE:
         value = tl.load(gain + where, mask=inside, other=0.0)
         is_left = (tl.load(left + where, mask=inside, other=0) != 0) & inside
         value = tl.where(is_left, value, float("-inf"))
-        picked = tl.zeros((BLOCK,), tl.int32)
         for step in range(size):
             key = ordered(value)
             highest = tl.max(key, 0)
@@ -207,11 +217,14 @@ if AVAILABLE:
             row = tl.load(change + best * take + at, mask=inside, other=0.0)
             bits = highest ^ ((highest >> 31) & 0x7FFFFFFF)
             tl.store(found + done + step, bits.to(tl.float32, bitcast=True))
-            tl.store(index + done + step, tl.load(place + best).to(tl.int64))
-            now = at == best
-            picked = tl.where(now, 1, picked)
-            value = tl.where(now, float("-inf"), value + row)
-        tl.store(left + where, tl.zeros((BLOCK,), tl.int8), mask=inside & (picked > 0))
+            tl.store(index + done + step, best.to(tl.int64))
+            value = tl.where(at == best, float("-inf"), value + row)
+        tl.store(left + where, tl.zeros((BLOCK,), tl.int8), mask=is_left & (value == float("-inf")))
+        # Places in the pool instead of places among the nearest: outside of the loop, where it would wait for them.
+        tl.debug_barrier()
+        is_pick = at < size
+        best_at = tl.load(index + done + at, mask=is_pick, other=0)
+        tl.store(index + done + at, tl.load(place + best_at, mask=is_pick, other=0).to(tl.int64), mask=is_pick)
 
     @triton.jit
     def update_kernel(
