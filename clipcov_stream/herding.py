@@ -175,25 +175,11 @@ class Herding:
             index: valid atoms in the order picked.
             gain: of each when it was picked.
         """
-        coverage, count = self.coverage, self.valid.sum()
         x, y = self.image.index_select(0, index), self.text.index_select(0, index)
-        # In double: the sums are over all picks and differ by little.
-        with_all = along(x, y, self.mean_atom).double() * count
-        worth, pull, size = (of.index_select(0, index).double() for of in (self.worth, self.along, self.squares))
-        found = torch.nan_to_num(gain.double(), neginf=0.0)
-        step = torch.arange(len(index), dtype=torch.float64, device=index.device)
-        overlap = worth + coverage * (step + 1) * pull - found  # coverage * sum_{s < t} <z_s, z_t>
-
-        def before(of: Tensor) -> Tensor:
-            return of.cumsum(0) - of
-
-        every = torch.where(self.valid, self.worth, 0.0).sum(dtype=torch.float64)
-        every = every + coverage * ((step + 1) * (self.mean_atom * self.aim).sum() * count - before(with_all))
-        picked = before(worth) + coverage * (step + 1) * before(pull) - before(2 * overlap + coverage * size)
-        mean = (every - picked) / (count - step).clamp_min(1)
-        # Rounding: sums over the pool, of gains that themselves are sums.
-        noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
-        return (mean - found - noise).amax().clamp_min(0).to(self.worth)
+        with_all = along(x, y, self.mean_atom)
+        worth, pull, size = (of.index_select(0, index) for of in (self.worth, self.along, self.squares))
+        every = (self.worth, self.valid, self.mean_atom, self.aim)
+        return slack_of(gain, with_all, worth, pull, size, *every, self.coverage)
 
     def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
         """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
@@ -208,19 +194,64 @@ class Herding:
         Args:
             slack: of the picks.
         """
-        count = self.valid.sum()
-        weight = self.valid / count.clamp_min(1)
-        start = self.mean_atom - self.aim
-        apart = self.squares - 2 * self.along + self.aim.square().sum()
-        spread = (apart * weight).sum().clamp_min(0)
-        worth = self.worth + 0.5 * self.coverage * self.squares
-        worths = worth.masked_fill(~self.valid, -torch.inf).amax() - worth.masked_fill(~self.valid, torch.inf).amin()
-        worths = worths.clamp_min(0) + slack
-        price = 2 * worths / self.coverage if self.coverage > 0 else torch.full_like(worths, torch.inf)
-        num = self.num_survivors
-        fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
-        drift = ((spread + price) * fall).clamp_min(0).sqrt()
-        return start.norm() + torch.where(count > num, drift, 0.0)
+        parts = (self.squares, self.along, self.worth, self.valid, self.mean_atom, self.aim)
+        return bound_of(*parts, slack, self.coverage, self.num_survivors)
+
+
+@fused
+def slack_of(
+    gain: Tensor,
+    with_all: Tensor,
+    worth: Tensor,
+    pull: Tensor,
+    size: Tensor,
+    all_worths: Tensor,
+    valid: Tensor,
+    mean_atom: Tensor,
+    aim: Tensor,
+    coverage: float,
+) -> Tensor:
+    """`Herding.slack`, of what it needs of the picks and of all."""
+    # In double: the sums are over all picks and differ by little.
+    count, found = valid.sum(), torch.nan_to_num(gain.double(), neginf=0.0)
+    worth, pull, size = worth.double(), pull.double(), size.double()
+    step = torch.arange(len(gain), dtype=torch.float64, device=gain.device)
+    overlap = worth + coverage * (step + 1) * pull - found  # coverage * sum_{s < t} <z_s, z_t>
+    # Sums over the picks before each, in one call.
+    terms = torch.stack([with_all.double() * count, worth, pull, 2 * overlap + coverage * size])
+    taken, worths, pulls, among = terms.cumsum(1) - terms
+    every = torch.where(valid, all_worths, 0.0).sum(dtype=torch.float64)
+    every = every + coverage * ((step + 1) * (mean_atom * aim).sum() * count - taken)
+    picked = worths + coverage * (step + 1) * pulls - among
+    mean = (every - picked) / (count - step).clamp_min(1)
+    # Rounding: sums over the pool, of gains that themselves are sums.
+    noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
+    return (mean - found - noise).amax().clamp_min(0).to(all_worths)
+
+
+@fused
+def bound_of(
+    squares: Tensor,
+    along: Tensor,
+    worth: Tensor,
+    valid: Tensor,
+    mean_atom: Tensor,
+    aim: Tensor,
+    slack: Tensor | float,
+    coverage: float,
+    num: int,
+) -> Tensor:
+    """`Herding.bound`, of what it needs of the atoms."""
+    count = valid.sum()
+    apart = squares - 2 * along + aim.square().sum()
+    spread = torch.where(valid, apart, 0.0).sum().div(count.clamp_min(1)).clamp_min(0)
+    worth = worth + 0.5 * coverage * squares
+    worths = torch.where(valid, worth, -torch.inf).amax() - torch.where(valid, worth, torch.inf).amin()
+    worths = worths.clamp_min(0) + slack
+    price = 2 * worths / coverage if coverage > 0 else torch.full_like(worths, torch.inf)
+    fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
+    drift = ((spread + price) * fall).clamp_min(0).sqrt()
+    return (mean_atom - aim).norm() + torch.where(count > num, drift, 0.0)
 
 
 def pick_among(

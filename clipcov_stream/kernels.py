@@ -66,7 +66,7 @@ def herd(
     left = valid.to(torch.int8)
     widest = min(num, near * min(chunk, num_survivors))
     place = torch.empty(widest, dtype=torch.int32, device=image.device)
-    change = torch.empty(widest * widest, dtype=torch.float32, device=image.device)
+    change = torch.empty(widest * power_of_two(widest), dtype=torch.float32, device=image.device)
     index = torch.empty(num_survivors, dtype=torch.int64, device=image.device)
     found = torch.empty(num_survivors, dtype=torch.float32, device=image.device)
     for start in range(0, num_survivors, chunk):
@@ -74,8 +74,22 @@ def herd(
         take = min(num, near * size)
         nearest(gain, left, place, take)
         tiles = -(-take // TILE)
-        launch(table_kernel, (tiles, tiles), image, text, along, place, change, take, dim, coverage, TILE=TILE, STEP=64)
         block = power_of_two(take)
+        launch(
+            table_kernel,
+            (tiles, -(-block // TILE)),
+            image,
+            text,
+            along,
+            place,
+            change,
+            take,
+            dim,
+            coverage,
+            WIDTH=block,
+            TILE=TILE,
+            STEP=64,
+        )
         launch(
             pick_kernel,
             (1,),
@@ -156,12 +170,21 @@ if AVAILABLE:
         value = tl.load(gain + at, mask=inside, other=0.0)
         # Those picked already come last, and what is beyond the pool after them: it has the higher places.
         key = tl.where(inside & (tl.load(left + at, mask=inside, other=0) != 0), ordered(value), -2147483648)
-        # The largest threshold that at least `take` keys reach is the take-th highest key. Its bits, from the sign on.
+        # The largest threshold that at least `take` keys reach is the take-th highest key. Its bits, from the sign on,
+        # two a round, of which the time is the reduction's: three counts at once, 20 bits each.
         threshold = tl.full((), -2147483648, tl.int32)
-        for back in range(32):
-            higher = threshold ^ (tl.full((), 1, tl.int32) << (31 - back))
-            count = tl.sum((key >= higher).to(tl.int32), 0)
-            threshold = tl.where(count >= take, higher, threshold)
+        for back in range(16):
+            bit = tl.full((), 1, tl.int32) << (30 - 2 * back)
+            low = threshold ^ bit
+            middle = threshold ^ (bit << 1)
+            high = middle ^ bit
+            reached = (key >= low).to(tl.int64)
+            reached += (key >= middle).to(tl.int64) << 20
+            reached += (key >= high).to(tl.int64) << 40
+            counts = tl.sum(reached, 0)
+            threshold = tl.where((counts & 0xFFFFF) >= take, low, threshold)
+            threshold = tl.where(((counts >> 20) & 0xFFFFF) >= take, middle, threshold)
+            threshold = tl.where((counts >> 40) >= take, high, threshold)
         # A slice at a time: places for the whole pool at once would take more shared memory than there is.
         room = take - tl.sum((key > threshold).to(tl.int32), 0)
         num_chosen = 0
@@ -180,7 +203,19 @@ if AVAILABLE:
             num_equal += tl.sum(equal, 0)
 
     @triton.jit
-    def table_kernel(image, text, along, place, change, take, dim, coverage, TILE: tl.constexpr, STEP: tl.constexpr):  # noqa: N803
+    def table_kernel(
+        image,
+        text,
+        along,
+        place,
+        change,
+        take,
+        dim,
+        coverage,
+        WIDTH: tl.constexpr,  # noqa: N803
+        TILE: tl.constexpr,  # noqa: N803
+        STEP: tl.constexpr,  # noqa: N803
+    ):
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         row_at = tl.load(place + row, mask=row < take, other=0).to(tl.int64)
@@ -198,8 +233,10 @@ if AVAILABLE:
             of_text = tl.dot(rows, tl.trans(columns), of_text)
         pull = tl.load(along + column_at, mask=column < take, other=0.0)
         value = coverage * (pull[None, :] - of_image * of_text)
-        inside = (row[:, None] < take) & (column[None, :] < take)
-        tl.store(change + row[:, None] * take + column[None, :], value, mask=inside)
+        # Rows are as wide as a block, whose reads then need no mask: masked reads wait for one another.
+        value = tl.where(column[None, :] < take, value, 0.0)
+        inside = (row[:, None] < take) & (column[None, :] < WIDTH)
+        tl.store(change + row[:, None] * WIDTH + column[None, :], value, mask=inside)
 
     @triton.jit
     def pick_kernel(gain, left, place, change, index, found, take, size, done, BLOCK: tl.constexpr):  # noqa: N803
@@ -214,7 +251,7 @@ if AVAILABLE:
             highest = tl.max(key, 0)
             # Of equal gains the earlier sample.
             best = tl.min(tl.where(key == highest, at, BLOCK), 0)
-            row = tl.load(change + best * take + at, mask=inside, other=0.0)
+            row = tl.load(change + best * BLOCK + at)
             bits = highest ^ ((highest >> 31) & 0x7FFFFFFF)
             tl.store(found + done + step, bits.to(tl.float32, bitcast=True))
             tl.store(index + done + step, best.to(tl.int64))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clipcov_stream.herding import row_squares, top
+from clipcov_stream.fused import fused
+from clipcov_stream.herding import row_dots, row_squares, top
 from clipcov_stream.pool import Pool, valid_of
 from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
 
@@ -186,7 +187,7 @@ def random_survivors(
 
 def alignment(pool: Pool) -> Float[Tensor, " pool"]:
     """Cosine of each image and its own caption (F_self of the paper)."""
-    return (pool.image * pool.text).sum(1)
+    return row_dots(pool.image, pool.text)
 
 
 def margin(pool: Pool) -> Float[Tensor, " pool"]:
@@ -212,6 +213,7 @@ def contrastive_margin(
     return (logits.diagonal() - 0.5 * by_image - 0.5 * by_text).masked_fill(invalid, 0.0)
 
 
+@fused
 def standardize(score: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Float[Tensor, " pool"]:
     """Zero mean and unit standard deviation over the valid samples; zeros if all are equal."""
     count = valid.sum().clamp_min(1)
@@ -326,26 +328,67 @@ def certificate(
     """
     stream, valid = state.stream, valid_of(pool)
     centres = (stream.image_mean, stream.text_mean)
-    count, chosen = valid.sum(), float(len(survivors))
     target = stream.cross_cov
+    sizes = centred_squares(pool.image, centres[0]), centred_squares(pool.text, centres[1])
+    moments = kept.cross_cov_about(*centres), streamed.cross_cov_about(*centres), state.kept.cross_cov_about(*centres)
+    effective = state.kept.effective_size, stream.effective_size
+    cosine = alignment(pool)
+    residuals = certified(target, *moments, *sizes, cosine, valid, *effective, len(survivors))
+    return {
+        **dict(zip(RESIDUALS, residuals, strict=True)),
+        "alignment_survivors": cosine.index_select(0, survivors).mean(),
+    }
+
+
+RESIDUALS = (
+    "residual",
+    "residual_random",
+    "residual_total",
+    "residual_total_random",
+    "alignment_pool",
+    "num_invalid",
+)
+
+
+@fused
+def certified(
+    target: Tensor,
+    own: Tensor,
+    pool_mean: Tensor,
+    total: Tensor,
+    image_size: Tensor,
+    text_size: Tensor,
+    cosine: Tensor,
+    valid: Tensor,
+    kept_size: Tensor,
+    stream_size: Tensor,
+    chosen: int,
+) -> tuple[Tensor, ...]:
+    """`certificate`'s figures, in the order of RESIDUALS."""
+    count = valid.sum()
     size = target.norm().clamp_min(1e-12)
-    own, pool_mean = kept.cross_cov_about(*centres), streamed.cross_cov_about(*centres)
-    image_size, text_size = (
-        (row_squares(rows) - 2 * rows @ mean + mean.square().sum()).clamp_min(0).masked_fill(~valid, 0.0)
-        for rows, mean in zip((pool.image, pool.text), centres, strict=True)
-    )
-    spread = (image_size * text_size).sum() / count.clamp_min(1) - pool_mean.square().sum()
+    spread = torch.where(valid, image_size * text_size, 0.0).sum() / count.clamp_min(1) - pool_mean.square().sum()
     spread = spread.clamp_min(0)  # rounding, when all atoms are equal
     by_chance = spread / chosen * (count - chosen).clamp_min(0) / (count - 1).clamp_min(1)
-    total = state.kept.cross_cov_about(*centres)
-    total_by_chance = spread * (1 / state.kept.effective_size - 1 / stream.effective_size).clamp_min(0)
-    cosine = alignment(pool)
-    return {
-        "residual": (own - target).norm() / size,
-        "residual_random": ((pool_mean - target).square().sum() + by_chance).sqrt() / size,
-        "residual_total": (total - target).norm() / size,
-        "residual_total_random": total_by_chance.sqrt().to(size) / size,
-        "alignment_pool": cosine.sum() / count.clamp_min(1),
-        "alignment_survivors": cosine.index_select(0, survivors).mean(),
-        "num_invalid": len(pool) - count,
-    }
+    total_by_chance = spread * (1 / kept_size - 1 / stream_size).clamp_min(0)
+    return (
+        (own - target).norm() / size,
+        ((pool_mean - target).square().sum() + by_chance).sqrt() / size,
+        (total - target).norm() / size,
+        total_by_chance.sqrt().to(size) / size,
+        cosine.sum() / count.clamp_min(1),
+        len(valid) - count,
+    )
+
+
+def centred_squares(rows: Float[Tensor, "pool dim"], mean: Float[Tensor, " dim"]) -> Float[Tensor, " pool"]:
+    """Squared distance of every row from the mean, without a copy of the rows."""
+    if rows.is_cuda:
+        return squares_about(rows, mean)
+    return (row_squares(rows) - 2 * rows @ mean + mean.square().sum()).clamp_min(0)
+
+
+@fused
+def squares_about(rows: Tensor, mean: Tensor) -> Tensor:
+    """`centred_squares` in one pass, once compiled."""
+    return (rows - mean).square().sum(1)

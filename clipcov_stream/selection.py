@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.evidence import log_density, matching
+from clipcov_stream.fused import aside
 from clipcov_stream.herding import Herding, along
 from clipcov_stream.objective import (
     Frame,
@@ -128,6 +129,8 @@ def aim_of(
 ) -> Aimed:
     """What matches, what it is worth and what to aim at; arguments as in `choose`."""
     settings, valid = state.settings, valid_of(pool)
+    # Small matrices, a chain of short steps: beside the pool's large ones they take no time of their own on a GPU.
+    framed = aside(lambda: Frame.of(state.stream, settings.ridge), pool.image.device)
     match = matching(pool, settings.references)
     open_ = match.opened(valid, settings.gate, num_survivors)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
@@ -135,7 +138,7 @@ def aim_of(
     opened = state.opened.fork()
     batch = opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
     centres = (state.stream.image_mean, state.stream.text_mean)
-    frame = Frame.of(state.stream, settings.ridge)
+    frame = framed()
     whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more
     target = frame.matrix(opened.cross_cov_about(*centres))
     # Before there are survivors nothing is missed of the target.

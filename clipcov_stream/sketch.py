@@ -330,22 +330,15 @@ class CrossCovSketch:
 
         The parallel update of Chan, Golub and LeVeque (1979): no term is a difference of large numbers.
         """
-        dtype = self.image_mean.dtype
-        decay = torch.exp2(-elapsed / self.half_life)
-        before = self.weight * decay
-        self.weight = before + weight
-        self.weight_sq = self.weight_sq * decay.square() + weight_sq
-        self.num_samples = self.num_samples + num_samples
-        share = (weight / self.weight.clamp_min(1e-300)).to(dtype)
-        between = (before * weight / self.weight.clamp_min(1e-300)).to(dtype)
-        decay = decay.to(dtype)
+        counts = (self.weight, self.weight_sq, self.num_samples, elapsed, weight, weight_sq, num_samples)
+        means = (self.image_mean, self.text_mean, x_shift, y_shift)
+        pairs = [(self.cross_scatter, xy)]
         if self.covariances:
-            xx, yy = both
-            self.image_scatter = self.image_scatter * decay + xx + between * torch.outer(x_shift, x_shift)
-            self.text_scatter = self.text_scatter * decay + yy + between * torch.outer(y_shift, y_shift)
-        self.cross_scatter = self.cross_scatter * decay + xy + between * torch.outer(x_shift, y_shift)
-        self.image_mean = self.image_mean + share * x_shift
-        self.text_mean = self.text_mean + share * y_shift
+            pairs += [(self.image_scatter, both[0]), (self.text_scatter, both[1])]
+        found = appended(*counts, *means, self.half_life, *(scatter for pair in pairs for scatter in pair))
+        self.weight, self.weight_sq, self.num_samples, self.image_mean, self.text_mean, self.cross_scatter = found[:6]
+        if self.covariances:
+            self.image_scatter, self.text_scatter = found[6:]
 
 
 @runtime_checkable
@@ -401,6 +394,49 @@ def sync_is_free(tensor: Tensor) -> bool:
 def all_hold(flags: Bool[Tensor, " n"]) -> bool:
     """Whether all are True; False where asking would cost a wait."""
     return sync_is_free(flags) and bool(flags.all())
+
+
+@fused
+def appended(
+    weight: Tensor,
+    weight_sq: Tensor,
+    num_samples: Tensor,
+    elapsed: Tensor,
+    added: Tensor,
+    added_sq: Tensor,
+    num_added: Tensor,
+    image_mean: Tensor,
+    text_mean: Tensor,
+    x_shift: Tensor,
+    y_shift: Tensor,
+    half_life: float,
+    *scatters: Tensor,
+) -> tuple[Tensor, ...]:
+    """`CrossCovSketch._absorb` as a function: weight, weight_sq, num_samples, both means and the scatters, appended.
+
+    `scatters` are the cross scatter and the batch's; with covariances also the image scatter and the batch's, and the
+    text scatter and the batch's.
+    """
+    dtype = image_mean.dtype
+    decay = torch.exp2(-elapsed / half_life)
+    before = weight * decay
+    total = before + added
+    share = (added / total.clamp_min(1e-300)).to(dtype)
+    between = (before * added / total.clamp_min(1e-300)).to(dtype)
+    fade = decay.to(dtype)
+    sides = [(x_shift, y_shift), (x_shift, x_shift), (y_shift, y_shift)]
+    found = [
+        old * fade + new + between * (left[:, None] * right)
+        for old, new, (left, right) in zip(scatters[::2], scatters[1::2], sides[: len(scatters) // 2], strict=True)
+    ]
+    return (
+        total,
+        weight_sq * decay.square() + added_sq,
+        num_samples + num_added,
+        image_mean + share * x_shift,
+        text_mean + share * y_shift,
+        *found,
+    )
 
 
 @fused

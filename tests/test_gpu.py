@@ -35,6 +35,12 @@ def pool_of(num: int, dim: int, seed: int, device: str, dtype: torch.dtype = tor
     return Pool(image.to(device, dtype), text.to(device, dtype), torch.tensor(20.0, device=device))
 
 
+@pytest.fixture(autouse=True)
+def compiled_afresh() -> None:
+    """Torch compiles a function for so many shapes and no more."""
+    torch._dynamo.reset()
+
+
 @contextlib.contextmanager
 def no_sync() -> Iterator[None]:
     """Makes waiting for the device an error."""

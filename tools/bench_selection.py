@@ -480,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--survivors {args.survivors} must be from 1 to --pool {args.pool}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True  # as Composer's Trainer does
+    torch._dynamo.config.recompile_limit = 256  # many sizes in one process
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # of the peers' processes
     args.out.mkdir(parents=True, exist_ok=True)
 
