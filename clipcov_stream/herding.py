@@ -27,7 +27,9 @@ NEAR = 4
 tools/LOG.md."""
 
 LOOKS = 16
-"""Where a look costs launches and no time of its own, on a GPU: at most so many for all picks."""
+NEAR_OF_LOOKS = 2
+"""On a GPU a look at the whole pool is a chain of launches, and a pick takes as long as reading a row does: at most so
+many looks for all picks, then, and picks among NEAR_OF_LOOKS times as many; measured in tools/LOG.md."""
 
 
 def top(score: Float[Tensor, " pool"], num: int) -> Int64[Tensor, " num"]:
@@ -126,22 +128,25 @@ class Herding:
         Args:
             chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
                 look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples. None is
-                CHUNK, and on a GPU as many as make LOOKS looks if that is more.
+                CHUNK, and on a GPU, if that is more, as many as make LOOKS looks, among NEAR_OF_LOOKS * chunk.
 
         Costs: 4 * pool * survivors * dim flops and no host sync but on a CPU, where it is free; a table of pool x
-            chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (NEAR * chunk)^2.
+            chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (near * chunk)^2.
         """
-        if chunk is None:
-            looks = -(-self.num_survivors // LOOKS)
-            chunk = CHUNK if sync_is_free(self.worth) else max(CHUNK, looks)
+        near, long = NEAR, -(-self.num_survivors // LOOKS)
+        if chunk is None and not sync_is_free(self.worth) and long > CHUNK:
+            chunk, near = long, NEAR_OF_LOOKS
+        chunk = CHUNK if chunk is None else chunk
         if chunk > 1 and kernels.run_on(self.worth):
             parts = (self.image, self.text, self.worth, self.along, self.valid, self.coverage)
-            index, gain = kernels.herd(*parts, self.num_survivors, chunk, NEAR)
+            index, gain = kernels.herd(*parts, self.num_survivors, chunk, near)
         else:
-            index, gain = self._picks(chunk)
+            index, gain = self._picks(chunk, near)
         return Picks(index, gain, self.slack(index, gain))
 
-    def _picks(self, chunk: int) -> tuple[Int64[Tensor, " survivors"], Float[Tensor, " survivors"]]:
+    def _picks(
+        self, chunk: int, near_of: int = NEAR
+    ) -> tuple[Int64[Tensor, " survivors"], Float[Tensor, " survivors"]]:
         """The picks and their gains, by torch alone; what `kernels.herd` is tested against."""
         num, coverage, along = len(self.worth), self.coverage, self.along
         gain = self.worth + coverage * along
@@ -150,7 +155,7 @@ class Herding:
         while True:
             size = min(chunk, self.num_survivors - done)
             # In the pool's order, so that of equal gains the earlier sample is found first.
-            near = top(gain, min(num, NEAR * size)).sort().values
+            near = top(gain, min(num, near_of * size)).sort().values
             x, y = self.image.index_select(0, near), self.text.index_select(0, near)
             change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
             place, found = pick_among(gain.index_select(0, near), change, size)

@@ -130,9 +130,9 @@ def herd(
 def nearest(gain: Float[Tensor, " pool"], left: Tensor, place: Tensor, take: int) -> None:
     """Write the places of the `take` highest gains among those left into `place`, in the pool's order."""
     num = len(gain)
-    if num <= LARGEST:
+    if num <= LARGEST and take < 32768:
         block = power_of_two(num)
-        slice_ = min(block, 4096)
+        slice_ = min(block, 16384)
         launch(near_kernel, (1,), gain, left, place, num, take, BLOCK=block, SLICE=slice_, num_warps=warps(block, 1024))
     else:
         best = torch.topk(gain.masked_fill(left == 0, -torch.inf), take, sorted=False).indices
@@ -170,37 +170,32 @@ if AVAILABLE:
         value = tl.load(gain + at, mask=inside, other=0.0)
         # Those picked already come last, and what is beyond the pool after them: it has the higher places.
         key = tl.where(inside & (tl.load(left + at, mask=inside, other=0) != 0), ordered(value), -2147483648)
-        # The largest threshold that at least `take` keys reach is the take-th highest key. Its bits, from the sign on,
-        # two a round, of which the time is the reduction's: three counts at once, 20 bits each.
+        # The largest threshold that at least `take` keys reach is the take-th highest key. Its bits, from the sign on.
         threshold = tl.full((), -2147483648, tl.int32)
-        for back in range(16):
-            bit = tl.full((), 1, tl.int32) << (30 - 2 * back)
-            low = threshold ^ bit
-            middle = threshold ^ (bit << 1)
-            high = middle ^ bit
-            reached = (key >= low).to(tl.int64)
-            reached += (key >= middle).to(tl.int64) << 20
-            reached += (key >= high).to(tl.int64) << 40
-            counts = tl.sum(reached, 0)
-            threshold = tl.where((counts & 0xFFFFF) >= take, low, threshold)
-            threshold = tl.where(((counts >> 20) & 0xFFFFF) >= take, middle, threshold)
-            threshold = tl.where((counts >> 40) >= take, high, threshold)
-        # A slice at a time: places for the whole pool at once would take more shared memory than there is.
+        for back in range(32):
+            higher = threshold ^ (tl.full((), 1, tl.int32) << (31 - back))
+            count = tl.sum((key >= higher).to(tl.int32), 0)
+            threshold = tl.where(count >= take, higher, threshold)
+        # A slice at a time: places for the whole pool at once would take more shared memory than there is. Those above
+        # the threshold and those at it are counted together, in the low and the high bits of one number.
         room = take - tl.sum((key > threshold).to(tl.int32), 0)
-        num_chosen = 0
-        num_equal = 0
+        before = 0
         for start in range(0, num, SLICE):
             slice_at = start + tl.arange(0, SLICE)
             in_slice = slice_at < num
             slice_value = tl.load(gain + slice_at, mask=in_slice, other=0.0)
             is_left = in_slice & (tl.load(left + slice_at, mask=in_slice, other=0) != 0)
             slice_key = tl.where(is_left, ordered(slice_value), -2147483648)
-            equal = (in_slice & (slice_key == threshold)).to(tl.int32)
-            is_chosen = (slice_key > threshold) | ((equal > 0) & (num_equal + tl.cumsum(equal, 0) <= room))
-            chosen = is_chosen.to(tl.int32)
-            tl.store(place + num_chosen + tl.cumsum(chosen, 0) - 1, slice_at, mask=is_chosen)
-            num_chosen += tl.sum(chosen, 0)
-            num_equal += tl.sum(equal, 0)
+            above = slice_key > threshold
+            equal = in_slice & (slice_key == threshold)
+            both = above.to(tl.int32) + equal.to(tl.int32) * 32768
+            count = before + tl.cumsum(both, 0)
+            num_above = count & 32767
+            num_equal = count >> 15
+            is_chosen = above | (equal & (num_equal <= room))
+            rank = num_above + tl.minimum(num_equal, room) - 1
+            tl.store(place + rank, slice_at, mask=is_chosen)
+            before += tl.sum(both, 0)
 
     @triton.jit
     def table_kernel(

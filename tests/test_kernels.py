@@ -73,6 +73,18 @@ def test_the_nearest_are_the_highest_gains_in_the_pools_order(largest, monkeypat
         torch.testing.assert_close(gain[found].sort(descending=True).values, want)
 
 
+def test_the_nearest_of_a_large_pool(monkeypatch):
+    """More than a block takes at a time, half of it equal."""
+    gain = torch.randn(20000, generator=torch.Generator().manual_seed(0)).clamp_max(0.5).to(DEVICE)
+    left = torch.arange(20000, device=DEVICE).remainder(9).ne(4).to(torch.int8)
+    for take in (1, 300, 7000):
+        place = torch.full((7000,), -1, dtype=torch.int32, device=DEVICE)
+        kernels.nearest(gain, left, place, take)
+        open_gain = gain.masked_fill(left == 0, -torch.inf)
+        expected = torch.sort(open_gain, descending=True, stable=True).indices[:take].sort().values
+        assert torch.equal(place[:take].long(), expected)
+
+
 def test_picks_use_the_kernels_where_they_run(monkeypatch):
     herding = drawn(0, 300, 12, 70)
     monkeypatch.setattr(kernels, "run_on", lambda tensor: True)
