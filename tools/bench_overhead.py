@@ -2,13 +2,16 @@
 
     python tools/bench_overhead.py                                   # the quickstart's model and sizes, one CPU thread
     python tools/bench_overhead.py --recipe yamls/clip_pairs.yaml --pool 320 --survivors 64
+    python tools/bench_overhead.py --device gpu --precision amp_bf16 --recipe yamls/clip_cc12m.yaml --pool 20480 \
+        --survivors 4096 --dim 512 --activation-chunk 1024 --proxy-config FILE
 
-Pools lie in memory, so that no loader is timed: reading five candidates for each survivor is another cost. A step is
-timed from the moment Composer has the pool to the end of the optimizer's step, after a warm-up, in turns (every variant
-once, then again), so that a slow spell of the machine falls on all alike. `plain` trains on the survivors without
-ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x 16 pixels in bfloat16. `extra` is
-what a variant takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over
-turns.
+
+Pools lie in memory, images on the device, so that neither a loader nor a copy is timed: reading five candidates for
+each survivor is another cost. A step is timed from the moment Composer has the pool to the end of the optimizer's step,
+after a warm-up, in turns (every variant once, then again), so that a slow spell of the machine falls on all alike.
+`plain` trains on the survivors without ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x
+16 pixels in bfloat16. `extra` is what a variant takes beyond `plain`, in percent of `plain`, from the medians of every
+turn: mean and 95% interval over turns.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -82,16 +85,19 @@ def draw_captions(size: int, context: int, vocab: int, generator: torch.Generato
     return text.masked_fill(place == end, vocab - 1).masked_fill(place > end, 0)
 
 
-def draw_pools(size: int, image_size: int, context: int, dim: int, vocab: int) -> list[dict[str, Tensor]]:
-    """Four pools of noise around a few concepts: selection takes as long on them as on any."""
-    pools = []
-    for seed in range(4):
+def draw_pools(
+    size: int, image_size: int, context: int, dim: int, vocab: int, count: int = 4, device: str = "cpu"
+) -> list[dict[str, Tensor]]:
+    """Pools of noise around a few concepts: selection takes as long on them as on any. On a GPU images are bfloat16."""
+    pools, noise = [], torch.Generator(device).manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         concept = torch.randint(20, (size,), generator=generator)
         base = torch.randn(20, dim, generator=torch.Generator().manual_seed(99))
         pools.append(
             {
-                "image": torch.randn(size, 3, image_size, image_size, generator=generator),
+                "image": torch.randn(size, 3, image_size, image_size, generator=noise, device=device, dtype=dtype),
                 "text": draw_captions(size, context, vocab, generator),
                 "id": torch.arange(size) + seed * size,
                 "image_embedding": base[concept] + torch.randn(size, dim, generator=generator),
@@ -119,10 +125,17 @@ def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
     return embed, knobs
 
 
+def proxy_of(args: argparse.Namespace, towers: dict[str, Any]) -> dict[str, Any]:
+    """What the proxy's towers are built from: --proxy-config, or the learner's own."""
+    if args.proxy_config is None:
+        return towers
+    return {"name": None, "config": json.loads(args.proxy_config.read_text(encoding="utf-8"))}
+
+
 def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: list[dict[str, Tensor]]) -> list[float]:
     """Milliseconds of every timed step of one variant."""
     torch.manual_seed(0)
-    model = ClipModel(build_towers(**towers), num_survivors=args.survivors)
+    model = ClipModel(build_towers(**towers), activation_chunk=args.activation_chunk, num_survivors=args.survivors)
     ends, algorithms = Ends(), []
     if variant == "plain":
         keys = ("image", "text")
@@ -136,7 +149,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
                 embed=embed,
                 selector="random" if variant == "random" else "clipcov",
                 warmup="0ba",
-                proxy=build_towers(**towers) if embed == "proxy" else None,
+                proxy=build_towers(**proxy_of(args, towers)) if embed == "proxy" else None,
                 max_invalid_ratio=0.5,
                 **knobs,
             )
@@ -164,7 +177,8 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
 def table_of(result: dict[str, Any]) -> str:
     lines = [
         f"{result['machine']}, {result['threads']} threads, {result['device']}, {result['precision']}, torch "
-        f"{torch.__version__}; {result['recipe']}, {result['pool']:,} to {result['survivors']:,}; "
+        f"{torch.__version__}; {result['recipe']}, {result['pool']:,} to {result['survivors']:,}, d = {result['dim']}, "
+        f"activation_chunk {result['activation_chunk']}; "
         f"{result['turns']} turns of {result['steps']} steps each.",
         "",
         "| variant | step, ms (median) | extra |",
@@ -186,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--activation-chunk", type=int, help="as model.activation_chunk: less memory, more time")
+    parser.add_argument("--proxy-config", type=Path, help="JSON of a proxy smaller than the learner, as model.config")
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=20, help="timed steps per turn")
     parser.add_argument("--turns", type=int, default=5)
@@ -209,13 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     towers = {"name": model.name, "config": model.config}
     probe = build_towers(**towers)
     size: Any = probe.visual.image_size  # pyright: ignore
-    pools = draw_pools(
-        args.pool,
-        size[0] if isinstance(size, (tuple, list)) else size,
-        probe.context_length,  # pyright: ignore
-        args.dim,
-        probe.vocab_size,  # pyright: ignore
-    )
+    side = size[0] if isinstance(size, (tuple, list)) else size
+    shape: Any = (args.pool, side, probe.context_length, args.dim, probe.vocab_size)
+    pools = draw_pools(*shape) if args.device == "cpu" else draw_pools(*shape, count=2, device="cuda")
     variants = ["plain", "random", *embeds]
     medians: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(args.turns):
@@ -228,11 +240,13 @@ def main(argv: list[str] | None = None) -> None:
         mean, half = mean_and_interval(extras)
         rows.append({"variant": variant, "ms": statistics.median(medians[variant]), "extra": mean, "extra_95": half})
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if args.device == "gpu" else platform.processor() or platform.machine(),
         "recipe": args.recipe.name,
         **{
             name: getattr(args, name)
-            for name in ("pool", "survivors", "threads", "device", "precision", "turns", "steps")
+            for name in (
+                *("pool", "survivors", "dim", "threads", "device", "precision", "activation_chunk", "turns", "steps"),
+            )
         },
         "variants": rows,
         "medians_ms": medians,

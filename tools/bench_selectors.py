@@ -13,7 +13,8 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
 trained on is left out of the stream. With the teacher the first --warmup of the steps train on random survivors, the
 same for all selectors; with a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest,
-for ablations, and --size repeats everything at another pool size, number of survivors and of steps. Finished runs are
+for ablations, and --size repeats everything at another pool size, number of survivors and of steps. --model vit trains
+a ViT-S instead, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. Finished runs are
 kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
 interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
 table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
@@ -26,6 +27,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import time
 import warnings
 import zlib
@@ -37,8 +39,8 @@ from typing import Any
 import bench_report
 import torch
 import torch.multiprocessing as mp
-from bench_corpus import SIZE, Corpus, Split, load_corpus
-from bench_model import TinyTowers
+from bench_corpus import CONTEXT, SIZE, Corpus, Split, load_corpus
+from bench_model import TinyTowers, vit_towers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,6 +58,8 @@ from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
 
 EMBEDS = ("teacher", "proxy-noisy", "proxy-clean", "columns")
+LEARNING_RATES = {"tiny": 2e-3, "vit": 5e-4}
+"""Of --model."""
 ALL_STREAMED = "random (all streamed)"
 """Random without selection: it trains on every sample streamed, in as many more steps."""
 
@@ -78,7 +82,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for rows in self.rows:
-            split = self.corpus.train.at(rows)
+            split = self.corpus.train.at(rows.to(self.corpus.train.label.device))
             columns = {key: value[rows] for key, value in self.columns.items()}
             yield {"image": normalize(split.image), "text": split.text, "row": rows, "id": rows, **columns}
 
@@ -91,7 +95,7 @@ class Survivors(Callback):
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) >= self.warmup:
-            self.rows.append(state.batch["row"])
+            self.rows.append(state.batch["row"].cpu())
 
 
 class Curve(Callback):
@@ -100,6 +104,7 @@ class Curve(Callback):
     def __init__(self, corpus: Corpus, steps: int, survivors: int) -> None:
         # A random quarter of the evaluation split, or the curve would cost as much as the training.
         order = torch.randperm(len(corpus.eval), generator=torch.Generator().manual_seed(0))
+        order = order.to(corpus.eval.label.device)
         self.coarse = replace(corpus, eval=corpus.eval.at(order[: -(-len(order) // 4)]))
         self.every, self.survivors = max(1, steps // 8), survivors
         self.points: list[dict[str, float]] = []
@@ -132,17 +137,18 @@ def normalize(image: Tensor) -> Tensor:
 
 def evaluate(model: Any, corpus: Corpus) -> dict[str, float]:
     """Zero-shot accuracy and retrieval on the evaluation split."""
-    metrics = {name: ZeroShotAccuracy(name) for name in ("mean_per_class", "top1")}
-    recall = RetrievalRecall("image_to_text_r1")
+    device = corpus.eval.label.device
+    metrics = {name: ZeroShotAccuracy(name).to(device) for name in ("mean_per_class", "top1")}
+    recall = RetrievalRecall("image_to_text_r1").to(device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         head = class_embeddings(model, corpus.prompts)
-        rows = torch.arange(len(corpus.eval))
+        rows = torch.arange(len(corpus.eval), device=device)
         for part in rows.split(512):
             split = corpus.eval.at(part)
             outputs = model({"image": normalize(split.image), "text": split.text})
-            batch = {"id": part, "label": split.label, "valid": torch.ones(len(part), dtype=torch.bool)}
+            batch = {"id": part, "label": split.label, "valid": torch.ones_like(part, dtype=torch.bool)}
             for metric in metrics.values():
                 metric.class_embeddings = head
                 metric.update(outputs, batch)
@@ -152,23 +158,34 @@ def evaluate(model: Any, corpus: Corpus) -> dict[str, float]:
 
 
 def train(
-    corpus: Corpus, stream: Any, algorithms: list[ClipCov], survivors: int, seed: int, callbacks: list[Callback]
+    corpus: Corpus,
+    stream: Any,
+    algorithms: list[ClipCov],
+    survivors: int,
+    seed: int,
+    callbacks: list[Callback],
+    kind: str = "tiny",
 ) -> tuple[ClipModel, Milliseconds]:
-    """A small CLIP on a stream of pools, by Composer."""
+    """A small CLIP on a stream of pools, by Composer, where the corpus is."""
     torch.manual_seed(seed)
-    model = ClipModel(TinyTowers(corpus.vocab_size), num_survivors=survivors)
+    device = "gpu" if corpus.train.label.is_cuda else "cpu"
+    vocab = corpus.vocab_size
+    model = ClipModel(
+        TinyTowers(vocab) if kind == "tiny" else vit_towers(vocab, SIZE, CONTEXT), num_survivors=survivors
+    )
     logged = Milliseconds()
     trainer = Trainer(
         model=model,
         train_dataloader=stream,
-        optimizers=torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.98)),
+        optimizers=torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATES[kind], betas=(0.9, 0.98)),
         schedulers=CosineAnnealingWithWarmupScheduler(t_warmup="20ba"),
         max_duration=f"{len(stream)}ba",
         algorithms=algorithms,
         callbacks=[ClampLogitScale(), *callbacks],
         loggers=[logged],
         device_train_microbatch_size=survivors,
-        device="cpu",
+        device=device,
+        precision="fp32" if device == "cpu" else "amp_bf16",
         seed=seed,
         progress_bar=False,
     )
@@ -231,12 +248,12 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     clipcov = ClipCov(1 - survivors / pool_size, warmup=warmup, seed=seed, **options)
     kept, curve = Survivors(warmup), Curve(corpus, steps, survivors)
     stream = Stream(corpus, pool_size, steps, seed, columns, proxy_rows(corpus, embed, seed))
-    model, logged = train(corpus, stream, [clipcov], survivors, seed, [kept, curve])
+    model, logged = train(corpus, stream, [clipcov], survivors, seed, [kept, curve], job.get("model", "tiny"))
     rows = torch.cat(kept.rows)
     took = logged.medians()
     if proxy is not None:
         took.pop("embed_ms", None)  # the frozen model ran beforehand
-    share = torch.bincount(corpus.train.label[rows]) / len(rows)
+    share = torch.bincount(corpus.train.label.cpu()[rows]) / len(rows)
     return {
         **job,
         **evaluate(model, corpus),
@@ -263,16 +280,17 @@ class Embeddings:
 def embedded(model: ClipModel, split: Split) -> Embeddings:
     model.eval()
     with torch.no_grad():
-        parts = [split.at(rows) for rows in torch.arange(len(split)).split(1024)]
+        parts = [split.at(rows) for rows in torch.arange(len(split), device=split.label.device).split(1024)]
         image = torch.cat([model.encode_image(normalize(part.image)) for part in parts])
         text = torch.cat([model.encode_text(part.text) for part in parts])
-    return Embeddings(image, text, float(model.logit_scale.exp()))
+    return Embeddings(image.float().cpu(), text.float().cpu(), float(model.logit_scale.exp()))
 
 
 def key_of(job: dict[str, Any], any_code: bool) -> str:
     """What two runs must share for one to stand for the other."""
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
-    return json.dumps([job[name] for name in (*names, "data", *(() if any_code else ("code",)))], sort_keys=True)
+    values = [job[name] for name in (*names, "data", *(() if any_code else ("code",)))]
+    return json.dumps([*values, job.get("model", "tiny"), job.get("device", "cpu")], sort_keys=True)
 
 
 def fingerprint_of_code() -> int:
@@ -352,24 +370,36 @@ def size(text: str) -> dict[str, int]:
 
 CORPORA: dict[str, Corpus] = {}
 PROXIES: dict[tuple[str, str, int, int], Embeddings] = {}
+DEVICE = ["cpu"]
 """Filled before the workers fork, which then share the memory."""
 
 
 def quiet() -> None:
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as Composer's Trainer does
     warnings.filterwarnings("ignore")
+
+
+def placed(name: str, device: str) -> Corpus:
+    """A corpus where training is; what is known of it, and rows, stay on the CPU."""
+    corpus = CORPORA[name]
+    if device == "cpu":
+        return corpus
+    train, split = (Split(*(part.cuda() for part in vars(of).values())) for of in (corpus.train, corpus.eval))
+    return replace(corpus, train=train, eval=split, prompts=corpus.prompts.cuda())
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     quiet()
     proxy = proxy_of(job)
-    return run(CORPORA[job["corpus"]], None if proxy is None else PROXIES[proxy], job)
+    return run(placed(job["corpus"], job["device"]), None if proxy is None else PROXIES[proxy], job)
 
 
 def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float]:
     quiet()
     corpus, kind, seed, steps = proxy
-    seen = embedded(trained_proxy(CORPORA[corpus], kind, seed, steps), CORPORA[corpus].train)
+    here = placed(corpus, DEVICE[0])
+    seen = embedded(trained_proxy(here, kind, seed, steps), here.train)
     # As arrays: tensors would be sent by file descriptors, which run out.
     return seen.image.numpy(), seen.text.numpy(), seen.logit_scale
 
@@ -432,10 +462,15 @@ def main() -> None:
     )
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
+    parser.add_argument("--model", default="tiny", choices=sorted(LEARNING_RATES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("tools/results"))
     parser.add_argument("--name", default="bench_selectors")
     args = parser.parse_args()
+    # Asked of the driver itself CUDA would start here, and not in the processes that fork.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    DEVICE[0] = args.device
     embeds, selectors = args.embed.split(","), args.selectors.split(",")
     unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
     if unknown:
@@ -457,7 +492,7 @@ def main() -> None:
     names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
-        | {"data": data[corpus], "code": code}
+        | {"data": data[corpus], "code": code, "model": args.model, "device": args.device}
         # Seeds outermost: what is interrupted has every selector for some seeds.
         for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
     ]
