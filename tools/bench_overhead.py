@@ -104,6 +104,8 @@ def draw_pools(
                 "text_embedding": base[concept] + torch.randn(size, dim, generator=generator),
             }
         )
+        if device != "cpu":  # as a loader hands them over
+            pools[-1] |= {key: value.pin_memory() for key, value in pools[-1].items() if not value.is_cuda}
     return pools
 
 
