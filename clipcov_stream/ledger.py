@@ -139,21 +139,25 @@ class Record:
         return int(self.header["rank"])
 
 
-def read_ledger(folder: str | Path) -> list[Record]:
+def read_ledger(*places: str | Path) -> list[Record]:
     """All ranks' records, by rank.
 
+    Args:
+        places: the run's ledger folder; of ranks that share no disk, all their folders, or their files.
+
     Raises:
-        ValueError: no ledger, one that lacks a rank's file, ranks of different runs, or a damaged file.
+        ValueError: no ledger, one that lacks a rank's file or has it twice, ranks of different runs, or a damaged file.
     """
-    paths = files_of(Path(folder))
-    if not paths:
-        raise ValueError(f"{str(folder)!r} holds no ledger (looked for {path_of(Path(folder), 0).name})")
-    records = [read_file(path) for path in paths]
-    wanted = max(len(records), *(record.header["num_ranks"] for record in records))
-    lacking = sorted(set(range(wanted)) - {record.rank for record in records})
-    if lacking:
-        raise ValueError(f"ledger {str(folder)!r} lacks the files of ranks {lacking} of {wanted}; copy them there")
-    for path in paths:
+    paths = [path for place in map(Path, places) for path in (files_of(place) if place.is_dir() else [place])]
+    names = ", ".join(map(str, places))
+    if not paths or not all(path.is_file() for path in paths):
+        raise ValueError(f"{names}: no ledger there (a folder with {path_of(Path(), 0)})")
+    read = sorted(((read_file(path), path) for path in paths), key=lambda pair: pair[0].rank)
+    records, ranks = [record for record, _ in read], [record.rank for record, _ in read]
+    wanted = list(range(max(len(records), *(record.header["num_ranks"] for record in records))))
+    if ranks != wanted:
+        raise ValueError(f"ledger {names} has files of ranks {ranks}; it must have one of each of {wanted}")
+    for _, path in read:
         check_header(path, records[0].header)
     return records
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -166,19 +168,16 @@ def test_two_ranks_killed_and_resumed_equal_straight(tmp_path: Path, corpus: Pat
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def written(folder: Path, blocks: list[list[int]], rank: int = 0, **header: Any) -> Path:
+def written(place: Path, blocks: list[list[int]], rank: int = 0, **header: Any) -> Path:
     """A ledger by the format's description, with none of the package's own code."""
-    import struct
-    import zlib
-
     text = json.dumps({"version": 1, "rank": rank, "num_ranks": 1, **header}).encode()
     data = b"CLEDGER1" + struct.pack("<II", len(text), zlib.crc32(text)) + text
     for step, ids in enumerate(blocks):
         body = struct.pack(f"<{len(ids)}Q", *ids)
         head = struct.pack("<QI", step, len(ids))
         data += head + struct.pack("<I", zlib.crc32(head + body)) + body
-    folder.mkdir(exist_ok=True)
-    path = folder / f"rank{rank:05}.ledger"
+    place.mkdir(exist_ok=True)
+    path = place / f"rank{rank:05}.ledger"
     path.write_bytes(data)
     return path
 
@@ -234,11 +233,17 @@ def test_rewinding_drops_steps_to_come(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_lacks_a_rank_or_mixes_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no ledger"):
+    with pytest.raises(ValueError, match=r"no ledger there \(a folder with rank00000\.ledger\)"):
         read_ledger(tmp_path)
     written(tmp_path / "a", STEPS, rank=1, num_ranks=3)
-    with pytest.raises(ValueError, match=r"lacks the files of ranks \[0, 2\] of 3"):
+    with pytest.raises(ValueError, match=r"has files of ranks \[1\]; it must have one of each of \[0, 1, 2\]"):
         read_ledger(tmp_path / "a")
+    for rank in (0, 2):
+        written(tmp_path / f"node{rank}", STEPS, rank=rank, num_ranks=3)
+    places = [tmp_path / "node2", tmp_path / "a" / "rank00001.ledger", tmp_path / "node0"]
+    assert [record.rank for record in read_ledger(*places)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"has files of ranks \[0, 1, 1, 2\]"):
+        read_ledger(*places, tmp_path / "a")
     written(tmp_path / "b", STEPS, seed=1)
     written(tmp_path / "b", STEPS, rank=1, seed=2)
     with pytest.raises(ValueError, match="is the ledger of a run with seed=2, not 1"):
