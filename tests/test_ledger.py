@@ -278,6 +278,26 @@ def test_a_gap_is_an_error_and_a_late_beginning_a_warning(tmp_path: Path, corpus
     assert set(only(tmp_path / "late").step.tolist()) == {4, 5, 6, 7, 8}
 
 
+def test_a_ledger_may_be_switched_on_or_off_at_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    without = {key: value for key, value in recorded(corpus, tmp_path).items() if key != "ledger"}
+    saved = {"save_folder": str(tmp_path / "saved"), "save_interval": "4ba"}
+    fit(trainer_of(tmp_path, {**without, **saved, "save_num_checkpoints_to_keep": 9}))
+    middle = str(tmp_path / "saved" / "ep0-ba4-rank0.pt")
+    tree = recorded(corpus, tmp_path / "on", load_path=middle, save_folder=str(tmp_path / "again"))
+    with pytest.warns(UserWarning, match="Ledger is not in the state_dict"):  # Composer's, of any new callback
+        on = trainer_of(tmp_path, tree)
+    with pytest.warns(UserWarning, match="begins at step 4"):
+        fit(on)
+    fit(trainer_of(tmp_path, recorded(corpus, tmp_path / "straight")))
+    late, whole = only(tmp_path / "on"), only(tmp_path / "straight")
+    assert np.array_equal(late.sample, whole.sample[whole.step >= 4])
+    off = trainer_of(
+        tmp_path, {**without, "max_duration": "10ba", "load_path": str(tmp_path / "again" / "latest-rank0.pt")}
+    )
+    fit(off)
+    assert int(off.state.timestamp.batch) == 10
+
+
 def test_what_a_ledger_needs(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(ValueError, match="ledger='s3://b/x' is remote"):
         Ledger("s3://b/x")
