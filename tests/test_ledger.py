@@ -17,6 +17,7 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from corpora import draw_corpus, recipe, write_recipe
+from streaming import MDSWriter, StreamingDataset
 
 from clipcov_stream.config import load_config
 from clipcov_stream.ledger import Ledger, Record, append, index_hash, read_file, read_ledger, rewind
@@ -92,6 +93,27 @@ def test_the_ledger_is_what_was_trained_on(tmp_path: Path, corpus: Path) -> None
     assert {"version": 1, "seed": 0, "selector": "clipcov", "filter_ratio": 0.75}.items() <= record.header.items()
     size = (tmp_path / "ledger" / "rank00000.ledger").stat().st_size
     assert 9 * BLOCK < size < 9 * BLOCK + 1000
+
+
+def test_ids_stay_with_their_samples_where_selection_runs_on_columns(tmp_path: Path, corpus: Path) -> None:
+    rng, source = np.random.default_rng(0), StreamingDataset(local=str(corpus / "train"), batch_size=1)
+    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns) as writer:
+        for number, sample in enumerate(source):
+            image, text = rng.standard_normal((2, 4), np.float32)
+            kept = {"image": sample["image"], "caption": f"number {number}"}
+            writer.write({**kept, "image_embedding": image, "text_embedding": text})
+    seen = Seen()
+    tree = recorded(
+        corpus, tmp_path / "ledger", selection={"embed": "columns"}, stream={"local": str(tmp_path / "mds")}
+    )
+    trainer = trainer_of(tmp_path, tree, seen)
+    fit(trainer)
+    record, tokenizer = only(tmp_path / "ledger"), trainer.state.train_dataloader.dataset.tokenizer
+    assert len(record.step) == 9 * SURVIVORS == 9 * len(set(record.sample[:SURVIVORS].tolist()))
+    for step, batch in enumerate(seen.batches):
+        captions = [tokenizer(f"number {i}") for i in record.sample[record.step == step]]
+        assert torch.equal(batch["text"], torch.stack(captions)), step
 
 
 def test_no_ledger_unless_asked_for(tmp_path: Path, corpus: Path) -> None:
