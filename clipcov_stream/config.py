@@ -154,8 +154,8 @@ class EvalConfig:
 class TrainConfig:
     """A whole recipe; keys without a section of ours are the Composer Trainer's own.
 
-    `{selector}` and `{seed}` are filled in in `run_name`, `save_folder` and `metrics_file`, and `{run_name}` in the
-    latter two, so that a recipe's twins never share a folder.
+    `{selector}` and `{seed}` are filled in in `run_name`, `save_folder`, `metrics_file` and `ledger`, and `{run_name}`
+    in the latter three, so that a recipe's twins never share a folder. `ledger` is a folder, see `ledger.Ledger`.
     """
 
     model: ModelConfig
@@ -189,6 +189,7 @@ class TrainConfig:
     compile_config: dict[str, Any] | None = None
     dist_timeout: float = 600
     metrics_file: str | None = None
+    ledger: str | None = None
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -221,21 +222,22 @@ def filled(config: TrainConfig) -> TrainConfig:
     """The recipe with names filled in and every seed that was not given taken from `seed`.
 
     Raises:
-        ValueError: `{run_name}` in `metrics_file` where there is none.
+        ValueError: `{run_name}` in `metrics_file` or `ledger` where there is none.
     """
     selection, stream = config.selection, config.stream
     known = {"selector": selection.selector, "seed": str(config.seed)}
     run_name = put(config.run_name, known)
     if run_name is not None:
         known["run_name"] = run_name
-    metrics_file = put(config.metrics_file, known)
-    if metrics_file is not None and run_name is None and put(metrics_file, {"run_name": ""}) != metrics_file:
-        raise ValueError(f"metrics_file={metrics_file!r} needs a run_name")
+    paths = {name: put(getattr(config, name), known) for name in ("metrics_file", "ledger")}
+    for name, path in paths.items():
+        if path is not None and run_name is None and put(path, {"run_name": ""}) != path:
+            raise ValueError(f"{name}={path!r} needs a run_name")
     return dataclasses.replace(
         config,
         run_name=run_name,
         save_folder=put(config.save_folder, known),  # without a run_name Composer makes one up, and fills it in here
-        metrics_file=metrics_file,
+        **paths,
         selection=dataclasses.replace(selection, seed=config.seed if selection.seed is None else selection.seed),
         # 9176 is Streaming's own default.
         stream=dataclasses.replace(

@@ -21,6 +21,7 @@ from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.zeroshot import ZeroShotHead
 
@@ -116,6 +117,9 @@ def build_trainer(config: TrainConfig) -> Trainer:
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
+    if config.ledger:
+        chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
+        callbacks.append(Ledger(config.ledger, seed=config.seed, **chosen))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
     return Trainer(
         model=model,

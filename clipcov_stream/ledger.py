@@ -1,0 +1,283 @@
+"""What a run trained on: every survivor's id, by step and rank, in one append-only file per rank.
+
+    rank00000.ledger     magic | u32 length, u32 CRC-32 and the JSON of the header | one block per step
+    a block              u64 step | u32 samples | u32 CRC-32 of the block without it | u64 id of each sample
+
+All little-endian, 8 bytes per sample and 16 per step. Ids are `id` of `PairDataset`, a sample's number in the folder;
+they stand in the order chosen, as far as this rank trained them. What a sample gained when it was chosen is not
+recorded: selection keeps no such figure.
+
+A step is written by one call once its optimizer step is done, so a process that is killed leaves whole steps and at
+most one torn block at the end, which readers drop and count. A checkpoint is written after the blocks of its steps have
+reached the disk; a resumed run drops the blocks of later steps, and its ledger is then that of a straight run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+MAGIC = b"CLEDGER1"
+BLOCK = struct.Struct("<QII")
+ID = np.dtype("<u8")
+
+
+class Ledger(Callback):
+    """Records the ids of all samples that had a gradient, in `folder`; give it to the Trainer as a callback.
+
+    Args:
+        folder: local, shared by the ranks or not. Of one run alone.
+        about: whatever else tells runs apart (seed, selector, ...), strings and numbers, for the header.
+
+    Raises:
+        ValueError: at the start of training, a folder that holds another run's ledger, or one that ends before the
+            step that training resumes from; and batches without `id`.
+    """
+
+    def __init__(self, folder: str, **about: str | float | None) -> None:
+        if "://" in folder:
+            raise ValueError(
+                f"ledger={folder!r} is remote, where nothing can be appended to a file; give a local folder"
+            )
+        self.folder = Path(folder)
+        self.about = about
+        self._file: IO[bytes] | None = None
+        self._ids: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        """This rank's file."""
+        return path_of(self.folder, dist.get_global_rank())
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop what an earlier process recorded of the steps that are to come."""
+        self.close(state, logger)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        step, rank = int(state.timestamp.batch), dist.get_global_rank()
+        header = {**header_of(state), **self.about}
+        if self.path.exists():
+            check_header(self.path, header)
+            last = rewind(self.path, step)
+            if rank == 0 and last + 1 < step:
+                raise ValueError(
+                    f"ledger {str(self.folder)!r} ends after step {last}, but training goes on from step {step}: what "
+                    "was trained on between them is not in it; give another folder"
+                )
+        else:
+            if rank == 0 and step > 0:
+                warnings.warn(f"ledger {str(self.folder)!r} begins at step {step}, not at 0", stacklevel=2)
+            new = self.path.with_suffix(".new")  # a header is there in full or not at all
+            new.write_bytes(encoded_header({**header, "rank": rank}))
+            new.rename(self.path)
+        if rank == 0:
+            # Of a run on more ranks; no rank of this one would look at them.
+            for path in files_of(self.folder)[dist.get_world_size() :]:
+                rewind(path, step)
+        self._file = self.path.open("ab", buffering=0)
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Take the ids out of the batch, which holds the survivors: algorithms run before callbacks."""
+        if "id" not in state.batch:
+            raise ValueError(f"a ledger needs the samples' 'id' in the batch, which has {sorted(state.batch)}")
+        # Here the batch is still on the CPU: nothing waits for a GPU.
+        self._ids = np.asarray(torch.as_tensor(state.batch["id"]).cpu(), ID)
+        state.batch = {key: value for key, value in state.batch.items() if key != "id"}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._file is None or self._ids is None:
+            raise RuntimeError("the ledger saw no batch: were its events skipped?")
+        # The clock has moved on to the next step.
+        append(self._file, int(state.timestamp.batch) - 1, self._ids)
+        self._ids = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; but every rank is asked for it before a checkpoint is written, which may not outlast its steps."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return {}
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One rank's file, read.
+
+    Args:
+        header: version, run_name, folder (a hash of what `PairDataset` reads), num_samples in it, pool_size per rank,
+            num_ranks, rank, and what `Ledger` was told about the run.
+        step: (n,) int64, ascending.
+        sample: (n,) int64 ids.
+        torn_bytes: of a block at the end that was not written in full, and is left out.
+    """
+
+    header: dict[str, Any]
+    step: np.ndarray
+    sample: np.ndarray
+    torn_bytes: int
+
+    @property
+    def rank(self) -> int:
+        return int(self.header["rank"])
+
+
+def read_ledger(*places: str | Path) -> list[Record]:
+    """All ranks' records, by rank.
+
+    Args:
+        places: the run's ledger folder; of ranks that share no disk, all their folders, or their files.
+
+    Raises:
+        ValueError: no ledger, one that lacks a rank's file or has it twice, ranks of different runs, or a damaged file.
+    """
+    paths = [path for place in map(Path, places) for path in (files_of(place) if place.is_dir() else [place])]
+    names = ", ".join(map(str, places))
+    if not paths or not all(path.is_file() for path in paths):
+        raise ValueError(f"{names}: no ledger there (a folder with {path_of(Path(), 0)})")
+    read = sorted(((read_file(path), path) for path in paths), key=lambda pair: pair[0].rank)
+    records, ranks = [record for record, _ in read], [record.rank for record, _ in read]
+    wanted = list(range(max(len(records), *(record.header["num_ranks"] for record in records))))
+    if ranks != wanted:
+        raise ValueError(f"ledger {names} has files of ranks {ranks}; it must have one of each of {wanted}")
+    for _, path in read:
+        check_header(path, records[0].header)
+    return records
+
+
+def read_file(path: Path) -> Record:
+    """One rank's file.
+
+    Raises:
+        ValueError: no ledger, or one that is damaged elsewhere than in its last block.
+    """
+    header, start = read_header(path)
+    data = path.read_bytes()
+    found = list(blocks(data, start))
+    end = found[-1][2] if found else start
+    largest = max((len(ids) for _, ids, _ in found), default=0)
+    torn = len(data) - end
+    if found and torn > 2 * (BLOCK.size + ID.itemsize * largest):
+        raise ValueError(f"{path} is damaged at byte {end}: {torn} bytes follow, more than one step can leave torn")
+    step = [np.full(len(ids), number, np.int64) for number, ids, _ in found]
+    sample = [ids.astype(np.int64) for _, ids, _ in found]
+    empty = np.zeros(0, np.int64)
+    return Record(header, np.concatenate([empty, *step]), np.concatenate([empty, *sample]), torn)
+
+
+def append(file: IO[bytes], step: int, ids: np.ndarray) -> None:
+    """Write one step's block, by one call unless the system takes only part of it."""
+    payload = np.asarray(ids, ID).tobytes()
+    check = zlib.crc32(payload, zlib.crc32(struct.pack("<QI", step, len(ids))))
+    data = memoryview(BLOCK.pack(step, len(ids), check) + payload)
+    while data:
+        data = data[file.write(data) :]
+
+
+def blocks(data: bytes, start: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Step, ids and end of every whole block, up to the first that is torn."""
+    while start + BLOCK.size <= len(data):
+        step, count, check = BLOCK.unpack_from(data, start)
+        begin, end = start + BLOCK.size, start + BLOCK.size + ID.itemsize * count
+        payload = data[begin:end]
+        if end > len(data) or zlib.crc32(payload, zlib.crc32(struct.pack("<QI", step, count))) != check:
+            return
+        yield step, np.frombuffer(payload, ID), end
+        start = end
+
+
+def rewind(path: Path, step: int) -> int:
+    """Cut a file off after the last whole block before `step`; returns that block's step, or -1."""
+    _, end = read_header(path)
+    last = -1
+    for number, _, after in blocks(path.read_bytes(), end):
+        if number >= step:
+            break
+        last, end = number, after
+    os.truncate(path, end)
+    return last
+
+
+def header_of(state: State) -> dict[str, Any]:
+    """What a run's ledger says of it, from Composer's state."""
+    dataset = getattr(state.dataloader, "dataset", None)
+    return {
+        "version": 1,
+        "run_name": state.run_name,
+        "folder": folder_hash(dataset),
+        "num_samples": getattr(dataset, "num_samples", None),
+        "pool_size": getattr(state.dataloader, "batch_size", None),
+        "num_ranks": dist.get_world_size(),
+    }
+
+
+def folder_hash(dataset: Any) -> str | None:
+    """SHA-256 over the index.json of every folder that a StreamingDataset reads; None for other data sets."""
+    streams = getattr(dataset, "streams", None)
+    if not streams:
+        return None
+    return index_hash(*(Path(stream.local, stream.split or "", "index.json").read_bytes() for stream in streams))
+
+
+def index_hash(*indices: bytes) -> str:
+    """The same from the contents of the index files."""
+    return hashlib.sha256(b"".join(hashlib.sha256(index).digest() for index in indices)).hexdigest()
+
+
+def path_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank:05}.ledger"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files of the ranks, in order."""
+    return sorted(folder.glob("rank?????.ledger"))
+
+
+def encoded_header(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header).encode()
+    return MAGIC + struct.pack("<II", len(text), zlib.crc32(text)) + text
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header, and where its blocks begin.
+
+    Raises:
+        ValueError: not a ledger, or not of this version.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC) + 8)
+        if len(start) < len(MAGIC) + 8 or not start.startswith(MAGIC):
+            raise ValueError(f"{path} is not a ledger of this version: it begins with {start[: len(MAGIC)]!r}")
+        length, check = struct.unpack_from("<II", start, len(MAGIC))
+        text = file.read(length)
+    if len(text) < length or zlib.crc32(text) != check:
+        raise ValueError(f"{path} is damaged in its header; delete it if the run never trained a step")
+    return json.loads(text), len(start) + length
+
+
+def check_header(path: Path, now: dict[str, Any]) -> None:
+    """Raise ValueError, naming every difference, unless a file belongs to the run whose header is `now`."""
+    saved, _ = read_header(path)
+    ours = ("rank", "num_ranks", "pool_size")  # a run may be resumed on another number of ranks
+    other = [
+        f"{key}={saved.get(key)!r}, not {now[key]!r}" for key in now if key not in ours and saved.get(key) != now[key]
+    ]
+    if other:
+        raise ValueError(f"{path} is the ledger of a run with {'; '.join(other)}; give another folder")

@@ -1,0 +1,332 @@
+"""The ledger against what a run was seen to train on, across crashes, kills, resumption and ranks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback, Trainer
+from corpora import draw_corpus, recipe, write_recipe
+from streaming import MDSWriter, StreamingDataset
+
+from clipcov_stream.config import load_config
+from clipcov_stream.ledger import Ledger, Record, append, index_hash, read_file, read_ledger, rewind
+from clipcov_stream.train import build_trainer
+
+SURVIVORS = 8
+BLOCK = 16 + 8 * SURVIVORS
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+class Seen(Callback):
+    """What every step trains on, by its pixels and tokens."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, torch.Tensor]] = []
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        assert set(state.batch) == {"image", "text"}
+        self.batches.append({key: value.clone() for key, value in state.batch.items()})
+
+
+class Crash(Callback):
+    """Raises in the middle of step number `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_forward(self, state: Any, logger: Any) -> None:
+        if int(state.timestamp.batch) == self.step:
+            raise InterruptedError
+
+
+def recorded(corpus: Path, ledger: Path, **sections: Any) -> dict[str, Any]:
+    return recipe(corpus, max_duration="9ba", run_name="run", ledger=str(ledger), **sections)
+
+
+def trainer_of(folder: Path, tree: dict[str, Any], *callbacks: Callback) -> Trainer:
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(load_config(str(write_recipe(folder / "recipe.yaml", tree))))
+    trainer.state.callbacks.extend(callbacks)
+    return trainer
+
+
+def fit(trainer: Trainer) -> None:
+    trainer.fit()
+    trainer.close()
+
+
+def only(folder: Path) -> Record:
+    (record,) = read_ledger(folder)
+    return record
+
+
+def test_the_ledger_is_what_was_trained_on(tmp_path: Path, corpus: Path) -> None:
+    seen = Seen()
+    # Without augmentation, so that a sample has the same pixels whenever it is read.
+    trainer = trainer_of(tmp_path, recorded(corpus, tmp_path / "ledger", stream={"min_scale": 1.0}), seen)
+    fit(trainer)
+    record, loader = only(tmp_path / "ledger"), trainer.state.train_dataloader
+    assert record.step.tolist() == [step for step in range(9) for _ in range(SURVIVORS)]
+    assert record.torn_bytes == 0 and len(seen.batches) == 9
+    for step, batch in enumerate(seen.batches):
+        pool = loader.collate_fn([loader.dataset[int(i)] for i in record.sample[record.step == step]])
+        # Row by row: the order chosen is kept.
+        assert torch.equal(batch["text"], pool["text"]) and torch.equal(batch["image"], pool["image"]), step
+    index = (corpus / "train" / "index.json").read_bytes()
+    wanted = {"run_name": "run", "folder": index_hash(index), "pool_size": 32, "num_samples": 192, "num_ranks": 1}
+    assert wanted.items() <= record.header.items()
+    assert {"version": 1, "seed": 0, "selector": "clipcov", "filter_ratio": 0.75}.items() <= record.header.items()
+    size = (tmp_path / "ledger" / "rank00000.ledger").stat().st_size
+    assert 9 * BLOCK < size < 9 * BLOCK + 1000
+
+
+def test_ids_stay_with_their_samples_where_selection_runs_on_columns(tmp_path: Path, corpus: Path) -> None:
+    rng, source = np.random.default_rng(0), StreamingDataset(local=str(corpus / "train"), batch_size=1)
+    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns) as writer:
+        for number, sample in enumerate(source):
+            image, text = rng.standard_normal((2, 4), np.float32)
+            kept = {"image": sample["image"], "caption": f"number {number}"}
+            writer.write({**kept, "image_embedding": image, "text_embedding": text})
+    seen = Seen()
+    tree = recorded(
+        corpus, tmp_path / "ledger", selection={"embed": "columns"}, stream={"local": str(tmp_path / "mds")}
+    )
+    trainer = trainer_of(tmp_path, tree, seen)
+    fit(trainer)
+    record, tokenizer = only(tmp_path / "ledger"), trainer.state.train_dataloader.dataset.tokenizer
+    assert len(record.step) == 9 * SURVIVORS == 9 * len(set(record.sample[:SURVIVORS].tolist()))
+    for step, batch in enumerate(seen.batches):
+        captions = [tokenizer(f"number {i}") for i in record.sample[record.step == step]]
+        assert torch.equal(batch["text"], torch.stack(captions)), step
+
+
+def test_no_ledger_unless_asked_for(tmp_path: Path, corpus: Path) -> None:
+    trainer = trainer_of(tmp_path, recipe(corpus))
+    assert not any(isinstance(callback, Ledger) for callback in trainer.state.callbacks)
+
+
+@pytest.mark.parametrize(("saved", "crashed"), [(2, 5), (7, 7)])
+def test_crashed_and_resumed_equals_straight(tmp_path: Path, corpus: Path, saved: int, crashed: int) -> None:
+    fit(trainer_of(tmp_path, recorded(corpus, tmp_path / "straight")))
+    wanted = (tmp_path / "straight" / "rank00000.ledger").read_bytes()
+    ledger = tmp_path / "ledger"
+    checkpoints = {"save_folder": str(tmp_path / "checkpoints"), "save_interval": f"{saved}ba"}
+    first = trainer_of(tmp_path, recorded(corpus, ledger, **checkpoints), Crash(crashed))
+    with pytest.raises(InterruptedError):
+        first.fit()
+    first.close()
+    # The step that crashed was never trained.
+    assert only(ledger).step.max() == crashed - 1
+    with (ledger / "rank00000.ledger").open("ab") as file:
+        file.write(wanted[-BLOCK : -BLOCK // 2])  # what a kill in the middle of a write would leave
+    assert only(ledger).torn_bytes == BLOCK // 2
+    newest = tmp_path / "checkpoints" / "latest-rank0.pt"
+    fit(trainer_of(tmp_path, recorded(corpus, ledger, load_path=str(newest))))
+    assert (ledger / "rank00000.ledger").read_bytes() == wanted
+
+
+KILLED = """
+import os, signal, sys
+from composer import Callback
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+class Kill(Callback):
+    def after_backward(self, state, logger):
+        if int(state.timestamp.batch) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+trainer = build_trainer(load_config(sys.argv[1], sys.argv[3:]))
+trainer.state.callbacks.append(Kill())
+trainer.fit()
+trainer.close()
+leave_group()
+"""
+
+
+def test_two_ranks_killed_and_resumed_equal_straight(tmp_path: Path, corpus: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED, encoding="utf-8")
+    # Global, where ranks exchange survivors: the ids must travel with them.
+    tree = recorded(corpus, tmp_path / "{seed}", selection={"scope": "global"}, autoresume=True, save_interval="4ba")
+    path = str(write_recipe(tmp_path / "recipe.yaml", {**tree, "save_folder": str(tmp_path / "saved")}))
+
+    def launch(kill_at: int, *overrides: str) -> int:
+        composer = str(Path(sys.executable).with_name("composer"))
+        command = [composer, "-n", "2", str(script), path, str(kill_at), *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, timeout=200, env=environment, check=False).returncode
+
+    straight, ledger = tmp_path / "straight", tmp_path / "0"
+    assert launch(-1, f"ledger={straight}", "autoresume=false", "save_folder=null") == 0
+    assert launch(6) != 0
+    steps = {int(record.step.max()) for record in read_ledger(ledger)}
+    assert steps <= {4, 5}  # a rank may have been stopped before its own turn
+    assert launch(-1) == 0
+    for rank in range(2):
+        name = f"rank{rank:05}.ledger"
+        assert (ledger / name).read_bytes() == (straight / name).read_bytes()
+    records = read_ledger(ledger)
+    assert [record.rank for record in records] == [0, 1]
+    for step in range(9):
+        ids = np.concatenate([record.sample[record.step == step] for record in records])
+        assert len(set(ids.tolist())) == len(ids) == SURVIVORS
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def written(place: Path, blocks: list[list[int]], rank: int = 0, **header: Any) -> Path:
+    """A ledger by the format's description, with none of the package's own code."""
+    text = json.dumps({"version": 1, "rank": rank, "num_ranks": 1, **header}).encode()
+    data = b"CLEDGER1" + struct.pack("<II", len(text), zlib.crc32(text)) + text
+    for step, ids in enumerate(blocks):
+        body = struct.pack(f"<{len(ids)}Q", *ids)
+        head = struct.pack("<QI", step, len(ids))
+        data += head + struct.pack("<I", zlib.crc32(head + body)) + body
+    place.mkdir(exist_ok=True)
+    path = place / f"rank{rank:05}.ledger"
+    path.write_bytes(data)
+    return path
+
+
+STEPS = [[5, 2, 9], [7, 1, 2**40], [0, 3, 4], [8, 6, 5]]
+
+
+def test_the_format_is_as_described(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", STEPS, seed=3)
+    record = read_file(path)
+    assert record.sample.tolist() == [i for ids in STEPS for i in ids]
+    assert record.step.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert record.header["seed"] == 3
+    ours = io.BytesIO()
+    for step, ids in enumerate(STEPS):
+        append(ours, step, np.array(ids))
+    assert path.read_bytes().endswith(ours.getvalue())
+
+
+def test_a_file_cut_anywhere_keeps_its_whole_steps(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", STEPS)
+    whole, block = path.read_bytes(), 16 + 3 * 8
+    for cut in range(1, 2 * block + 1):
+        path.write_bytes(whole[:-cut])
+        record = read_file(path)
+        kept = 4 - -(-cut // block)
+        assert record.sample.tolist() == [i for ids in STEPS[:kept] for i in ids]
+        assert record.torn_bytes == (-cut) % block
+    for at in range(1, block):  # or filled with zeros, as a machine that lost power may leave it
+        path.write_bytes(whole[:-at] + bytes(at) if any(whole[-at:]) else whole)
+        assert len(read_file(path).sample) in (9, 12)
+
+
+def test_damage_elsewhere_than_at_the_end_is_an_error(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", [*STEPS, *STEPS])
+    whole, start = path.read_bytes(), len(path.read_bytes()) - 8 * 40
+    path.write_bytes(whole[: start + 60] + b"\xff" + whole[start + 61 :])
+    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 40}: {7 * 40} bytes follow"):
+        read_file(path)
+    path.write_bytes(whole[:20] + b"\xff" + whole[21:])
+    with pytest.raises(ValueError, match="is damaged in its header"):
+        read_file(path)
+    path.write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match="is not a ledger of this version"):
+        read_file(path)
+
+
+def test_rewinding_drops_steps_to_come(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", STEPS)
+    for step in (9, 4, 2, 0):
+        assert rewind(path, step) == min(step, 4) - 1
+        assert read_file(path).sample.tolist() == [i for ids in STEPS[:step] for i in ids]
+
+
+def test_a_folder_that_lacks_a_rank_or_mixes_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no ledger there \(a folder with rank00000\.ledger\)"):
+        read_ledger(tmp_path)
+    written(tmp_path / "a", STEPS, rank=1, num_ranks=3)
+    with pytest.raises(ValueError, match=r"has files of ranks \[1\]; it must have one of each of \[0, 1, 2\]"):
+        read_ledger(tmp_path / "a")
+    for rank in (0, 2):
+        written(tmp_path / f"node{rank}", STEPS, rank=rank, num_ranks=3)
+    places = [tmp_path / "node2", tmp_path / "a" / "rank00001.ledger", tmp_path / "node0"]
+    assert [record.rank for record in read_ledger(*places)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"has files of ranks \[0, 1, 1, 2\]"):
+        read_ledger(*places, tmp_path / "a")
+    written(tmp_path / "b", STEPS, seed=1)
+    written(tmp_path / "b", STEPS, rank=1, seed=2)
+    with pytest.raises(ValueError, match="is the ledger of a run with seed=2, not 1"):
+        read_ledger(tmp_path / "b")
+
+
+def test_another_runs_ledger_is_never_touched(tmp_path: Path, corpus: Path) -> None:
+    ledger = tmp_path / "ledger"
+    fit(trainer_of(tmp_path, {**recorded(corpus, ledger), "max_duration": "3ba"}))
+    before = (ledger / "rank00000.ledger").read_bytes()
+    other = trainer_of(tmp_path, {**recorded(corpus, ledger), "seed": 1, "run_name": "other"})
+    with pytest.raises(ValueError, match=r"run_name='run', not 'other'; seed=0, not 1; give another folder"):
+        other.fit()
+    assert (ledger / "rank00000.ledger").read_bytes() == before
+
+
+def test_a_gap_is_an_error_and_a_late_beginning_a_warning(tmp_path: Path, corpus: Path) -> None:
+    ledger = tmp_path / "ledger"
+    saved = {"save_folder": str(tmp_path / "saved"), "save_interval": "4ba"}
+    first = trainer_of(tmp_path, recorded(corpus, ledger, **saved), Crash(5))
+    with pytest.raises(InterruptedError):
+        first.fit()
+    first.close()
+    newest = str(tmp_path / "saved" / "latest-rank0.pt")
+    rewind(ledger / "rank00000.ledger", 2)
+    with pytest.raises(ValueError, match="ends after step 1, but training goes on from step 4"):
+        trainer_of(tmp_path, recorded(corpus, ledger, load_path=newest)).fit()
+    late = trainer_of(tmp_path, recorded(corpus, tmp_path / "late", load_path=newest))
+    with pytest.warns(UserWarning, match="begins at step 4, not at 0"):
+        late.fit()
+    late.close()
+    assert set(only(tmp_path / "late").step.tolist()) == {4, 5, 6, 7, 8}
+
+
+def test_a_ledger_may_be_switched_on_or_off_at_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    without = {key: value for key, value in recorded(corpus, tmp_path).items() if key != "ledger"}
+    saved = {"save_folder": str(tmp_path / "saved"), "save_interval": "4ba"}
+    fit(trainer_of(tmp_path, {**without, **saved, "save_num_checkpoints_to_keep": 9}))
+    middle = str(tmp_path / "saved" / "ep0-ba4-rank0.pt")
+    tree = recorded(corpus, tmp_path / "on", load_path=middle, save_folder=str(tmp_path / "again"))
+    with pytest.warns(UserWarning, match="Ledger is not in the state_dict"):  # Composer's, of any new callback
+        on = trainer_of(tmp_path, tree)
+    with pytest.warns(UserWarning, match="begins at step 4"):
+        fit(on)
+    fit(trainer_of(tmp_path, recorded(corpus, tmp_path / "straight")))
+    late, whole = only(tmp_path / "on"), only(tmp_path / "straight")
+    assert np.array_equal(late.sample, whole.sample[whole.step >= 4])
+    off = trainer_of(
+        tmp_path, {**without, "max_duration": "10ba", "load_path": str(tmp_path / "again" / "latest-rank0.pt")}
+    )
+    fit(off)
+    assert int(off.state.timestamp.batch) == 10
+
+
+def test_what_a_ledger_needs(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match="ledger='s3://b/x' is remote"):
+        Ledger("s3://b/x")
+    trainer = trainer_of(tmp_path, recorded(corpus, tmp_path / "ledger"))
+    ledger = next(callback for callback in trainer.state.callbacks if isinstance(callback, Ledger))
+    trainer.state.batch = {"image": torch.zeros(1), "text": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"needs the samples' 'id' in the batch, which has \['image', 'text'\]"):
+        ledger.after_dataloader(trainer.state, trainer.logger)
+    with pytest.raises(ValueError, match=r"ledger='runs/\{run_name\}' needs a run_name"):
+        load_config(str(write_recipe(tmp_path / "r.yaml", recipe(corpus, ledger="runs/{run_name}"))))

@@ -1,0 +1,278 @@
+"""Turns what a run trained on, or what select_offline picked, into a data set of its own.
+
+    python tools/export.py mds SOURCE FOLDER OUT          a curated MDS folder, each sample once, byte for byte
+    python tools/export.py datacomp SOURCE FOLDER OUT.npy      a DataComp subset file: sorted uids, dtype u8,u8
+    python tools/export.py table SOURCE FOLDER OUT.csv         or OUT.parquet: id, uid, times, first_step, last_step
+
+SOURCE is a run's ledger folder (`ledger` in its recipe), several where ranks shared no disk, or the output of
+tools/select_offline.py. FOLDER is the MDS folder that it chose from. FOLDER and OUT may be URLs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mds_folder import open_spool, write_source_json
+from remote_folder import output_folder
+from streaming.base.storage.upload import CloudUploader
+from subset_folder import PairFolder, VerbatimWriter, bar
+from trained_on import TrainedOn, remote_pairs, trained_on
+
+from clipcov_stream.remote import is_remote, read_remote
+
+BESIDE = ("embedder.json",)
+"""Files of an MDS folder that say what its columns are."""
+DATACOMP = np.dtype("u8,u8")
+
+
+def write_mds(pairs: PairFolder, found: TrainedOn, folder: Path, in_order: bool) -> None:
+    """Write the samples, each once, as they are stored, into a fresh folder.
+
+    Args:
+        in_order: of first training, rather than of the folder; the samples then wait on disk until all are read.
+    """
+    writer = VerbatimWriter(columns=pairs.columns, out=str(folder), hashes=["sha1"])
+    samples = bar(pairs.samples(found.id.tolist()), "read", "samples", total=len(found))
+    if in_order:
+        with open_spool(folder) as spool:
+            for sample in samples:
+                spool.add(sample)
+            for sample in bar(spool.read(found.order.tolist()), "write", "samples", total=len(found)):
+                writer.write(sample)
+    else:
+        for sample in samples:
+            writer.write(sample)
+    writer.finish()
+
+
+def uids_of(pairs: PairFolder, found: TrainedOn) -> list[str] | None:
+    """The samples' uids, by ascending id; None if the folder has no such column.
+
+    Raises: ValueError where the source has others.
+    """
+    if pairs.columns.get("uid") != "str":
+        return None
+    samples = bar(pairs.samples(found.id.tolist()), "read", "samples", total=len(found))
+    uids = [sample["uid"].decode("utf-8") for sample in samples]
+    for number, own, other in zip(found.id, uids, found.uids or uids, strict=True):
+        if own != other:
+            raise ValueError(f"sample {number} of FOLDER has the uid {own!r}, SOURCE says {other!r}: another folder")
+    return uids
+
+
+def datacomp_uids(uids: Sequence[str]) -> tuple[np.ndarray, Counter[str]]:
+    """A DataComp subset file's content, and how many samples are left out and why.
+
+    A uid is 128 bits in hexadecimal, stored as its high and low 64. DataComp's resharder needs them sorted.
+    """
+    dropped: Counter[str] = Counter()
+    numbers = set()
+    for uid in uids:
+        number = None
+        if len(uid) == 32 and not set(uid) - set("0123456789abcdefABCDEF"):
+            number = divmod(int(uid, 16), 2**64)
+        reason = "no_uid" if not uid else "uid_not_128_bit_hex" if number is None else "duplicate_uid"
+        if number is None or number in numbers:
+            dropped[reason] += 1
+        else:
+            numbers.add(number)
+    return np.array(sorted(numbers), DATACOMP), dropped
+
+
+def table_of(found: TrainedOn, uids: Sequence[str] | None) -> dict[str, Any]:
+    """Columns of the table, by name."""
+    table: dict[str, Any] = {"id": found.id.tolist()}
+    if uids is not None:
+        table["uid"] = list(uids)
+    return {**table, **{name: getattr(found, name).tolist() for name in ("times", "first_step", "last_step")}}
+
+
+def write_csv(table: dict[str, Any], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(table)
+        rows.writerows(zip(*table.values(), strict=True))
+
+
+def write_parquet(table: dict[str, Any], path: Path) -> None:
+    import pyarrow  # pyright: ignore[reportMissingImports]
+    import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+
+
+TABLES = {".csv": write_csv, ".parquet": write_parquet}
+
+
+@contextmanager
+def output_file(out: str, overwrite: bool) -> Iterator[Path]:
+    """Yield a path to write to; the file becomes `out`, a path or a URL, once the block ends without exception.
+
+    Raises: ValueError for an `out` that exists, without `overwrite`, or that cannot be written to.
+    """
+    name = Path(out).name
+    with ExitStack() as stack:
+        if is_remote(out):
+            if not overwrite:
+                _check_absent(out)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="export-"))
+            try:
+                uploader = CloudUploader.get((scratch, out.rpartition("/")[0]), keep_local=True)
+            except Exception as error:  # every client has its own kinds
+                raise ValueError(f"OUT={out!r} cannot be written to: {error!r}") from error
+            yield Path(scratch, name)
+            try:
+                uploader.upload_file(name)
+            except Exception as error:
+                raise ValueError(f"the upload to OUT={out!r} failed: {error!r}") from error
+            return
+        path = Path(out).expanduser().resolve()
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise ValueError(f"OUT={out!r} exists; give another file, or --overwrite to replace it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path.parent)))
+        yield scratch / name
+        (scratch / name).replace(path)
+
+
+def _check_absent(out: str) -> None:
+    try:
+        read_remote(out)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"cannot tell whether OUT={out!r} exists: {error}") from error
+    raise ValueError(f"OUT={out!r} exists; give another, or --overwrite to replace it")
+
+
+def run_mds(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, counts: dict[str, Any]) -> None:
+    out = Path(args.out).expanduser().resolve()
+    if not is_remote(args.out) and (out == pairs.path or out in pairs.path.parents):
+        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    with output_folder(args.out, args.overwrite) as folder:
+        write_mds(pairs, found, folder, args.order == "trained")
+        for name in BESIDE:
+            copy_beside(args.folder, folder, name)
+        paths = {"source": [Path(place) for place in args.source], "folder": Path(args.folder)}
+        source = {"tool": "export.py", "arguments": {**paths, "order": args.order}}
+        write_source_json(folder, source, counts)
+
+
+def copy_beside(source: str, folder: Path, name: str) -> None:
+    """Copy a file that lies beside the shards, if there is one."""
+    if is_remote(source):
+        try:
+            (folder / name).write_bytes(read_remote(f"{source.rstrip('/')}/{name}"))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ValueError(f"cannot tell whether {source!r} has {name}: {error}") from error
+    elif os.path.isfile(path := os.path.join(os.path.expanduser(source), name)):
+        shutil.copyfile(path, folder / name)
+
+
+def run_datacomp(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, counts: dict[str, Any]) -> None:
+    if Path(args.out).suffix != ".npy":
+        raise ValueError(f"OUT={args.out!r} must end in .npy")
+    uids = uids_of(pairs, found)
+    if uids is None:
+        raise ValueError(f"FOLDER={args.folder!r} has no str column 'uid'; it has {pairs.columns}")
+    numbers, dropped = datacomp_uids(uids)
+    if not len(numbers):
+        raise ValueError(f"no sample has a DataComp uid, 32 hexadecimal digits: {dict(dropped)}")
+    with output_file(args.out, args.overwrite) as path:
+        np.save(path, numbers)
+    counts |= {"written": len(numbers), "dropped": dict(sorted(dropped.items()))}
+
+
+def run_table(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, counts: dict[str, Any]) -> None:
+    write = TABLES.get(Path(args.out).suffix)
+    if write is None:
+        raise ValueError(f"OUT={args.out!r} must end in one of {sorted(TABLES)}")
+    table = table_of(found, uids_of(pairs, found))
+    try:
+        with output_file(args.out, args.overwrite) as path:
+            write(table, path)
+    except ImportError as error:
+        raise ValueError(f"OUT={args.out!r} needs pyarrow: pip install pyarrow, or give a .csv ({error})") from error
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line asks; returns the figures that are printed last.
+
+    Raises: ValueError for whatever the user can mend; OUT is then as it was.
+    """
+    began = time.monotonic()
+    found = trained_on(args.source)
+    counts: dict[str, Any] = {
+        "records": found.num_records,
+        "written": len(found),
+        "repeats": found.num_records - len(found),
+        "torn_bytes": found.torn_bytes,
+    }
+    with pairs_of(args.folder) as pairs:
+        found.check(pairs)
+        counts["samples"] = len(pairs)
+        args.export(args, pairs, found, counts)
+    return {**counts, "seconds": round(time.monotonic() - began, 3)}
+
+
+def pairs_of(folder: str) -> AbstractContextManager[PairFolder]:
+    return remote_pairs(folder) if is_remote(folder) else nullcontext(PairFolder(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; the last line on stdout is one JSON document. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, export, text in (
+        ("mds", run_mds, "folder to write, local or a URL"),
+        ("datacomp", run_datacomp, ".npy file to write, local or a URL"),
+        ("table", run_table, ".csv or .parquet file to write, local or a URL"),
+    ):
+        command = commands.add_parser(name)
+        command.add_argument("source", metavar="SOURCE", nargs="+", help="ledger folders or files, or a subset")
+        command.add_argument("folder", metavar="FOLDER", help="MDS folder that SOURCE chose from, local or a URL")
+        command.add_argument("out", metavar="OUT", help=text)
+        command.add_argument("--overwrite", action="store_true", help="replace OUT once the new one is complete")
+        command.set_defaults(export=export)
+        if name == "mds":
+            order = {"choices": ["folder", "trained"], "default": "folder"}
+            command.add_argument("--order", **order, help="as in FOLDER, or of first training (folder)")
+    args = parser.parse_args(argv)
+    try:
+        figures = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(args.out, figures))
+    print(json.dumps(figures))
+    return 0
+
+
+def summary(out: str, figures: dict[str, Any]) -> str:
+    """What was written and what was not, in words."""
+    lines = [f"{figures['written']} of {figures['samples']} samples written to {out}"]
+    if figures["repeats"]:
+        lines.append(f"  repeats: {figures['repeats']} of {figures['records']} records name a sample once more")
+    lines += [f"  {reason}: {count} samples left out" for reason, count in figures.get("dropped", {}).items()]
+    if figures["torn_bytes"]:
+        lines.append(f"  torn: {figures['torn_bytes']} bytes of a step that was not written in full")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
