@@ -12,7 +12,6 @@ import atexit
 import gc
 import importlib
 import importlib.util
-import os
 import sys
 import typing
 import uuid
