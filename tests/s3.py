@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +29,11 @@ class Counted:
     def __init__(self, app: Any) -> None:
         self.app = app
         self.requests: list[Request] = []
+        self.delay: list[float] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if self.delay:
+            time.sleep(self.delay[-1])
         body = self.app(environ, start_response)
         num_bytes = 0
         for part in body:
@@ -45,6 +49,8 @@ class Server:
 
     endpoint: str
     requests: list[Request]
+    delay: list[float]
+    """Seconds that an answer is held back, the last of them; none by default."""
 
     def environment(self) -> dict[str, str]:
         """What boto3 and Streaming read; credentials that only this server takes."""
@@ -70,7 +76,7 @@ def serve() -> Iterator[Server]:
     server._server.app = counted
     host, port = server.get_host_and_port()
     try:
-        yield Server(f"http://{host}:{port}", counted.requests)
+        yield Server(f"http://{host}:{port}", counted.requests, counted.delay)
     finally:
         server.stop()
         server._server.server_close()
