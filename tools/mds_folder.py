@@ -4,7 +4,7 @@
 that looks like a data set. So splits are written inside of a `staged_folder`.
 
     mds_split(folder, ...)    one MDS split in a fresh folder inside of a staged one
-    mds_folder(out, ...)      a staged folder with one split, the usual case
+    mds_folder(out, ...)      a local or remote folder with one split, the usual case
     write_found(found, ...)   images with their rows -> samples, once every image was decoded in full
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from staged_folder import staged_folder
+from remote_folder import output_folder
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
 from streaming.base.hashing import get_hashes, is_hash
@@ -69,9 +69,9 @@ class Found(NamedTuple):
 class MdsSplit:
     """The open writer of one MDS split: samples written, rows rejected, and their counts.
 
-    Made by `mds_split` and `mds_folder`. `num_written`, `rejected` (reason -> rows) and `unreferenced`
-    (images that no row names; they are not rows, so they are counted but not listed) may be read at
-    any time, also after the block has ended.
+    Made by `mds_split` and `mds_folder`. `num_written`, `rejected` (reason -> rows), `unreferenced` (images
+    that no row names) and `not_downloaded` (rows that never came with the source; like the former they are
+    counted but not listed) may be read at any time, also after the block has ended.
     """
 
     def __init__(self, folder: Path, writer: MDSWriter) -> None:
@@ -79,6 +79,7 @@ class MdsSplit:
         self.num_written = 0
         self.rejected: Counter[str] = Counter()
         self.unreferenced = 0
+        self.not_downloaded = 0
         self._first: dict[str, Rejection] = {}
         self._writer = writer
         self._log = None
@@ -100,7 +101,8 @@ class MdsSplit:
     def counts(self) -> dict[str, Any]:
         """The account of the run, as it goes into source.json."""
         rejected = dict(sorted(self.rejected.items()))
-        return {"written": self.num_written, "rejected": rejected, "image_unreferenced": self.unreferenced}
+        counts = {"written": self.num_written, "rejected": rejected, "image_unreferenced": self.unreferenced}
+        return {**counts, "not_downloaded": self.not_downloaded} if self.not_downloaded else counts
 
     def summary(self) -> str:
         """Samples written and rows rejected by reason with the first of each, one line each."""
@@ -111,6 +113,10 @@ class MdsSplit:
             lines.append(f"  {reason}: {count} (first: {place}{first.image!r}: {first.detail})")
         if self.unreferenced:
             lines.append(f"  image_unreferenced: {self.unreferenced} images that no row names")
+        if self.not_downloaded:
+            lines.append(
+                f"  not_downloaded: {self.not_downloaded} rows (counted by img2dataset, listed in its .parquet)"
+            )
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -200,11 +206,11 @@ def mds_split(
 def mds_folder(
     out: str | Path, columns: Mapping[str, str], *, overwrite: bool = False, **options: Any
 ) -> Iterator[MdsSplit]:
-    """`mds_split` inside of a `staged_folder`: OUT holds one complete split, or does not appear.
+    """`mds_split` inside of an `output_folder`: OUT holds one complete split, or does not appear.
 
     Args: options: the keyword arguments of `mds_split`.
     """
-    with staged_folder(out, overwrite) as folder, mds_split(folder, columns, **options) as split:
+    with output_folder(out, overwrite) as folder, mds_split(folder, columns, **options) as split:
         yield split
 
 

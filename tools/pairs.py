@@ -17,6 +17,7 @@ import io
 import os
 import posixpath
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,13 +26,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from mds_folder import Found, MdsSplit, Rejection, Row, mds_folder, write_found
+from remote_folder import SCHEMES, is_remote
 from table_source import DELIMITERS, KNOWN_NAMES, Table, read_table
 from tar_source import (
     IMAGE_ENDINGS,
     TAR_ENDINGS,
+    count_not_downloaded,
     find_in_tars,
     look_inside,
     name_in_tar,
+    number_repeats,
     read_webdataset,
     tar_members,
 )
@@ -220,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
         if source.table is None:
             if args.image_column:
                 raise ValueError("--image-column goes with a table; webdataset tars have none")
-            found = read_webdataset(source.tars, args.caption_column, args.uid_column)
+            split.not_downloaded = count_not_downloaded(source.tars)
+            found = number_repeats(read_webdataset(source.tars, args.caption_column, args.uid_column), Counter())
         else:
             columns = {"image": args.image_column, "caption": args.caption_column, "uid": args.uid_column}
             table = source.read_table(columns, optional=("uid",))
@@ -247,7 +252,7 @@ def open_output(
 
     Raises: ValueError also when OUT is the source or holds it, since --overwrite would delete it.
     """
-    out = Path(args.out).expanduser().resolve()
+    out = None if is_remote(args.out) else Path(args.out).expanduser().resolve()
     for path in (*source.tars, source.folder, source.table):
         if isinstance(path, Path) and (path.resolve() == out or out in path.resolve().parents):
             raise ValueError(f"OUT={args.out!r} is or holds the source {path.name!r}; give a folder of its own")
@@ -275,7 +280,11 @@ def positive(text: str) -> int:
 def add_source_options(parser: argparse.ArgumentParser, roles: Sequence[str]) -> None:
     """SOURCE, OUT, and the options that say how to read a table; one --ROLE-column for each role."""
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="a table, a folder, or tars (patterns allowed)")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help=f"folder to write: local, new or empty, or a URL ({', '.join(SCHEMES)}) without index.json",
+    )
     parser.add_argument("--images", metavar="PATH", help="folder or tar with the images of a table (its own folder)")
     parser.add_argument("--captions", metavar="FILE", help="the table that describes the images (found if only one)")
     for role in roles:
