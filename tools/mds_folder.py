@@ -49,13 +49,14 @@ class Rejection(NamedTuple):
 
 @dataclass(slots=True)
 class Row:
-    """One usable row of the source: where it stands, what it says, and the name of its image."""
+    """One usable row of the source: where it stands, what it says, the name of its image, and embeddings, if any."""
 
     number: int | None
     image: str
     caption: str
     uid: str
     label: str = ""
+    embeddings: tuple[Any, Any] | None = None
 
 
 class Found(NamedTuple):
@@ -97,6 +98,23 @@ class MdsSplit:
         self._log.write(json.dumps(rejection._asdict()) + "\n")
         self.rejected[rejection.reason] += 1
         self._first.setdefault(rejection.reason, rejection)
+
+    def adopt(self, part: Path, first_row: int) -> None:
+        """Append the shards and rejections of the split in the folder `part`; its rows follow `first_row` others."""
+        shards = self._writer.shards
+        for shard in json.loads((part / "index.json").read_text(encoding="utf-8"))["shards"]:
+            for data in (shard["raw_data"], shard["zip_data"]):
+                if data is not None:
+                    own = data["basename"]
+                    data["basename"] = f"shard.{len(shards):05d}.{own.split('.', 2)[2]}"
+                    if (part / own).exists():  # of a compressed shard the raw file is gone
+                        (part / own).rename(self.folder / data["basename"])
+            shards.append(shard)
+            self.num_written += shard["samples"]
+        log = part / "rejected.jsonl"
+        for line in log.read_text(encoding="ascii").splitlines() if log.exists() else []:
+            rejection = Rejection(**json.loads(line))
+            self.reject(rejection._replace(row=None if rejection.row is None else rejection.row + first_row))
 
     def counts(self) -> dict[str, Any]:
         """The account of the run, as it goes into source.json."""
@@ -172,6 +190,7 @@ def mds_split(
     compression: str | None = None,
     hashes: Iterable[str] = ("sha1",),
     source: Mapping[str, Any] | None = None,
+    allow_empty: bool = False,
 ) -> Iterator[MdsSplit]:
     """Open one MDS split in `folder`; its index.json and source.json are written when the block ends.
 
@@ -181,6 +200,7 @@ def mds_split(
         size_limit, compression, hashes: as for `streaming.MDSWriter`.
         source: what source.json says beside the counts: tool and arguments. Paths in it are cut down
             to their last part, so that the folder tells nothing about the machine it was made on.
+        allow_empty: write an index without shards rather than raise when there is no sample.
     Raises: ValueError for an unknown size, compression or hash, and when no sample was written.
     """
     _check_options(size_limit, compression, hashes := sorted(set(hashes)))
@@ -190,7 +210,7 @@ def mds_split(
     split = MdsSplit(folder, writer)
     try:
         yield split
-        if split.num_written == 0:
+        if split.num_written == 0 and not allow_empty:
             raise ValueError(f"no usable sample, so no output: {split.summary()}")
         writer.finish()
         if source is not None:
@@ -222,6 +242,8 @@ def write_found(
     total: int | None = None,
     limit: int | None = None,
     choose: Callable[[list[Any]], Iterable[int]] | None = None,
+    num_threads: int | None = None,
+    show: bool = True,
 ) -> None:
     """Write one sample for each row whose image decodes; list the other rows as rejected.
 
@@ -230,12 +252,17 @@ def write_found(
         limit: stop after this many samples; rows after them are neither read nor counted.
         choose: from the labels of all usable samples (None without), the indices to write, in order.
             Samples then wait on disk (`open_spool`) until the last one is known. Instead of `limit`.
+        num_threads: that decode images; one per core, at most 8, without.
+        show: whether to show the progress bar.
     """
-    with warnings.catch_warnings(), closing(_samples(found, split, make_sample)) as samples:
+    num_threads = num_threads or min(8, os.cpu_count() or 1)
+    with warnings.catch_warnings(), closing(_samples(found, split, make_sample, num_threads)) as samples:
         # Decoder remarks (odd EXIF, palettes) are no reason to reject; a decompression bomb is.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        progress = tqdm(islice(samples, limit), total=limit or total, unit=" samples", file=sys.stderr)
+        progress = tqdm(
+            islice(samples, limit), total=limit or total, unit=" samples", file=sys.stderr, disable=not show
+        )
         if choose is None:
             for sample in progress:
                 split.write(sample)
@@ -271,9 +298,12 @@ def check_image(data: bytes) -> tuple[str, str] | None:
 
 
 def _samples(
-    found: Iterable[Found | Rejection], split: MdsSplit, make_sample: Callable[[Row, bytes], dict[str, Any]]
+    found: Iterable[Found | Rejection],
+    split: MdsSplit,
+    make_sample: Callable[[Row, bytes], dict[str, Any]],
+    num_threads: int,
 ) -> Generator[dict[str, Any]]:
-    for item, problem in _checked(found):
+    for item, problem in _checked(found, num_threads):
         if isinstance(item, Rejection):
             split.reject(item)
         elif problem is not None:
@@ -285,14 +315,14 @@ def _samples(
 
 def _checked(
     found: Iterable[Found | Rejection],
+    num_threads: int,
 ) -> Iterator[tuple[Found | Rejection, tuple[str, str] | None]]:
     """Each item with the verdict on its image, in order; threads decode a few images ahead."""
-    num_workers = min(8, os.cpu_count() or 1)
     waiting: deque[tuple[Found | Rejection, Future | None]] = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         for item in found:
             waiting.append((item, pool.submit(check_image, item.data) if isinstance(item, Found) else None))
-            if len(waiting) > 4 * num_workers:
+            if len(waiting) > 4 * num_threads:
                 first, verdict = waiting.popleft()
                 yield first, verdict.result() if verdict else None
         for first, verdict in waiting:

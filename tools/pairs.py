@@ -1,12 +1,14 @@
 """Image-caption pairs -> an MDS folder with the columns image (bytes as found), caption and uid.
 
-Two layouts are read. A table (CSV, TSV or JSONL in UTF-8) names images of a folder or of tars; or tars in
-the webdataset layout, as img2dataset writes them, hold KEY.jpg beside KEY.txt or KEY.json. Tars are read
+Three layouts are read. A table (CSV, TSV or JSONL in UTF-8) names images of a folder or of tars; or tars in
+the webdataset layout, as img2dataset writes them, hold KEY.jpg beside KEY.txt or KEY.json; or DataComp's, such tars
+with embeddings in metadata of their own (`datacomp`), which become image_embedding and text_embedding. Tars are read
 once from front to back, so samples come in tar order and memory holds one shard, whatever the size of
 the tar; the rows of a table are held in memory (about 0.5 kB each).
 
 A row that cannot be used is rejected, never fatal: image_missing, image_empty, image_too_large,
-not_an_image, caption_empty, caption_missing, caption_encoding, label_empty, row_malformed, tar_damaged.
+not_an_image, caption_empty, caption_missing, caption_encoding, label_empty, row_malformed, tar_damaged, and those
+of `datacomp`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import io
 import os
 import posixpath
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +28,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from mds_folder import Found, MdsSplit, Rejection, Row, mds_folder, write_found
+from datacomp import ARRAYS, Metadata, embedding_encodings, find_metadata, write_embedder
+from mds_folder import Found, MdsSplit, Rejection, mds_folder, write_found
+from parallel import TarJob, convert, pair
 from remote_folder import SCHEMES, is_remote
 from table_source import DELIMITERS, KNOWN_NAMES, Table, read_table
 from tar_source import (
@@ -219,26 +224,75 @@ def run(args: argparse.Namespace) -> None:
     Raises: ValueError for whatever the user can mend; no OUT is left behind.
     """
     source = find_source(args.source, args.images, args.captions, args.format)
-    with open_output(args, COLUMNS, source) as split:
-        total = None
+    _check_options(args, source)
+    metadata = None
+    if args.embeddings:
+        metadata = Metadata.read(find_metadata(args.metadata, source.tars), args.embeddings)
+    columns = COLUMNS | (embedding_encodings(args.embeddings) if metadata else {})
+    with open_output(args, columns, source) as split:
+        if metadata:
+            write_embedder(split.folder, metadata.kind)
+            for rejection in metadata.rejected:
+                split.reject(rejection)
         if source.table is None:
-            if args.image_column:
-                raise ValueError("--image-column goes with a table; webdataset tars have none")
             split.not_downloaded = count_not_downloaded(source.tars)
-            found = number_repeats(read_webdataset(source.tars, args.caption_column, args.uid_column), Counter())
+        if args.workers > 1:
+            _convert(args, source.tars, split, columns, metadata)
         else:
-            columns = {"image": args.image_column, "caption": args.caption_column, "uid": args.uid_column}
-            table = source.read_table(columns, optional=("uid",))
-            print(table)
-            found, total = source.find(table, split), len(table.rows)
-        choose = None if args.shuffle_seed is None else _shuffle(args.shuffle_seed, args.limit)
-        limit = args.limit if choose is None else None
-        write_found(found, split, _pair, total=total, limit=limit, choose=choose)
+            found, total = _find(args, source, split, metadata)
+            choose = None if args.shuffle_seed is None else _shuffle(args.shuffle_seed, args.limit)
+            limit = args.limit if choose is None else None
+            write_found(found, split, pair, total=total, limit=limit, choose=choose)
     print(split.summary(), f"written to {args.out}", sep="\n")
 
 
-def _pair(row: Row, data: bytes) -> dict[str, Any]:
-    return {"image": data, "caption": row.caption, "uid": row.uid}
+def _check_options(args: argparse.Namespace, source: Source) -> None:
+    if args.metadata and not args.embeddings:
+        raise ValueError(f"--metadata {args.metadata!r} goes with --embeddings {' or '.join(ARRAYS)}")
+    if source.table is None and args.image_column:
+        raise ValueError("--image-column goes with a table; webdataset tars have none")
+    if source.table is not None and args.embeddings:
+        raise ValueError(f"--embeddings {args.embeddings} goes with webdataset tars, as DataComp's; SOURCE has a table")
+    if args.workers > 1 and source.table is not None:
+        raise ValueError(f"--workers {args.workers} goes with webdataset tars; a table is read by one process")
+    if args.workers > 1 and (args.limit or args.shuffle_seed is not None):
+        raise ValueError(
+            f"--workers {args.workers} writes whole tars in their order: leave out --limit, --shuffle-seed"
+        )
+
+
+def _find(
+    args: argparse.Namespace, source: Source, split: MdsSplit, metadata: Metadata | None
+) -> tuple[Iterator[Found | Rejection], int | None]:
+    """(the source's images with their rows, how many rows there are if that is known)."""
+    if source.table is None:
+        found = read_webdataset(source.tars, args.caption_column, args.uid_column)
+        return number_repeats(metadata.attach(found) if metadata else found, Counter()), None
+    columns = {"image": args.image_column, "caption": args.caption_column, "uid": args.uid_column}
+    table = source.read_table(columns, optional=("uid",))
+    print(table)
+    return source.find(table, split), len(table.rows)
+
+
+def _convert(
+    args: argparse.Namespace,
+    tars: Sequence[Path],
+    split: MdsSplit,
+    columns: Mapping[str, str],
+    metadata: Metadata | None,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=split.folder) as shared:
+        if metadata:
+            metadata.save(Path(shared))
+        job = TarJob(
+            columns,
+            args.caption_column,
+            args.uid_column,
+            max(1, (os.cpu_count() or 1) // args.workers),
+            Path(shared) if metadata else None,
+            _writer_options(args),
+        )
+        convert(tars, split, job, args.workers)
 
 
 def _shuffle(seed: int, limit: int | None) -> Callable[[list[Any]], list[int]]:
@@ -256,18 +310,27 @@ def open_output(
     for path in (*source.tars, source.folder, source.table):
         if isinstance(path, Path) and (path.resolve() == out or out in path.resolve().parents):
             raise ValueError(f"OUT={args.out!r} is or holds the source {path.name!r}; give a folder of its own")
-    paths = {key: Path(value) for key in ("images", "captions") if (value := getattr(args, key))}
-    arguments = {key: value for key, value in vars(args).items() if key != "out" and not callable(value)}
+    paths = {key: Path(value) for key in ("images", "captions", "metadata") if (value := getattr(args, key, None))}
+    # The number of workers changes nothing in the output, so it does not show there either.
+    arguments = {
+        key: value for key, value in vars(args).items() if key not in ("out", "workers") and not callable(value)
+    }
     arguments |= paths | {"source": [Path(text) for text in args.source]}
     return mds_folder(
         args.out,
         columns,
         overwrite=args.overwrite,
-        size_limit=args.size_limit,
-        compression=None if args.compression == "none" else args.compression,
-        hashes=[] if args.hashes == "none" else args.hashes.split(","),
         source={"tool": f"make_mds.py {args.command}", "arguments": arguments},
+        **_writer_options(args),
     )
+
+
+def _writer_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "size_limit": args.size_limit,
+        "compression": None if args.compression == "none" else args.compression,
+        "hashes": [] if args.hashes == "none" else args.hashes.split(","),
+    }
 
 
 def positive(text: str) -> int:
@@ -309,6 +372,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add_source_options(parser, ("image", "caption", "uid"))
     parser.add_argument("--format", choices=("auto", "table", "webdataset"), default="auto", help="layout (auto)")
+    parser.add_argument("--embeddings", choices=tuple(ARRAYS), help="DataComp: write its embeddings of this model, too")
+    parser.add_argument("--metadata", metavar="FOLDER", help="DataComp: with its .parquet and .npz (found if near)")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that convert tars (1)")
     parser.add_argument("--shuffle-seed", type=int, help="write in a random order (default: as found)")
     parser.add_argument("--limit", type=positive, metavar="N", help="write N samples: the first, or random if shuffled")
     add_output_options(parser)

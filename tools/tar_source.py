@@ -119,8 +119,9 @@ def read_webdataset(
     for tar in tars:
         try:
             for key, group in groupby(tar_members(tar, _is_sample_part), key=lambda member: _split_key(member[0])[0]):
-                number += 1
-                yield _read_sample(f"{tar.name}/{key}", number, dict(group), caption_key, uid_key)
+                members = dict(group)
+                number += 1  # not of a sample that the tar's damage cuts off
+                yield _read_sample(f"{tar.name}/{key}", number, members, caption_key, uid_key)
         except DamagedTar as error:
             yield Rejection(None, tar.name, "tar_damaged", str(error))
 
@@ -142,10 +143,11 @@ def count_not_downloaded(tars: Iterable[Path]) -> int:
     total = 0
     for tar in tars:
         stats = tar.with_name(f"{tar.name.split('.')[0]}_stats.json")
-        about = json_object(stats.read_bytes()) if stats.is_file() else {}
-        counts = [about.get(key) for key in ("count", "successes")] if isinstance(about, dict) else []
-        if len(counts) == 2 and all(isinstance(count, int) for count in counts):
-            total += max(0, counts[0] - counts[1])
+        about = json_object(stats.read_bytes()) if stats.is_file() else ""
+        if isinstance(about, dict):
+            count, successes = about.get("count"), about.get("successes")
+            if isinstance(count, int) and isinstance(successes, int):
+                total += max(0, count - successes)
     return total
 
 
