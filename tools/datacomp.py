@@ -44,7 +44,7 @@ def write_embedder(folder: Path, kind: str) -> None:
     """
     # Here, not above: they load open_clip, which takes seconds and which no worker process needs.
     from clipcov_stream.materialize import ImageTransform
-    from clipcov_stream.stream import EMBEDDER_FILE
+    from clipcov_stream.sidecar import EMBEDDER_FILE
 
     record = {
         "model": MODELS[kind],
