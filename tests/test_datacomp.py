@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,17 @@ def test_every_sample_gets_its_own_embeddings(tmp_path: Path, kind: str) -> None
     record = columns_embedder(StreamConfig(8, local=str(tmp_path / "out")))
     assert record is not None and record["logit_scale"] == 100.0 and record["transform"]["size"] == 224
     assert record["model"] == {"b32": "ViT-B-32", "l14": "ViT-L-14"}[kind] and record["pretrained"] == "openai"
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "pool/shards/metadata", "pool/shards/small"])
+def test_metadata_may_lie_anywhere(tmp_path: Path, place: str) -> None:
+    pool = draw_pool(tmp_path / "pool")
+    shutil.copytree(pool / "metadata" / "small", tmp_path / place, dirs_exist_ok=True)
+    shutil.rmtree(pool / "metadata")
+    told = ["--metadata", tmp_path / place] if place == "elsewhere" else []
+    make("pairs", pool / "shards" / "small", tmp_path / "out", "--embeddings", "b32", *told)
+    assert [s["uid"] for s in read(tmp_path / "out")] == [uid(n) for n in range(12)]
+    assert rejected(tmp_path / "out") == []
 
 
 def test_the_two_kinds_are_told_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ npz_damaged; so is a sample without an embedding in those that can: embedding_mi
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from mds_folder import Found, Rejection, write_json
+from tqdm import tqdm
 
 COLUMNS = ("image_embedding", "text_embedding")
 ARRAYS = {"b32": ("b32_img", "b32_txt"), "l14": ("l14_img", "l14_txt")}
@@ -108,10 +110,11 @@ class Metadata:
 
         Raises: ValueError without pyarrow, or when no file can be used; the text has the first problem.
         """
-        files = sorted(folder.rglob("*.parquet"))
+        files = [path for path in sorted(folder.rglob("*.parquet")) if not _is_of_a_tar(path)]
         nothing = np.empty(0, np.int32)
         metadata = cls(kind, files, np.empty(0, f"S{UID_BYTES}"), nothing, nothing)
-        parts = [metadata._read_file(number) for number in range(len(files))]
+        numbers = tqdm(range(len(files)), "metadata", unit=" files", file=sys.stderr)
+        parts = [metadata._read_file(number) for number in numbers]
         keys, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         owners = np.repeat(np.arange(len(files), dtype=np.int32), [len(part[0]) for part in parts])
         if len(metadata.problems) == len(files):
@@ -195,6 +198,11 @@ class Metadata:
                 except NoEmbedding as error:
                     item = Rejection(row.number, item.image, *error.args)
             yield item
+
+
+def _is_of_a_tar(parquet: Path) -> bool:
+    """Whether it is what img2dataset writes beside each tar, which is no metadata with embeddings."""
+    return parquet.with_suffix(".tar").is_file() and not parquet.with_suffix(".npz").is_file()
 
 
 def read_uids(parquet: Path) -> list[Any]:
