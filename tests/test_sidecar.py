@@ -139,13 +139,14 @@ def test_the_embedder_is_the_sidecars(embedded: Path) -> None:
     assert record == json.loads((embedded / "beside" / "embedder.json").read_text())
 
 
-def test_a_copy_does_not_go_on_with_a_sidecar(tmp_path: Path, corpus: Path, capsys) -> None:
+def test_a_run_does_not_go_on_with_what_another_began(tmp_path: Path, corpus: Path, capsys) -> None:
     folder = in_shards(corpus, tmp_path / "mds", rows=20)
     arguments = options(tmp_path, folder)
     embed_mds.main([*arguments, "--sidecar"])
     record = json.loads((tmp_path / "out" / "embedder.json").read_text())
     shutil.rmtree(tmp_path / "out")
     embed_mds.check_staging(tmp_path / ".out.embedding", record, restart=False)
-    with pytest.raises(SystemExit):
-        embed_mds.main(arguments)
-    assert "was begun with other settings (sidecar)" in capsys.readouterr().err
+    for other, what in (([], "sidecar"), (["--sidecar", "--caption", "note"], "embedded")):
+        with pytest.raises(SystemExit):
+            embed_mds.main([*arguments, *other])
+        assert f"was begun with other settings ({what})" in capsys.readouterr().err

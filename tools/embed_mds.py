@@ -294,7 +294,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     decoder = Decoder(pairs, args.image, args.caption, embedder, args.sidecar)
     kept = Kept(pairs, args)
     source = hashlib.sha1((pairs.path / "index.json").read_bytes()).hexdigest()
-    record = {**embedder.record, "columns": list(COLUMNS), "source_index_sha1": source, "sidecar": args.sidecar}
+    record = {
+        **embedder.record,
+        "columns": list(COLUMNS),
+        "embedded": {"image": args.image, "caption": args.caption},
+        "source_index_sha1": source,
+        "sidecar": args.sidecar,
+    }
     staging = out.with_name(f".{out.name}.embedding")
     if dist.get_global_rank() == 0:
         check_staging(staging, record, args.restart)
