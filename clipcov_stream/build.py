@@ -243,7 +243,7 @@ def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
     try:
         record = read_json_beside(*at, EMBEDDER_FILE)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError):
+        if isinstance(error.__cause__, FileNotFoundError):
             return None  # no such file: columns of another tool's making
         raise
     if not (isinstance(record, dict) and {"fingerprint", "logit_scale"} <= record.keys()):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
 from clipcov_stream.objective import mix
+from clipcov_stream.remote import is_remote, read_remote
 from clipcov_stream.sidecar import Sidecar
 
 Tokenizer = Callable[[str], Tensor]
@@ -94,7 +93,7 @@ class PairDataset(StreamingDataset):
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_folder(local, remote, split)
+        check_folder(local, remote, split, kwargs.get("download_timeout", 60))
         try:
             super().__init__(local=local, remote=remote, split=split, allow_unsafe_types=allow_unsafe_types, **kwargs)
         except RuntimeError as error:
@@ -171,18 +170,32 @@ class PairDataset(StreamingDataset):
         return item
 
 
-def check_folder(local: str | None, remote: str | None, split: str | None) -> None:
-    """Raise ValueError unless the folder has an index.json; remote folders are left to the downloader's own error."""
+def check_folder(local: str | None, remote: str | None, split: str | None, timeout: float = 60) -> None:
+    """Raise ValueError unless the folder has an index.json.
+
+    A remote folder is asked for it on every rank, so that all say what is wrong and none waits for another; but not
+    where `local` has it already, because Streaming then works from that.
+    """
     if not local and not remote:
         raise ValueError("stream: neither local nor remote is set; stream.local names an MDS folder")
-    if remote and "://" in remote:
-        return
-    folder = Path(remote or local or "") / (split or "")
-    if not (folder / "index.json").is_file():
-        key = "remote" if remote else "local"
+    key = "remote" if remote else "local"
+    folder = os.path.join(remote or local or "", split or "").rstrip("/")
+    index = f"{folder}/index.json"
+    if not is_remote(remote):
+        found = os.path.isfile(index)
+    elif local and os.path.isfile(os.path.join(local, split or "", "index.json")):
+        found = True
+    else:
+        try:
+            found = bool(read_remote(index, timeout))
+        except FileNotFoundError:
+            found = False
+        except OSError as error:
+            raise ValueError(f"stream.{key} {folder!r}: cannot read {index}: {error}") from error
+    if not found:
         raise ValueError(
-            f"stream.{key} {str(folder)!r} has no index.json (checked {folder / 'index.json'}); is it an MDS folder? "
-            "tools/make_mds.py writes one"
+            f"stream.{key} {folder!r} has no index.json (checked {index}); is it an MDS folder? tools/make_mds.py "
+            "writes one"
         )
 
 
@@ -248,16 +261,11 @@ def read_json_beside(local: str | None, remote: str | None, split: str | None, n
     """A JSON file that lies in an MDS folder, local or remote.
 
     Raises:
-        ValueError: no such file, or not JSON.
+        ValueError: no such file (its cause is then a FileNotFoundError), one that cannot be read, or not JSON.
     """
     folder = os.path.join(remote or local or "", split or "")
     where = f"{folder.rstrip('/')}/{name}"
     try:
-        if remote and "://" in remote:
-            with tempfile.TemporaryDirectory() as scratch:
-                target = os.path.join(scratch, name)
-                CloudDownloader.direct_download(where, target)
-                return json.loads(Path(target).read_text(encoding="utf-8"))
-        return json.loads(Path(where).read_text(encoding="utf-8"))
+        return json.loads(read_remote(where) if is_remote(remote) else Path(where).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {where}: {error}") from error

@@ -4,8 +4,10 @@ import atexit
 import gc
 import importlib
 import importlib.util
+import os
 import sys
 import typing
+import uuid
 from collections.abc import Iterator
 
 import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks run below)
@@ -13,6 +15,9 @@ import jaxtyping
 import pytest
 import torch
 from streaming.base.shared import SharedMemory
+
+if typing.TYPE_CHECKING:
+    from s3 import Bucket, Server
 
 CHECKED = [f"clipcov_stream.{name}" for name in ("pool", "sketch", "objective", "rivals", "selection")]
 
@@ -82,3 +87,25 @@ SEGMENTS = Segments()
 def pytest_runtest_teardown() -> Iterator[None]:
     yield
     SEGMENTS.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[Server]":
+    from s3 import serve  # here, because moto takes seconds to import
+
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Bucket":
+    """An empty bucket of a store on loopback, which s3:// leads to in this process and in those it starts."""
+    from s3 import make_bucket
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(s3_server, f"test-{uuid.uuid4().hex}")

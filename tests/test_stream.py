@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
-from clipcov_stream.stream import Columns, PairDataset, check_folder, pool_loader, read_json_beside
+from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
 
 SIZE = 8
 
@@ -325,10 +325,6 @@ def test_a_remote_folder_is_cached(tmp_path: Path, split: str | None) -> None:
     pool = next(iter(pool_loader(dataset(cache, remote=str(tmp_path / "remote"), split=split), 4)))
     assert pool["valid"].all() and pool["id"].tolist() == [0, 1, 2, 3]
     assert (cache / (split or "") / "index.json").exists() and list(cache.rglob("*.mds"))
-
-
-def test_cloud_folders_are_left_to_the_downloader() -> None:
-    check_folder(None, "s3://bucket/pairs", None)
 
 
 def test_json_beside_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""An object store of this process's own: moto's S3 server on loopback, spoken to by the real boto3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+
+class Request(NamedTuple):
+    """One request as the server saw it, and the bytes of its answer's body."""
+
+    method: str
+    path: str
+    byte_range: str
+    num_bytes: int
+
+
+class Counted:
+    """A WSGI application that notes every request once its answer was sent."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.requests: list[Request] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        body = self.app(environ, start_response)
+        num_bytes = 0
+        for part in body:
+            num_bytes += len(part)
+            yield part
+        byte_range = environ.get("HTTP_RANGE", "")
+        self.requests.append(Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], byte_range, num_bytes))
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the store answers, and what it was asked so far."""
+
+    endpoint: str
+    requests: list[Request]
+
+    def environment(self) -> dict[str, str]:
+        """What boto3 and Streaming read; credentials that only this server takes."""
+        return {
+            "S3_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+
+@contextmanager
+def serve() -> Iterator[Server]:
+    """A store on a free port of 127.0.0.1, gone when the block ends."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    # moto has no hook for it; the server hands every request to this attribute.
+    counted = Counted(server._server.app)
+    server._server.app = counted
+    host, port = server.get_host_and_port()
+    try:
+        yield Server(f"http://{host}:{port}", counted.requests)
+    finally:
+        server.stop()
+        server._server.server_close()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of one test. `client` is boto3's own, so that tests see what is really there."""
+
+    name: str
+    server: Server
+    client: Any = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Names of the objects under a prefix, sorted."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
+
+    def read(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Put every file of a folder under a prefix; returns the prefix's URL."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.client.upload_file(str(path), self.name, f"{prefix}/{path.relative_to(folder).as_posix()}")
+        return f"{self.url}/{prefix}"
+
+
+def make_bucket(server: Server, name: str) -> Bucket:
+    """A new, empty bucket."""
+    client = boto3.client("s3", endpoint_url=server.endpoint)
+    client.create_bucket(Bucket=name)
+    return Bucket(name, server, client)
