@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +21,8 @@ from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
+
+from clipcov_stream.remote import is_remote, read_remote
 
 EMBEDDER_FILE = "embedder.json"
 """In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
@@ -41,15 +42,15 @@ class Sidecar:
 
     def __init__(self, where: str, cache: str | Path) -> None:
         self.where = where.rstrip("/")
+        self.is_remote = is_remote(where)
         try:
             index = self._small_file("index.json")
             self.record: dict[str, Any] = json.loads(self._small_file(EMBEDDER_FILE))
             shards = json.loads(index)["shards"]
             if not self.record.get("sidecar"):
                 raise ValueError(f"{EMBEDDER_FILE} does not say so; tools/embed_mds.py --sidecar writes one")
-        except Exception as error:  # every store's client has its own kinds
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever other JSON leads to
             raise ValueError(f"stream.sidecar {where!r} is not a sidecar: {error}") from error
-        self.is_remote = "://" in self.where
         name = hashlib.sha1(index).hexdigest()[:16]
         self.folder = Path(cache) / f".sidecar-{name}" if self.is_remote else Path(self.where)
         self.shards: list[Any] = [reader_from_json(str(self.folder), None, shard) for shard in shards]
@@ -75,12 +76,7 @@ class Sidecar:
         return shard[sample_id - self.ends[number] + len(shard)]
 
     def _small_file(self, name: str) -> bytes:
-        if "://" not in self.where:
-            return Path(self.where, name).read_bytes()
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch, name)
-            CloudDownloader.direct_download(f"{self.where}/{name}", str(target))
-            return target.read_bytes()
+        return read_remote(f"{self.where}/{name}") if self.is_remote else Path(self.where, name).read_bytes()
 
     def _fetch(self, shard: Any, path: Path) -> None:
         """Download a shard once for all processes of this machine; under its name it is whole."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -258,18 +259,26 @@ def large_tars(folder: Path, tars: int = 4) -> Path:
     return folder
 
 
+def begin(source: Path, out: Path) -> subprocess.Popen[str]:
+    """A run of two workers, both at work."""
+    command = [sys.executable, str(TOOLS / "make_mds.py"), "pairs", str(source), str(out), "--workers", "2"]
+    env = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True, env=env)
+    deadline = time.monotonic() + 120
+    while len(list(out.parent.glob(".out.partial-*/parts/*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_parallel_run_leaves_no_out_and_no_process(tmp_path: Path, how: signal.Signals) -> None:
     source, out = large_tars(tmp_path / "in"), tmp_path / "out"
-    command = [sys.executable, str(TOOLS / "make_mds.py"), "pairs", str(source), str(out), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob(".out.partial-*/parts/*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    assert process.wait(60) != 0
+    with begin(source, out) as process:
+        process.send_signal(how)
+        assert process.wait(60) != 0
     assert not out.exists()
+    deadline = time.monotonic() + 60
     while True:  # the session holds the run's processes and nothing else
         try:
             os.killpg(process.pid, 0)
@@ -280,3 +289,14 @@ def test_a_killed_parallel_run_leaves_no_out_and_no_process(tmp_path: Path, how:
     make("pairs", source, out, "--limit", 3)
     assert len(read(out)) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_the_death_of_a_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    source, out = large_tars(tmp_path / "in"), tmp_path / "out"
+    with begin(source, out) as process:
+        workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+        workers[0].kill()
+        assert process.wait(60) == 2
+        assert process.stderr is not None
+        assert "error: a process died, perhaps of too little memory; use fewer --workers" in process.stderr.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

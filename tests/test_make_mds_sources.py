@@ -116,7 +116,7 @@ def assert_all_there(out: Path) -> None:
 COLUMNS = {"image": "bytes", "uid": "str"}
 
 
-def write_numbers(out: Path, numbers: range, **options: object) -> None:
+def write_numbers(out: str | Path, numbers: range, **options: object) -> None:
     with mds_folder(out, COLUMNS, **options) as split:
         for number in numbers:
             split.write({"image": bytes([number]) * 100, "uid": str(number)})
@@ -153,7 +153,8 @@ def test_a_killed_run_leaves_no_out_and_the_next_one_cleans_up(tmp_path):
                     print("writing", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, "PYTHONPATH": str(Path(pairs.__file__).parent.parent)}
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)

@@ -25,10 +25,12 @@ from typing import Any
 from datacomp import ARRAYS, Metadata, embedding_encodings, find_metadata, write_embedder
 from mds_folder import Found, MdsSplit, Rejection, mds_folder, write_found
 from parallel import TarJob, convert, pair
-from remote_folder import SCHEMES, is_remote
+from remote_folder import SCHEMES
 from source import Source, find_source
 from table_source import KNOWN_NAMES
 from tar_source import count_not_downloaded, number_repeats, read_webdataset
+
+from clipcov_stream.remote import is_remote
 
 COLUMNS = {"image": "bytes", "caption": "str", "uid": "str"}
 

@@ -15,22 +15,18 @@ from typing import Any
 from urllib.parse import urlparse
 
 from staged_folder import staged_folder
-from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import UPLOADERS, CloudUploader
 from tqdm import tqdm
+
+from clipcov_stream.remote import is_remote, read_remote
 
 SCHEMES = sorted({name.split(":")[0] for name in UPLOADERS} - {""})
 NUM_CONNECTIONS = 8
 
 
-def is_remote(out: str | Path) -> bool:
-    """Whether OUT is a URL: of a scheme that Streaming uploads to, or any other with ://."""
-    return "://" in str(out) or urlparse(str(out)).scheme in SCHEMES
-
-
 def output_folder(out: str | Path, overwrite: bool = False) -> AbstractContextManager[Path]:
     """`staged_folder` for a local `out`, `remote_folder` for a URL."""
-    return remote_folder(str(out), overwrite) if is_remote(out) else staged_folder(out, overwrite)
+    return remote_folder(str(out), overwrite) if is_remote(str(out)) else staged_folder(out, overwrite)
 
 
 @contextmanager
@@ -77,21 +73,10 @@ def _upload(uploader: Any, folder: Path) -> None:
 
 def _check_absent(out: str) -> None:
     """Raise ValueError if there is an index.json at `out`, or if that cannot be told."""
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            CloudDownloader.direct_download(f"{out}/index.json", str(Path(scratch, "index.json")))
-        except Exception as error:
-            if isinstance(error, FileNotFoundError) or _http_status(error) == 404:
-                return
-            raise ValueError(f"cannot tell whether OUT={out!r} has an index.json: {error!r}") from error
+    try:
+        read_remote(f"{out}/index.json")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"cannot tell whether OUT={out!r} has an index.json: {error}") from error
     raise ValueError(f"OUT={out!r} has an index.json already; give another OUT, or delete it there")
-
-
-def _http_status(error: Exception) -> int | None:
-    """The HTTP status in an error of boto3 (its response is a dict), Hugging Face (an object), Azure or OCI (none)."""
-    response: Any = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if response is not None:
-        return getattr(response, "status_code", None)
-    return getattr(error, "status_code", None) or getattr(error, "status", None)
