@@ -20,12 +20,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpora import recipe, write_recipe
 from PIL import Image
 from subset_folder import PairFolder
 from test_make_mds_sources import make, picture, read, rejected, wds, write_tar
 
 from clipcov_stream.build import columns_embedder
-from clipcov_stream.config import StreamConfig
+from clipcov_stream.config import StreamConfig, load_config
+from clipcov_stream.train import build_trainer
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 WIDTHS = {"b32": 512, "l14": 768}
@@ -113,6 +115,21 @@ def test_the_two_kinds_are_told_apart(tmp_path: Path) -> None:
         make("pairs", pool / "shards" / "small", tmp_path / kind, "--embeddings", kind)
         records.append(columns_embedder(StreamConfig(8, local=str(tmp_path / kind))))
     assert records[0]["fingerprint"] != records[1]["fingerprint"]
+
+
+def test_a_run_trains_on_the_embeddings_that_came_along(tmp_path: Path) -> None:
+    pool, out = draw_pool(tmp_path / "pool", tars=4, per_tar=16), tmp_path / "out"
+    make("pairs", pool / "shards" / "small", out, "--embeddings", "b32")
+    selection = {"embed": "columns", "warmup": "0ba"}
+    tree = recipe(tmp_path, selection=selection, max_duration="2ba")
+    tree["stream"]["local"] = str(out)
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "train.yaml", tree))))
+    trainer.fit()
+    assert int(trainer.state.timestamp.batch) == 2
+    trainer.close()
+    tree["selection"]["logit_scale"] = 50.0
+    with pytest.raises(ValueError, match=r"logit_scale=50.0 is not that of the columns' embedder, 100"):
+        build_trainer(load_config(str(write_recipe(tmp_path / "train.yaml", tree))))
 
 
 def test_what_is_wrong_with_metadata_costs_its_samples_alone(tmp_path: Path) -> None:
