@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import draw_corpus, recipe, write_recipe
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 from subset_folder import PairFolder
 from test_embed_mds import in_shards, options
 
@@ -88,6 +89,35 @@ def test_compressed_shards_have_no_spans_and_uids_come_along(tmp_path: Path, cor
     found = list(beside.samples(range(30), decode=["uid", "image_embedding"]))
     assert [sample["uid"] for sample in found] == [f"u{row}" for row in range(30)]
     assert found[0]["image_embedding"].dtype == np.float16
+
+
+def test_a_sidecar_is_read_as_streaming_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "caption": "str",
+        "uid": "str",
+        "n": "int",
+        "a": "ndarray:float16:3",
+        "b": "ndarray:int64:2,2",
+        "c": "ndarray",
+    }
+    with MDSWriter(out=str(tmp_path), columns=columns, size_limit=600) as writer:
+        for i in range(50):
+            arrays = {
+                "a": np.full(3, i, np.float16),
+                "b": np.full((2, 2), i),
+                "c": np.arange(1 + i % 4, dtype=np.int16),
+            }
+            writer.write({"caption": "é" * i, "uid": f"u{i}", "n": i, **arrays})
+    (tmp_path / "embedder.json").write_text('{"sidecar": true}')
+    monkeypatch.setattr("clipcov_stream.sidecar.MAX_MAPPED", 2)
+    sidecar = pickle.loads(pickle.dumps(Sidecar(str(tmp_path), tmp_path)))
+    dataset = StreamingDataset(local=str(tmp_path), batch_size=1)
+    for number in np.random.default_rng(0).permutation(50).tolist():
+        row, expected = sidecar[number], dataset[number]
+        assert row.keys() == expected.keys() and len(sidecar.mapped) <= 2
+        for name, value in expected.items():
+            assert type(row[name]) is type(value)
+            np.testing.assert_array_equal(row[name], value, strict=isinstance(value, np.ndarray))
 
 
 def trained(tmp_path: Path, folder: Path, corpus: Path, **stream: Any) -> dict[str, torch.Tensor]:
