@@ -38,7 +38,8 @@ from clipcov_stream.config import (
 from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
-from clipcov_stream.stream import EMBEDDER_FILE, Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
+from clipcov_stream.sidecar import EMBEDDER_FILE
+from clipcov_stream.stream import Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for, tokenize_prompts
 
 TASKS = ("zeroshot", "retrieval")
@@ -144,6 +145,7 @@ def build_stream(
             shuffle=config.shuffle,
             shuffle_seed=9176 if config.shuffle_seed is None else config.shuffle_seed,
             seed=seed,
+            sidecar=config.sidecar if with_embeddings else None,
         )
     except (ValueError, FileNotFoundError) as error:
         if config.how_to_get:
@@ -232,19 +234,22 @@ def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
 
 
 def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
-    """What embedder.json says of a stream's embedding columns; None where there is no such file.
+    """What embedder.json says of a stream's embedding columns, or its sidecar's; None where there is no such file.
 
     Raises:
         ValueError: a file that says something else.
     """
+    at = (config.local, config.remote, config.split) if config.sidecar is None else (None, config.sidecar, None)
     try:
-        record = read_json_beside(config.local, config.remote, config.split, EMBEDDER_FILE)
+        record = read_json_beside(*at, EMBEDDER_FILE)
     except ValueError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None  # no such file: columns of another tool's making
         raise
     if not (isinstance(record, dict) and {"fingerprint", "logit_scale"} <= record.keys()):
-        raise ValueError(f"{EMBEDDER_FILE} of {config.remote or config.local} has no fingerprint and logit_scale")
+        raise ValueError(
+            f"{EMBEDDER_FILE} of {config.sidecar or config.remote or config.local} has no fingerprint and logit_scale"
+        )
     return record
 
 

@@ -64,13 +64,15 @@ class EvalColumnsConfig:
 class StreamConfig:
     """The training stream. `global_pool_size` is the candidates of one step over all ranks.
 
-    `shuffle_seed` follows the recipe's `seed` unless given.
+    `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
+    `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`.
     """
 
     global_pool_size: int
     local: str | None = None
     remote: str | None = None
     split: str | None = None
+    sidecar: str | None = None
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     min_scale: float = 0.9
     shuffle: bool = True

@@ -23,11 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
 from clipcov_stream.objective import mix
 from clipcov_stream.remote import is_remote, read_remote
+from clipcov_stream.sidecar import Sidecar
 
 Tokenizer = Callable[[str], Tensor]
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
-EMBEDDER_FILE = "embedder.json"
-"""In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Columns:
         """Role -> column name of those in use."""
         return {role: name for role, name in vars(self).items() if name is not None}
 
+    def embedding_names(self) -> set[str]:
+        """The columns that a sidecar has instead."""
+        return {name for name in (self.image_embedding, self.text_embedding) if name is not None}
+
 
 class PairDataset(StreamingDataset):
     """Image-caption pairs, decoded and tokenized.
@@ -67,11 +70,13 @@ class PairDataset(StreamingDataset):
         transform: of images.
         tokenizer: str -> (context,) token ids.
         seed: of augmentation, mixed with the epoch and the sample's id.
+        sidecar: a folder or URL that has the embedding columns instead of this one; see `sidecar.Sidecar`.
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
     Raises:
-        ValueError: a folder without index.json, without samples, or without a column that is asked for.
+        ValueError: a folder without index.json, without samples, or without a column that is asked for; a sidecar of
+            another folder.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class PairDataset(StreamingDataset):
         transform: ImageTransform,
         tokenizer: Tokenizer | None,
         seed: int = 0,
+        sidecar: str | None = None,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -100,11 +106,19 @@ class PairDataset(StreamingDataset):
         self.augment = transform.min_scale < 1
         self.tokenizer = tokenizer
         self.seed = seed
+        self.sidecar = None
+        if sidecar is not None:
+            folder = Path(self.streams[0].local)
+            self.sidecar = Sidecar(sidecar, folder)
+            self.sidecar.check_source((folder / self.streams[0].split / "index.json").read_bytes())
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
         shard = self.shards[0]
         present = dict(zip(shard.column_names, shard.column_encodings, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+        if self.sidecar is not None:
+            beside = self.sidecar.columns
+            present |= {name: kind for name, kind in beside.items() if name in self.columns.embedding_names()}
         for role, name in self.columns.names().items():
             if name not in present:
                 raise ValueError(
@@ -143,11 +157,12 @@ class PairDataset(StreamingDataset):
             item["valid"] = False
         if columns.caption is not None and self.tokenizer is not None:
             item["text"] = self.tokenizer(sample[columns.caption])
+        embedded = self.sidecar[int(sample_id)] if self.sidecar is not None and columns.embedding_names() else sample
         for role in ("image_embedding", "text_embedding"):
             name = getattr(columns, role)
             if name is not None:
                 # MDS arrays are read-only views; torch wants to own what it may write to.
-                item[role] = torch.from_numpy(np.array(sample[name], dtype=np.float32))
+                item[role] = torch.from_numpy(np.array(embedded[name], dtype=np.float32))
         if columns.concepts is not None:
             item["concepts"] = torch.from_numpy(np.array(sample[columns.concepts], dtype=np.int64).reshape(-1))
         if columns.label is not None:

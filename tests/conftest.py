@@ -12,6 +12,7 @@ import atexit
 import gc
 import importlib
 import importlib.util
+import os
 import sys
 import typing
 import uuid

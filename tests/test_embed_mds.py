@@ -110,9 +110,10 @@ def test_undecodable_images_are_counted_and_their_embeddings_nan(tmp_path: Path,
     assert missing == [True] * 4 + [False] * 116
 
 
-def test_killed_and_resumed_makes_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("mode", [[], ["--sidecar"]])
+def test_killed_and_resumed_makes_the_same_bytes(tmp_path: Path, corpus: Path, mode: list[str]) -> None:
     folder = in_shards(corpus, tmp_path / "mds", rows=120)
-    arguments = options(tmp_path, folder, "straight")
+    arguments = [*options(tmp_path, folder, "straight"), *mode]
 
     def begun() -> subprocess.Popen[bytes]:
         # One sample at a time, so that the kill finds it at work; all three alike, as rounding depends on the batch.
@@ -147,10 +148,11 @@ def test_another_model_does_not_go_on_with_what_one_began(tmp_path: Path, corpus
     assert len(PairFolder(str(tmp_path / "out"))) == 60
 
 
-def test_two_ranks_make_the_same_folder(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("mode", [[], ["--sidecar"]])
+def test_two_ranks_make_the_same_folder(tmp_path: Path, corpus: Path, mode: list[str]) -> None:
     folder = in_shards(corpus, tmp_path / "mds")
-    embed_mds.main(options(tmp_path, folder, "alone"))
-    arguments = options(tmp_path, folder, "together")
+    embed_mds.main([*options(tmp_path, folder, "alone"), *mode])
+    arguments = [*options(tmp_path, folder, "together"), *mode]
     port = str(free_port())
     ranks = []
     for rank in range(2):

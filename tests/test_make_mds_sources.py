@@ -116,7 +116,7 @@ def assert_all_there(out: Path) -> None:
 COLUMNS = {"image": "bytes", "uid": "str"}
 
 
-def write_numbers(out: Path, numbers: range, **options: object) -> None:
+def write_numbers(out: str | Path, numbers: range, **options: object) -> None:
     with mds_folder(out, COLUMNS, **options) as split:
         for number in numbers:
             split.write({"image": bytes([number]) * 100, "uid": str(number)})
@@ -153,7 +153,8 @@ def test_a_killed_run_leaves_no_out_and_the_next_one_cleans_up(tmp_path):
                     print("writing", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, "PYTHONPATH": str(Path(pairs.__file__).parent.parent)}
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
@@ -195,10 +196,15 @@ def test_overwrite_replaces_only_once_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_out_must_be_a_free_local_folder(tmp_path):
+def test_out_must_be_free(tmp_path):
     (tmp_path / "file").write_text("x")
     write_files(tmp_path / "home", {"thesis.txt": b"years of work"})
-    for out, message in (("file", "is a file"), ("home", "will not delete it"), ("s3://bucket/x", "upload")):
+    for out, message in (
+        ("file", "is a file"),
+        ("home", "will not delete it"),
+        ("sftp://host/x", "none that Streaming uploads to"),
+        ("s3://bucket/x", "--overwrite cannot replace the remote"),
+    ):
         with pytest.raises(ValueError, match=message):
             write_numbers(out if "://" in out else tmp_path / out, range(1), overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").exists()
@@ -472,6 +478,21 @@ def test_webdataset_tars(tmp_path):
         make("pairs", tmp_path / "in" / "00000.tar", tmp_path / "out")
     make("pairs", tmp_path / "in" / "00000.tar", tmp_path / "table", "--format", "table")
     assert [s["caption"] for s in read(tmp_path / "table")] == ["of the table"]
+
+
+def test_rows_that_img2dataset_could_not_download_are_counted(tmp_path):
+    source = tmp_path / "cc"
+    source.mkdir()
+    write_tar(source / "00000.tar", wds("000000001", IMAGES["001.jpg"], b"one", {"key": "000000001"}))
+    write_tar(source / "00001.tar", wds("000010000", IMAGES["002.jpg"], b"two", {"key": "000010000"}))
+    stats = {"count": 4, "successes": 1, "failed_to_download": 2, "failed_to_resize": 1}
+    write_files(
+        source, {"00000_stats.json": json.dumps(stats).encode(), "00001_stats.json": b"{", "00000.parquet": b""}
+    )
+    make("pairs", source, tmp_path / "out")
+    assert [sample["caption"] for sample in read(tmp_path / "out")] == ["one", "two"]
+    counts = json.loads((tmp_path / "out" / "source.json").read_text())["counts"]
+    assert counts == {"written": 2, "rejected": {}, "image_unreferenced": 0, "not_downloaded": 3}
 
 
 def test_a_damaged_tar_under_a_table_is_an_error(tmp_path):

@@ -66,7 +66,9 @@ DISTINCT = 640
 
 def draw_image(rng: np.random.Generator, side: int) -> bytes:
     """A JPEG of side x side pixels: soft shapes, hard edges and some grain, as a photo has."""
-    soft = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    soft = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     pixels = np.asarray(soft, np.int16)
     for _ in range(6):
         top, left = rng.integers(0, side, 2)
@@ -152,7 +154,9 @@ class Tokenize:
         return self.tokenizer(caption)[0]
 
 
-def run(variant: str, where: dict[str, str], args: argparse.Namespace, towers: nn.Module, size: int) -> dict[str, float]:
+def run(
+    variant: str, where: dict[str, str], args: argparse.Namespace, towers: nn.Module, size: int
+) -> dict[str, float]:
     """Survivors per second over the timed steps, and the share of them that the Trainer waited for data."""
     torch.manual_seed(0)
     loader = stream_of(variant, where, args, size, getattr(towers, "context_length", 77))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mds_folder import Found, Rejection, Row, write_found
-from pairs import Source, add_output_options, add_source_options, files_below, find_source, open_output, positive
+from pairs import add_output_options, add_source_options, open_output, positive
+from source import Source, files_below, find_source
 
 COLUMNS = {"image": "bytes", "label": "int", "caption": "str", "uid": "str"}
 TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "a close view of a {}.", "this is what a {} looks like.")

@@ -2,10 +2,15 @@
 
     python tools/embed_mds.py data/pairs data/pairs_b32 --name ViT-B-32 --pretrained laion2b_s34b_b79k
     python tools/embed_mds.py data/pairs data/pairs_own --recipe yamls/clip_pairs.yaml --pretrained runs/x/latest.pt
+    python tools/embed_mds.py data/pairs data/pairs_b32 --sidecar ...          # without copying the images
     composer -n 8 tools/embed_mds.py ...                        # shards are shared out over ranks
 
 FOLDER's samples are copied as they are stored, with two columns more: `image_embedding` and `text_embedding`, float16,
-unit-norm. A sample whose image cannot be decoded gets NaN in both, so that training counts it and never selects it.
+unit-norm. With --sidecar only the caption and the uid are copied, and `image_span` says where in FOLDER's uncompressed
+shards the image lies: shard number, offset, length. Such an OUT is for `stream.sidecar`, beside FOLDER itself, which
+embedder.json names by the hash of its index.json; another folder's is an error.
+
+A sample whose image cannot be decoded gets NaN in both, so that training counts it and never selects it.
 OUT/embedder.json says what made them: model, a fingerprint of its weights, image size and transform, logit scale.
 Training takes the logit scale from it and refuses to resume on columns of another embedder.
 
@@ -44,9 +49,11 @@ from clipcov_stream.embed import EMBED_PRECISIONS, embed_with_towers
 from clipcov_stream.identity import fingerprint
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, decode_image
 from clipcov_stream.model import build_towers
-from clipcov_stream.stream import EMBEDDER_FILE, Tokenizer
+from clipcov_stream.sidecar import EMBEDDER_FILE
+from clipcov_stream.stream import Tokenizer
 
 COLUMNS = ("image_embedding", "text_embedding")
+SPAN_COLUMN = "image_span"
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
@@ -94,7 +101,7 @@ class Embedder:
 class Decoder:
     """A sample's stored bytes -> a cropped image and a caption's tokens."""
 
-    def __init__(self, pairs: PairFolder, image: str, caption: str, embedder: Embedder) -> None:
+    def __init__(self, pairs: PairFolder, image: str, caption: str, embedder: Embedder, sidecar: bool) -> None:
         for option, name, kinds in (("--image", image, IMAGE_ENCODINGS), ("--caption", caption, ("str",))):
             if pairs.columns.get(name) not in kinds:
                 raise ValueError(
@@ -102,7 +109,7 @@ class Decoder:
                     f"{pairs.columns}"
                 )
         taken = sorted(set(COLUMNS) & set(pairs.columns))
-        if taken:
+        if taken and not sidecar:
             raise ValueError(f"{pairs.path} has columns {taken} already; embed the folder that it was made from")
         self.is_pil = pairs.columns[image] == "pil"
         self.image, self.caption = image, caption
@@ -127,13 +134,39 @@ class Decoder:
             raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 
 
+class Kept:
+    """What OUT has of each sample beside its embeddings: all of it, or what a sidecar needs."""
+
+    def __init__(self, pairs: PairFolder, args: argparse.Namespace) -> None:
+        self.pairs, self.image = pairs, args.image
+        self.columns = dict(pairs.columns)
+        self.compression = pairs.compression
+        self.has_spans = args.sidecar and pairs.compression is None
+        if args.sidecar:
+            is_kept = {args.caption, *(["uid"] if pairs.columns.get("uid") == "str" else [])}
+            self.columns = {name: kind for name, kind in pairs.columns.items() if name in is_kept}
+            self.compression = None  # of embeddings it gains little, and it would have to be undone for each sample
+        if self.has_spans:
+            self.columns[SPAN_COLUMN] = "ndarray:int64:3"
+
+    def samples_of(self, number: int) -> Iterator[dict[str, bytes]]:
+        """The samples of a shard with all their values as they are stored, and the span."""
+        spans = self.pairs.spans_of(number, self.image) if self.has_spans else None
+        for row, sample in enumerate(self.pairs.samples_of(number)):
+            yield sample if spans is None else {**sample, SPAN_COLUMN: spans[row].tobytes()}
+
+    def values(self, sample: dict[str, bytes]) -> dict[str, bytes]:
+        """Those that go to OUT."""
+        return {name: sample[name] for name in self.columns}
+
+
 def batches(samples: Iterator[dict[str, bytes]], size: int) -> Iterator[list[dict[str, bytes]]]:
     while batch := list(islice(samples, size)):
         yield batch
 
 
 def write_part(
-    pairs: PairFolder,
+    kept: Kept,
     number: int,
     folder: Path,
     embedder: Embedder,
@@ -152,7 +185,7 @@ def write_part(
 
         writer: VerbatimWriter | None = None
         kinds: dict[str, str] = {}
-        groups = batches(pairs.samples_of(number), args.batch_size)
+        groups = batches(kept.samples_of(number), args.batch_size)
         waiting = [begun(batch) for batch in islice(groups, 1)]
         while waiting:
             batch, decoding = waiting.pop()
@@ -162,10 +195,10 @@ def write_part(
             if writer is None:
                 kinds = {name: f"ndarray:float16:{table.shape[1]}" for name, table in rows.items()}
                 writer = VerbatimWriter(
-                    columns={**pairs.columns, **kinds},
+                    columns={**kept.columns, **kinds},
                     out=str(rough),
                     hashes=["sha1"],
-                    compression=pairs.compression,
+                    compression=kept.compression,
                     size_limit=None,
                 )
             for at, sample in enumerate(batch):
@@ -173,7 +206,7 @@ def write_part(
                     name: table[at] if good[at] else np.full_like(table[at], np.nan) for name, table in rows.items()
                 }
                 encoded = {name: mds_encode(kinds[name], value) for name, value in values.items()}
-                writer.write({**sample, **encoded})
+                writer.write({**kept.values(sample), **encoded})
             undecodable += len(good) - sum(good)
             bar.update(len(batch))
         if writer is not None:
@@ -184,7 +217,10 @@ def write_part(
 
 
 def assemble(pairs: PairFolder, parts: list[Path], staging: Path, record: dict[str, Any]) -> dict[str, int]:
-    """Make the parts one MDS folder inside of `staging`/whole; what lies beside the source's shards is copied."""
+    """Make the parts one MDS folder inside of `staging`/whole; what lies beside the source's shards is copied.
+
+    Not for a sidecar, which is no data set of its own.
+    """
     whole = staging / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
@@ -204,7 +240,7 @@ def assemble(pairs: PairFolder, parts: list[Path], staging: Path, record: dict[s
                     (whole / shard[kind]["basename"]).hardlink_to(part / old)
             shards.append(shard)
     for path in pairs.path.iterdir():
-        if path.is_file() and path.name not in known and not path.name.startswith("shard."):
+        if not record["sidecar"] and path.is_file() and path.name not in known and not path.name.startswith("shard."):
             shutil.copyfile(path, whole / path.name)
     counts = {"samples": len(pairs), "undecodable": undecodable}
     write_json(whole / EMBEDDER_FILE, {**record, "counts": counts})
@@ -255,9 +291,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pairs = PairFolder(args.folder)
     device = get_device(args.device)
     embedder = Embedder.of(config_of(args), torch.device(str(device.name).replace("gpu", "cuda")), args.precision)
-    decoder = Decoder(pairs, args.image, args.caption, embedder)
+    decoder = Decoder(pairs, args.image, args.caption, embedder, args.sidecar)
+    kept = Kept(pairs, args)
     source = hashlib.sha1((pairs.path / "index.json").read_bytes()).hexdigest()
-    record = {**embedder.record, "columns": list(COLUMNS), "source_index_sha1": source}
+    record = {
+        **embedder.record,
+        "columns": list(COLUMNS),
+        "embedded": {"image": args.image, "caption": args.caption},
+        "source_index_sha1": source,
+        "sidecar": args.sidecar,
+    }
     staging = out.with_name(f".{out.name}.embedding")
     if dist.get_global_rank() == 0:
         check_staging(staging, record, args.restart)
@@ -269,7 +312,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     total, initial = (sum(pairs.shard_sizes[number] for number in some) for some in (own, done))
     with tqdm(total=total, initial=initial, unit=" samples", file=sys.stderr) as bar:
         for number in sorted(set(own) - set(done)):
-            write_part(pairs, number, parts[number], embedder, decoder, args, bar)
+            write_part(kept, number, parts[number], embedder, decoder, args, bar)
     dist.barrier()
     counts = {}
     if dist.get_global_rank() == 0:
@@ -292,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretrained", help="open_clip tag, or a checkpoint of open_clip or Composer")
     parser.add_argument("--image", default="image", help="image column")
     parser.add_argument("--caption", default="caption", help="caption column")
+    parser.add_argument("--sidecar", action="store_true", help="leave the images where they are: for stream.sidecar")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=4, help="that decode images, per rank")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU if there is one")

@@ -4,7 +4,7 @@
 that looks like a data set. So splits are written inside of a `staged_folder`.
 
     mds_split(folder, ...)    one MDS split in a fresh folder inside of a staged one
-    mds_folder(out, ...)      a staged folder with one split, the usual case
+    mds_folder(out, ...)      a local or remote folder with one split, the usual case
     write_found(found, ...)   images with their rows -> samples, once every image was decoded in full
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from staged_folder import staged_folder
+from remote_folder import output_folder
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
 from streaming.base.hashing import get_hashes, is_hash
@@ -49,13 +49,14 @@ class Rejection(NamedTuple):
 
 @dataclass(slots=True)
 class Row:
-    """One usable row of the source: where it stands, what it says, and the name of its image."""
+    """One usable row of the source: where it stands, what it says, the name of its image, and embeddings, if any."""
 
     number: int | None
     image: str
     caption: str
     uid: str
     label: str = ""
+    embeddings: tuple[Any, Any] | None = None
 
 
 class Found(NamedTuple):
@@ -69,9 +70,9 @@ class Found(NamedTuple):
 class MdsSplit:
     """The open writer of one MDS split: samples written, rows rejected, and their counts.
 
-    Made by `mds_split` and `mds_folder`. `num_written`, `rejected` (reason -> rows) and `unreferenced`
-    (images that no row names; they are not rows, so they are counted but not listed) may be read at
-    any time, also after the block has ended.
+    Made by `mds_split` and `mds_folder`. `num_written`, `rejected` (reason -> rows), `unreferenced` (images
+    that no row names) and `not_downloaded` (rows that never came with the source; like the former they are
+    counted but not listed) may be read at any time, also after the block has ended.
     """
 
     def __init__(self, folder: Path, writer: MDSWriter) -> None:
@@ -79,6 +80,7 @@ class MdsSplit:
         self.num_written = 0
         self.rejected: Counter[str] = Counter()
         self.unreferenced = 0
+        self.not_downloaded = 0
         self._first: dict[str, Rejection] = {}
         self._writer = writer
         self._log = None
@@ -97,10 +99,28 @@ class MdsSplit:
         self.rejected[rejection.reason] += 1
         self._first.setdefault(rejection.reason, rejection)
 
+    def adopt(self, part: Path, first_row: int) -> None:
+        """Append the shards and rejections of the split in the folder `part`; its rows follow `first_row` others."""
+        shards = self._writer.shards
+        for shard in json.loads((part / "index.json").read_text(encoding="utf-8"))["shards"]:
+            for data in (shard["raw_data"], shard["zip_data"]):
+                if data is not None:
+                    own = data["basename"]
+                    data["basename"] = f"shard.{len(shards):05d}.{own.split('.', 2)[2]}"
+                    if (part / own).exists():  # of a compressed shard the raw file is gone
+                        (part / own).rename(self.folder / data["basename"])
+            shards.append(shard)
+            self.num_written += shard["samples"]
+        log = part / "rejected.jsonl"
+        for line in log.read_text(encoding="ascii").splitlines() if log.exists() else []:
+            rejection = Rejection(**json.loads(line))
+            self.reject(rejection._replace(row=None if rejection.row is None else rejection.row + first_row))
+
     def counts(self) -> dict[str, Any]:
         """The account of the run, as it goes into source.json."""
         rejected = dict(sorted(self.rejected.items()))
-        return {"written": self.num_written, "rejected": rejected, "image_unreferenced": self.unreferenced}
+        counts = {"written": self.num_written, "rejected": rejected, "image_unreferenced": self.unreferenced}
+        return {**counts, "not_downloaded": self.not_downloaded} if self.not_downloaded else counts
 
     def summary(self) -> str:
         """Samples written and rows rejected by reason with the first of each, one line each."""
@@ -111,6 +131,10 @@ class MdsSplit:
             lines.append(f"  {reason}: {count} (first: {place}{first.image!r}: {first.detail})")
         if self.unreferenced:
             lines.append(f"  image_unreferenced: {self.unreferenced} images that no row names")
+        if self.not_downloaded:
+            lines.append(
+                f"  not_downloaded: {self.not_downloaded} rows (counted by img2dataset, listed in its .parquet)"
+            )
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -166,6 +190,7 @@ def mds_split(
     compression: str | None = None,
     hashes: Iterable[str] = ("sha1",),
     source: Mapping[str, Any] | None = None,
+    allow_empty: bool = False,
 ) -> Iterator[MdsSplit]:
     """Open one MDS split in `folder`; its index.json and source.json are written when the block ends.
 
@@ -175,6 +200,7 @@ def mds_split(
         size_limit, compression, hashes: as for `streaming.MDSWriter`.
         source: what source.json says beside the counts: tool and arguments. Paths in it are cut down
             to their last part, so that the folder tells nothing about the machine it was made on.
+        allow_empty: write an index without shards rather than raise when there is no sample.
     Raises: ValueError for an unknown size, compression or hash, and when no sample was written.
     """
     _check_options(size_limit, compression, hashes := sorted(set(hashes)))
@@ -184,7 +210,7 @@ def mds_split(
     split = MdsSplit(folder, writer)
     try:
         yield split
-        if split.num_written == 0:
+        if split.num_written == 0 and not allow_empty:
             raise ValueError(f"no usable sample, so no output: {split.summary()}")
         writer.finish()
         if source is not None:
@@ -200,11 +226,11 @@ def mds_split(
 def mds_folder(
     out: str | Path, columns: Mapping[str, str], *, overwrite: bool = False, **options: Any
 ) -> Iterator[MdsSplit]:
-    """`mds_split` inside of a `staged_folder`: OUT holds one complete split, or does not appear.
+    """`mds_split` inside of an `output_folder`: OUT holds one complete split, or does not appear.
 
     Args: options: the keyword arguments of `mds_split`.
     """
-    with staged_folder(out, overwrite) as folder, mds_split(folder, columns, **options) as split:
+    with output_folder(out, overwrite) as folder, mds_split(folder, columns, **options) as split:
         yield split
 
 
@@ -216,6 +242,8 @@ def write_found(
     total: int | None = None,
     limit: int | None = None,
     choose: Callable[[list[Any]], Iterable[int]] | None = None,
+    num_threads: int | None = None,
+    show: bool = True,
 ) -> None:
     """Write one sample for each row whose image decodes; list the other rows as rejected.
 
@@ -224,12 +252,17 @@ def write_found(
         limit: stop after this many samples; rows after them are neither read nor counted.
         choose: from the labels of all usable samples (None without), the indices to write, in order.
             Samples then wait on disk (`open_spool`) until the last one is known. Instead of `limit`.
+        num_threads: that decode images; one per core, at most 8, without.
+        show: whether to show the progress bar.
     """
-    with warnings.catch_warnings(), closing(_samples(found, split, make_sample)) as samples:
+    num_threads = num_threads or min(8, os.cpu_count() or 1)
+    with warnings.catch_warnings(), closing(_samples(found, split, make_sample, num_threads)) as samples:
         # Decoder remarks (odd EXIF, palettes) are no reason to reject; a decompression bomb is.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        progress = tqdm(islice(samples, limit), total=limit or total, unit=" samples", file=sys.stderr)
+        progress = tqdm(
+            islice(samples, limit), total=limit or total, unit=" samples", file=sys.stderr, disable=not show
+        )
         if choose is None:
             for sample in progress:
                 split.write(sample)
@@ -265,9 +298,12 @@ def check_image(data: bytes) -> tuple[str, str] | None:
 
 
 def _samples(
-    found: Iterable[Found | Rejection], split: MdsSplit, make_sample: Callable[[Row, bytes], dict[str, Any]]
+    found: Iterable[Found | Rejection],
+    split: MdsSplit,
+    make_sample: Callable[[Row, bytes], dict[str, Any]],
+    num_threads: int,
 ) -> Generator[dict[str, Any]]:
-    for item, problem in _checked(found):
+    for item, problem in _checked(found, num_threads):
         if isinstance(item, Rejection):
             split.reject(item)
         elif problem is not None:
@@ -279,14 +315,14 @@ def _samples(
 
 def _checked(
     found: Iterable[Found | Rejection],
+    num_threads: int,
 ) -> Iterator[tuple[Found | Rejection, tuple[str, str] | None]]:
     """Each item with the verdict on its image, in order; threads decode a few images ahead."""
-    num_workers = min(8, os.cpu_count() or 1)
     waiting: deque[tuple[Found | Rejection, Future | None]] = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         for item in found:
             waiting.append((item, pool.submit(check_image, item.data) if isinstance(item, Found) else None))
-            if len(waiting) > 4 * num_workers:
+            if len(waiting) > 4 * num_threads:
                 first, verdict = waiting.popleft()
                 yield first, verdict.result() if verdict else None
         for first, verdict in waiting:

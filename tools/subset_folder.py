@@ -17,6 +17,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,27 @@ class PairFolder:
                     yield shard[row]
             except Exception as error:  # whatever a broken file makes a decoder say
                 raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
+
+    def spans_of(self, number: int, column: str) -> np.ndarray | None:
+        """(n, 3) int64 for the samples of a shard: the shard's number, and offset and length of a column's bytes in it.
+
+        None for a compressed shard, in whose file the bytes do not lie as such.
+        Raises: ValueError for a shard that is missing or broken.
+        """
+        shard = self._shards[number]
+        if shard.compression is not None:
+            return None
+        try:
+            data = np.memmap(self.path / shard.raw_data.basename, np.uint8, mode="r")
+            begins = np.frombuffer(data[4 : 4 * (len(shard) + 1)], np.uint32).astype(np.int64)
+            # A sample is the sizes of its columns of variable size, then its columns in the order of the index.
+            heads = begins[:, None] + np.arange(4 * shard.column_sizes.count(None))
+            told = iter(np.ascontiguousarray(data[heads]).view(np.uint32).astype(np.int64).T)
+            widths = {n: next(told) if s is None else s for n, s in zip(self.columns, shard.column_sizes, strict=True)}
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"{shard.raw_data.basename} of {self.path} cannot be read: {error!r}") from error
+        offsets = begins + heads.shape[1] + sum(widths[name] for name in takewhile(column.__ne__, self.columns))
+        return np.stack([np.full_like(begins, number), offsets, np.broadcast_to(widths[column], begins.shape)], axis=1)
 
     def embeddings(self, names: Mapping[str, str]) -> list[Float[Tensor, "n dim"]]:
         """The ndarray columns of these names, option -> column, in float32: 4 n dim bytes each.

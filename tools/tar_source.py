@@ -13,7 +13,7 @@ import posixpath
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -112,21 +112,43 @@ def read_webdataset(
     """The samples of tars in the webdataset layout: neighbouring members KEY.jpg, KEY.txt and KEY.json.
 
     The caption is KEY.txt, else "caption" of KEY.json (always `caption_key` of it, when given). The uid is
-    "uid" or "key" of KEY.json (`uid_key`), else KEY; from the second time on a uid gets '#2', '#3'. A
-    damaged tar costs its rest, and the last sample before that, which may lack a part.
+    "uid" or "key" of KEY.json (`uid_key`), else KEY. A damaged tar costs its rest, and the last sample before
+    that, which may lack a part.
     """
-    number, seen = 0, Counter()
+    number = 0
     for tar in tars:
         try:
             for key, group in groupby(tar_members(tar, _is_sample_part), key=lambda member: _split_key(member[0])[0]):
-                number += 1
-                item = _read_sample(f"{tar.name}/{key}", number, dict(group), caption_key, uid_key)
-                for row in item.rows if isinstance(item, Found) else []:
-                    seen[row.uid] += 1
-                    row.uid += f"#{seen[row.uid]}" * (seen[row.uid] > 1)
-                yield item
+                members = dict(group)
+                number += 1  # not of a sample that the tar's damage cuts off
+                yield _read_sample(f"{tar.name}/{key}", number, members, caption_key, uid_key)
         except DamagedTar as error:
             yield Rejection(None, tar.name, "tar_damaged", str(error))
+
+
+def number_repeats(items: Iterable[Found | Rejection], seen: Counter[str]) -> Iterator[Found | Rejection]:
+    """The items; from the second time on a uid gets '#2', '#3'. `seen` counts the uids as they were."""
+    for item in items:
+        for row in item.rows if isinstance(item, Found) else []:
+            seen[row.uid] += 1
+            row.uid += f"#{seen[row.uid]}" * (seen[row.uid] > 1)
+        yield item
+
+
+def count_not_downloaded(tars: Iterable[Path]) -> int:
+    """Rows that img2dataset could not download: they are in no tar, but TAR_stats.json counts them.
+
+    It writes that file when a tar is complete. Tars without one, of other makers, count as 0.
+    """
+    total = 0
+    for tar in tars:
+        stats = tar.with_name(f"{tar.name.split('.')[0]}_stats.json")
+        about = json_object(stats.read_bytes()) if stats.is_file() else ""
+        if isinstance(about, dict):
+            count, successes = about.get("count"), about.get("successes")
+            if isinstance(count, int) and isinstance(successes, int):
+                total += max(0, count - successes)
+    return total
 
 
 def _split_key(name: str) -> tuple[str, str]:

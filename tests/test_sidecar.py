@@ -1,0 +1,182 @@
+"""Sidecars: what tools/embed_mds.py --sidecar writes, and training on it as on copied columns."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import embed_mds
+import numpy as np
+import pytest
+import torch
+from corpora import draw_corpus, recipe, write_recipe
+from streaming import MDSWriter, StreamingDataset
+from subset_folder import PairFolder
+from test_embed_mds import in_shards, options
+
+from clipcov_stream.build import columns_embedder
+from clipcov_stream.config import StreamConfig, load_config
+from clipcov_stream.sidecar import Sidecar
+from clipcov_stream.train import build_trainer
+
+EMBEDDINGS = ["image_embedding", "text_embedding"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """MDS shards with two bad images, with embeddings copied in (`whole`) and in a sidecar (`beside`)."""
+    root = tmp_path_factory.mktemp("embedded")
+    folder = in_shards(corpus, root / "mds", rows=160, bad=2)
+    embed_mds.main(options(root, folder, "whole"))
+    embed_mds.main([*options(root, folder, "beside"), "--sidecar"])
+    return root
+
+
+def test_a_sidecar_has_the_embeddings_and_says_where_the_images_lie(embedded: Path) -> None:
+    source, whole, beside = (PairFolder(str(embedded / name)) for name in ("mds", "whole", "beside"))
+    assert beside.shard_sizes == source.shard_sizes and len(source.shard_sizes) > 4
+    assert set(beside.columns) == {*EMBEDDINGS, "caption", "image_span"}
+    rows = range(len(source))
+    shards = json.loads((embedded / "mds" / "index.json").read_text())["shards"]
+    decoded = beside.samples(rows, decode=["image_span"])
+    for row, copied, original in zip(decoded, whole.samples(rows), source.samples(rows), strict=True):
+        assert all(row[name] == copied[name] for name in (*EMBEDDINGS, "caption"))
+        number, offset, length = row["image_span"].tolist()
+        data = (embedded / "mds" / shards[number]["raw_data"]["basename"]).read_bytes()
+        assert data[offset : offset + length] == original["image"]
+    record = json.loads((embedded / "beside" / "embedder.json").read_text())
+    assert record["sidecar"] and record["counts"] == {"samples": 160, "undecodable": 2}
+    files = {path.name.split(".")[0] for path in (embedded / "beside").iterdir()}
+    assert files == {"shard", "index", "embedder"}
+
+
+@pytest.mark.parametrize("columns", [{"image": "bytes"}, {"image": "bytes", "a": "str", "b": "int", "j": "str"}])
+def test_spans_are_right_whatever_lies_around_the_image(tmp_path: Path, columns: dict[str, str]) -> None:
+    values = {"str": lambda i: "é" * i, "int": lambda i: i, "bytes": lambda i: bytes([i]) * (i % 5)}
+    with MDSWriter(out=str(tmp_path), columns=columns, size_limit=400) as writer:
+        for i in range(40):
+            writer.write({name: values[kind](i) for name, kind in columns.items()})
+    folder, row = PairFolder(str(tmp_path)), 0
+    assert len(folder.shard_sizes) > 1
+    for number, size in enumerate(folder.shard_sizes):
+        data = (tmp_path / f"shard.{number:05d}.mds").read_bytes()
+        spans = folder.spans_of(number, "image")
+        assert spans is not None and len(spans) == size
+        for shard, offset, length in spans:
+            assert (shard, data[offset : offset + length]) == (number, bytes([row]) * (row % 5))
+            row += 1
+    assert row == 40
+
+
+def test_compressed_shards_have_no_spans_and_uids_come_along(tmp_path: Path, corpus: Path) -> None:
+    rows = list(PairFolder(str(corpus / "train")).samples(range(30)))
+    columns = {"image": "bytes", "caption": "str", "uid": "str", "image_embedding": "bytes"}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns, compression="zstd", size_limit=6000) as writer:
+        for row, sample in enumerate(rows):
+            old = {"image": sample["image"], "caption": sample["caption"].decode(), "image_embedding": b"old"}
+            writer.write({**old, "uid": f"u{row}"})
+    embed_mds.main([*options(tmp_path, tmp_path / "mds"), "--sidecar"])  # a second embedder may stand beside a first
+    beside = PairFolder(str(tmp_path / "out"))
+    assert set(beside.columns) == {*EMBEDDINGS, "caption", "uid"}
+    found = list(beside.samples(range(30), decode=["uid", "image_embedding"]))
+    assert [sample["uid"] for sample in found] == [f"u{row}" for row in range(30)]
+    assert found[0]["image_embedding"].dtype == np.float16
+
+
+def test_a_sidecar_is_read_as_streaming_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "caption": "str",
+        "uid": "str",
+        "n": "int",
+        "a": "ndarray:float16:3",
+        "b": "ndarray:int64:2,2",
+        "c": "ndarray",
+    }
+    with MDSWriter(out=str(tmp_path), columns=columns, size_limit=600) as writer:
+        for i in range(50):
+            arrays = {
+                "a": np.full(3, i, np.float16),
+                "b": np.full((2, 2), i),
+                "c": np.arange(1 + i % 4, dtype=np.int16),
+            }
+            writer.write({"caption": "é" * i, "uid": f"u{i}", "n": i, **arrays})
+    (tmp_path / "embedder.json").write_text('{"sidecar": true}')
+    monkeypatch.setattr("clipcov_stream.sidecar.MAX_MAPPED", 2)
+    sidecar = pickle.loads(pickle.dumps(Sidecar(str(tmp_path), tmp_path)))
+    dataset = StreamingDataset(local=str(tmp_path), batch_size=1)
+    for number in np.random.default_rng(0).permutation(50).tolist():
+        row, expected = sidecar[number], dataset[number]
+        assert row.keys() == expected.keys() and len(sidecar.mapped) <= 2
+        for name, value in expected.items():
+            assert type(row[name]) is type(value)
+            np.testing.assert_array_equal(row[name], value, strict=isinstance(value, np.ndarray))
+
+
+def trained(tmp_path: Path, folder: Path, corpus: Path, **stream: Any) -> dict[str, torch.Tensor]:
+    tree = recipe(corpus, selection={"embed": "columns", "warmup": "0ba"}, max_duration="8ba")
+    tree["stream"] |= {"local": str(folder), **stream}
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "train.yaml", tree))))
+    trainer.fit()
+    trainer.close()
+    return {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_on_a_sidecar_is_training_on_copied_columns(
+    tmp_path: Path, corpus: Path, embedded: Path, workers: int
+) -> None:
+    sidecar = str(embedded / "beside")
+    copied = trained(tmp_path, embedded / "whole", corpus)
+    beside = trained(tmp_path, embedded / "mds", corpus, sidecar=sidecar, num_workers=workers)
+    assert copied.keys() == beside.keys()
+    assert all(torch.equal(copied[name], beside[name]) for name in copied)
+    other = trained(tmp_path, embedded / "whole", corpus, shuffle_seed=3)
+    assert not all(torch.equal(copied[name], other[name]) for name in copied)
+
+
+def test_a_sidecar_of_another_folder_is_refused(tmp_path: Path, corpus: Path, embedded: Path) -> None:
+    other = in_shards(corpus, tmp_path / "mds", rows=159)
+    with pytest.raises(ValueError, match=r"belongs to another folder than the stream: .* has [0-9a-f]{40}"):
+        trained(tmp_path, other, corpus, sidecar=str(embedded / "beside"))
+    with pytest.raises(ValueError, match=r"is not a sidecar: embedder.json does not say so"):
+        trained(tmp_path, embedded / "mds", corpus, sidecar=str(embedded / "whole"))
+    with pytest.raises(ValueError, match=r"is not a sidecar: .*No such file"):
+        Sidecar(str(embedded / "mds"), tmp_path)
+    shutil.copytree(embedded / "beside", tmp_path / "beside")
+    (tmp_path / "beside" / "embedder.json").unlink()
+    with pytest.raises(ValueError, match=r"is not a sidecar: .*embedder.json"):
+        trained(tmp_path, embedded / "mds", corpus, sidecar=str(tmp_path / "beside"))
+
+
+def test_a_shard_missing_from_a_sidecar_ends_the_run(tmp_path: Path, corpus: Path, embedded: Path) -> None:
+    shutil.copytree(embedded / "beside", tmp_path / "beside")
+    (tmp_path / "beside" / "shard.00002.mds").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard.00002.mds"):
+        trained(tmp_path, embedded / "mds", corpus, sidecar=str(tmp_path / "beside"))
+
+
+def test_the_embedder_is_the_sidecars(embedded: Path) -> None:
+    stream = StreamConfig(8, local=str(embedded / "mds"), sidecar=str(embedded / "beside"))
+    record = columns_embedder(stream)
+    assert record == json.loads((embedded / "beside" / "embedder.json").read_text())
+
+
+def test_a_run_does_not_go_on_with_what_another_began(tmp_path: Path, corpus: Path, capsys) -> None:
+    folder = in_shards(corpus, tmp_path / "mds", rows=20)
+    arguments = options(tmp_path, folder)
+    embed_mds.main([*arguments, "--sidecar"])
+    record = json.loads((tmp_path / "out" / "embedder.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    embed_mds.check_staging(tmp_path / ".out.embedding", record, restart=False)
+    for other, what in (([], "sidecar"), (["--sidecar", "--caption", "note"], "embedded")):
+        with pytest.raises(SystemExit):
+            embed_mds.main([*arguments, *other])
+        assert f"was begun with other settings ({what})" in capsys.readouterr().err
