@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,28 +20,25 @@ from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors, trained_on
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors
 from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
 from clipcov_stream.embed import (
     EMBED_PRECISIONS,
     EMBED_SOURCES,
-    Embeddings,
     Teacher,
     check_towers,
-    embed_from_columns,
     embed_with_towers,
     scale_of,
 )
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
-from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
-from clipcov_stream.pool import Pool, survivors_of, with_learner
-from clipcov_stream.ranks import SCOPES, Gathering, Placement, Shares, travelling
+from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.pool import Pool, with_learner
+from clipcov_stream.prepare import PASSED_ON, Preparation, Ticket, all_reduce_of, unwrap
+from clipcov_stream.ranks import SCOPES, Shares, sum_over_ranks
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
-from clipcov_stream.selection import learn, reads_lag, resolve, select
-from clipcov_stream.sketch import AllReduce
+from clipcov_stream.selection import learn, reads_lag, resolve
 
 
 class ClipCov(Algorithm):
@@ -211,6 +207,11 @@ class ClipCov(Algorithm):
         return plain(self.function) in NEEDS_LEARNER
 
     @property
+    def needs_pixels(self) -> bool:
+        """Whether candidates must be decoded before there are survivors."""
+        return self.uses_embeddings and (self.embed != "columns" or self.uses_learner)
+
+    @property
     def uses_lag(self) -> bool:
         """Whether what the model in training makes of its survivors is noted."""
         return self.uses_embeddings and reads_lag(self.function, self.settings)
@@ -271,6 +272,11 @@ class ClipCov(Algorithm):
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_pool(state, pool_size)
+        if self.needs_pixels and getattr(state.dataloader, "materialize", None) is not None:
+            raise ValueError(
+                f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="
+                f"{self.selector!r} embeds their pixels; set stream.deferred=false, or use embed='columns'"
+            )
         if not self.uses_embeddings:
             return
         if outlasts(self.warmup, state):
@@ -307,6 +313,8 @@ class ClipCov(Algorithm):
             if self.global_pool_size is not None:
                 check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
             self.global_pool_size, self._checked = streamed, True
+            if self.half_life is None and self.embed == "teacher":
+                self.settings = replace(self.settings, half_life=20.0 * streamed)
             if microbatch in (None, pool_size):
                 # Composer's default is the loader's batch, our pool.
                 microbatch = state.device_train_microbatch_size = survivors
@@ -324,53 +332,20 @@ class ClipCov(Algorithm):
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares = None, None
         batch = check_batch(state.batch, self.image_key)
-        pool_size = len(batch[self.image_key])
-        num_survivors = self.num_survivors(pool_size)
-        self._check_pool(state, pool_size)
-        step = int(state.timestamp.batch)
-        valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
-        placement = None
-        num_chosen = num_survivors
-        if self.scope == "global":
-            if "id" not in batch:
-                raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
-            placement = Placement.of(state.device.tensor_to_device(batch["id"]))
-            num_chosen = num_survivors * dist.get_world_size()
-        figures: dict[str, float] = {}
-        if self._selects(state):
-            sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
-
-            def send(images: Tensor) -> None:
-                sending.append(Gathering(travelling(images)))
-
-            on_images = None if placement is None else send
-            pool, embed_ms = self._embed(batch, state, num_survivors, valid, on_images)
-            with Stopwatch(state) as watch:
-                if placement is not None:
-                    pool = placement.whole_pool(pool, *sending)
-                report, survivors = self._select(pool, num_chosen, step)
-            figures = {name: float(value) for name, value in report.items()}
-            num_invalid = int(figures.pop("num_invalid"))
-            figures |= {"embed_ms": embed_ms(), "select_ms": watch.milliseconds()}
-        else:
-            rank = dist.get_global_rank() if placement is None else 0
-            generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
-            if placement is not None:
-                valid = placement.whole(state.device.tensor_to_device(valid)).cpu()
-            survivors = random_survivors(valid, num_chosen, generator)
-            num_invalid = len(valid) - int(valid.sum())
-        self._count(state, pool_size, num_survivors, num_invalid)
-        if placement is None:
-            state.batch = rows_of_survivors(batch, survivors)
-        else:
-            origin = placement.origin.index_select(0, survivors.to(placement.origin.device))
-            self._shares = Shares.of(origin.tolist(), pool_size, dist.get_world_size())
-            state.batch = self._shares.exchange(trained_on(batch), placement.origin.device)
-        streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
-        figures |= {
-            "samples_streamed": streamed,
+        self._check_pool(state, len(batch[self.image_key]))
+        ticket = Ticket(int(state.timestamp.batch), self._selects(state))
+        prepared = self._preparation(state)(batch, ticket, self.selection)
+        self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
+        if prepared.selection is not None:
+            self.selection = prepared.selection
+            self._pending.pop("selection", None)
+        self._survivors, self._shares = prepared.survivors, prepared.shares
+        state.batch = prepared.batch
+        figures = {
+            **prepared.figures,
+            "samples_streamed": int(state.timestamp.sample) + prepared.pool_size * dist.get_world_size(),
             "samples_seen": self.samples_seen,
-            "filter_ratio": 1 - num_survivors / pool_size,
+            "filter_ratio": 1 - len(prepared) / prepared.pool_size,
             "num_invalid": self.num_invalid,
         }
         logger.log_metrics({f"selection/{name}": value for name, value in figures.items()})
@@ -379,65 +354,15 @@ class ClipCov(Algorithm):
         """Whether this step selects; if not, survivors are random and nothing is embedded."""
         return self.uses_embeddings and not in_warmup(self.warmup, state)
 
-    def _embed(
-        self,
-        batch: Mapping[str, Any],
-        state: State,
-        chunk: int,
-        valid: Tensor,
-        on_images: Callable[[Tensor], None] | None,
-    ) -> tuple[Pool, Any]:
-        """The pool's embeddings, and a function that tells how many milliseconds they took."""
-        chunk = self.embed_chunk or chunk
-
-        def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = state.device.tensor_to_device(batch[self.image_key]), batch[self.text_key]
-            if learner:
-                precision = get_precision_context(state.precision, state.precision_config)
-                return embed_with_towers(model, image, text, chunk, precision, plain=True)
-            options = {"resolution": self.embed_resolution, "on_images": on_images}
-            return embed_with_towers(model, image, text, chunk, self._precision(state), **options)
-
-        with Stopwatch(state) as watch:
-            if self.embed == "columns":
-                image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
-                image, text = state.device.tensor_to_device(image), state.device.tensor_to_device(text)
-            else:
-                embedder = self.teacher.model if self.teacher is not None else self.proxy
-                if embedder is None:
-                    raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
-                image, text, scale = towers(embedder)
-            named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
-            on_device = {key: state.device.tensor_to_device(value) for key, value in named.items() if value is not None}
-            pool = Pool(image, text, scale, **on_device)
-            if self.uses_learner:
-                learner_image, learner_text, learner_scale = towers(unwrap(state.model), learner=True)
-                pool = replace(
-                    pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
-                )
-        return pool, watch.milliseconds
-
-    def _precision(self, state: State) -> AbstractContextManager[Any]:
-        """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""
-        if self.embed_precision is None:
-            return get_precision_context(state.precision, state.precision_config)
-        dtype = EMBED_PRECISIONS[self.embed_precision]
-        device = state.device.name.replace("gpu", "cuda")
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-    def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        if self.selection is None:
-            rank, width = dist.get_global_rank() if self.scope == "local" else 0, pool.image.shape[1]
-            if self.half_life is None and self.embed == "teacher":
-                pools = dist.get_world_size() if self.scope == "local" else 1
-                self.settings = replace(self.settings, half_life=20.0 * len(pool) * pools)
-            self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
-            if self._pending.get("selection"):
-                self.selection = self.selection.restored(self._pending.pop("selection"))
-        state = replace(self.selection, step=step)
-        self.selection, survivors, report = select(state, pool, num_survivors, self.function, self._all_reduce())
-        self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
-        return report, survivors
+    def _preparation(self, state: State) -> Preparation:
+        """What makes survivors of a pool."""
+        return Preparation(
+            state,
+            embedder=self.teacher.model if self.teacher is not None else self.proxy,
+            saved=self._pending.get("selection"),
+            materialize=getattr(state.dataloader, "materialize", None),
+            **{name: getattr(self, name) for name in PASSED_ON},
+        )
 
     def _learn(self, state: State, logger: Logger) -> None:
         """Note what the model makes of the survivors, of which it has just made its training pass."""
@@ -460,13 +385,9 @@ class ClipCov(Algorithm):
                 # All ranks' survivors in the order chosen: one lag, whatever the number of ranks.
                 image, text = (self._shares.in_order(rows.detach().float()) for rows in (image, text))
             seen = with_learner(self._survivors, image, text, scale)
-            self.selection = learn(self.selection, seen, self._all_reduce())
+            self.selection = learn(self.selection, seen, all_reduce_of(self.scope))
         self._survivors = None
         logger.log_metrics({"selection/learn_ms": watch.milliseconds()})
-
-    def _all_reduce(self) -> AllReduce | None:
-        """What sums over ranks, if each has pools of its own."""
-        return sum_over_ranks if self.scope == "local" and dist.get_world_size() > 1 else None
 
     def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
         """Count what was seen and what could not be used, of this rank's pool or, with scope="global", of all ranks'.
@@ -498,11 +419,6 @@ class ClipCov(Algorithm):
             )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers (batch norm's statistics differ by rank), so that all embed alike.
 
@@ -512,8 +428,3 @@ def share_buffers(model: nn.Module) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-
-
-def sum_over_ranks(tensor: Tensor) -> None:
-    """Sum over ranks, in place."""
-    dist.all_reduce(tensor, reduce_operation="SUM")

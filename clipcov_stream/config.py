@@ -64,7 +64,8 @@ class EvalColumnsConfig:
 class StreamConfig:
     """The training stream. `global_pool_size` is the candidates of one step over all ranks.
 
-    `shuffle_seed` follows the recipe's `seed` unless given.
+    `shuffle_seed` follows the recipe's `seed` unless given. `deferred` leaves candidates encoded, and decodes survivors
+    alone, in `decode_threads` threads; it is on wherever selection reads no pixels, unless given.
     """
 
     global_pool_size: int
@@ -78,6 +79,8 @@ class StreamConfig:
     num_workers: int = 2
     prefetch_factor: int = 2
     worker_timeout: float = 0
+    deferred: bool | None = None
+    decode_threads: int | None = None
     num_canonical_nodes: int = 1
     predownload: int | None = None
     cache_limit: str | int | None = None

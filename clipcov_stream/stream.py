@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
+from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 
-Tokenizer = Callable[[str], Tensor]
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 EMBEDDER_FILE = "embedder.json"
 """In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
@@ -62,12 +60,17 @@ class PairDataset(StreamingDataset):
     `id` its index in the folder, `valid`, and the embedding or label columns asked for. An image that cannot be decoded
     becomes zeros with `valid` False: it is counted and never selected, and one bad file does not end a run.
 
+    If deferred, `image` is still encoded, `text` the caption and `augmentation` the seed of the crop: `Materializer`
+    makes of them what would otherwise stand there.
+
     Args:
         local, remote, split: as Streaming's. At least one of local and remote.
         columns: what to read.
         transform: of images.
         tokenizer: str -> (context,) token ids.
         seed: of augmentation, mixed with the epoch and the sample's id.
+        deferred: leave images encoded and captions unread, for `ClipCov` to make survivors of them alone. A column of
+            Streaming's `pil` encoding, which is not compressed, is read all the same.
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
@@ -85,6 +88,7 @@ class PairDataset(StreamingDataset):
         transform: ImageTransform,
         tokenizer: Tokenizer | None,
         seed: int = 0,
+        deferred: bool = False,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -98,9 +102,9 @@ class PairDataset(StreamingDataset):
         self.columns = columns
         self.transform = transform
         self.crop = transform.crop()
-        self.augment = transform.min_scale < 1
         self.tokenizer = tokenizer
         self.seed = seed
+        self.deferred = deferred
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
@@ -133,17 +137,21 @@ class PairDataset(StreamingDataset):
         sample = super().get_item(sample_id, retry)
         columns = self.columns
         item: dict[str, Any] = {"id": int(sample_id), "valid": True}
-        try:
-            image = decode_image(sample[columns.image])
-            if self.augment:
-                item["image"] = augmented(self.crop, image, mix(self.seed, self.next_epoch, int(sample_id)))
-            else:
-                item["image"] = self.crop(image)
-        except UndecodableImage:
-            item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
-            item["valid"] = False
-        if columns.caption is not None and self.tokenizer is not None:
-            item["text"] = self.tokenizer(sample[columns.caption])
+        seed = mix(self.seed, self.next_epoch, int(sample_id))
+        tokenizer, caption = self.tokenizer, None if columns.caption is None else sample[columns.caption]
+        if self.deferred:
+            item |= {"image": sample[columns.image], "augmentation": seed}
+            if tokenizer is not None and caption is not None:
+                item["text"] = caption
+        else:
+            try:
+                image = decode_image(sample[columns.image])
+                item["image"] = self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
+            except UndecodableImage:
+                item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
+                item["valid"] = False
+            if tokenizer is not None and caption is not None:
+                item["text"] = tokenizer(caption)
         for role in ("image_embedding", "text_embedding"):
             name = getattr(columns, role)
             if name is not None:
@@ -172,24 +180,46 @@ def check_folder(local: str | None, remote: str | None, split: str | None) -> No
 
 
 class PoolCollate:
-    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros."""
+    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros.
+
+    What is still encoded, and captions, become lists.
+    """
 
     def __init__(self, transform: ImageTransform) -> None:
         self.normalize = transform.normalize()
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        first = samples[0]
-        pool = {
-            key: torch.stack([s[key] for s in samples])
-            if isinstance(first[key], Tensor)
-            else torch.tensor([s[key] for s in samples])
-            for key in first
-            if key != "concepts"
-        }
-        if "concepts" in first:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        pool = {key: stacked([s[key] for s in samples]) for key in samples[0] if key != "concepts"}
+        if "concepts" in samples[0]:
             pool["concepts"] = pad_sequence([s["concepts"] for s in samples], batch_first=True, padding_value=-1)
-        pool["image"] = self.normalize(pool["image"]) * pool["valid"][:, None, None, None]
+        image, valid = pool["image"], pool["valid"]
+        if isinstance(image, Tensor) and isinstance(valid, Tensor):
+            pool["image"] = self.normalize(image) * valid[:, None, None, None]
         return pool
+
+
+def stacked(values: list[Any]) -> Tensor | list[Any]:
+    """One tensor of tensors or numbers; anything else stays a list."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values) if isinstance(values[0], (bool, int)) else values
+
+
+class PoolLoader(StreamingDataLoader):
+    """A StreamingDataLoader whose batch is one pool.
+
+    Args:
+        materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
+    """
+
+    def __init__(self, *args: Any, materialize: Materializer | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.materialize = materialize
+
+    def close(self) -> None:
+        """End the threads that work for this loader."""
+        if self.materialize is not None:
+            self.materialize.close()
 
 
 def pool_loader(
@@ -199,12 +229,14 @@ def pool_loader(
     prefetch_factor: int = 2,
     drop_last: bool = True,
     timeout: float = 0,
-) -> StreamingDataLoader:
+    decode_threads: int | None = None,
+) -> PoolLoader:
     """Batches of `pool_size` samples of this rank.
 
     Args:
         pool_size: must be the dataset's batch_size, or shards are assigned for other batches than are read.
         timeout: seconds after which a stuck worker is an error; 0 waits for ever.
+        decode_threads: that decode a deferred pool's survivors; None is the number of CPUs, at most 8.
 
     Raises:
         ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank.
@@ -218,11 +250,13 @@ def pool_loader(
     workers: dict[str, Any] = {}
     if num_workers > 0:
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
-    return StreamingDataLoader(
+    transform, tokenizer = dataset.transform, dataset.tokenizer
+    return PoolLoader(
         dataset,
+        materialize=Materializer(transform, tokenizer, decode_threads) if dataset.deferred else None,
         batch_size=pool_size,
         num_workers=num_workers,
-        collate_fn=PoolCollate(dataset.transform),
+        collate_fn=PoolCollate(transform),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         **workers,

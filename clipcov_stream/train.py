@@ -112,7 +112,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
-    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed)
+    deferred = build.defers(config.stream, selection)
+    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed, deferred)
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
