@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State
+from composer.core import Algorithm, Event, State, TimeUnit
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
+from clipcov_stream.ahead import Ahead
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors
-from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
+from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     EMBED_PRECISIONS,
     EMBED_SOURCES,
@@ -33,10 +36,11 @@ from clipcov_stream.embed import (
     scale_of,
 )
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
+from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, with_learner
-from clipcov_stream.prepare import PASSED_ON, Preparation, Ticket, all_reduce_of, unwrap
-from clipcov_stream.ranks import SCOPES, Shares, sum_over_ranks
+from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
+from clipcov_stream.ranks import SCOPES, Group, Shares, own_group, sum_over_ranks
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import learn, reads_lag, resolve
 
@@ -75,6 +79,11 @@ class ClipCov(Algorithm):
         embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
             trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
+        run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
+            Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
+            for that many batches and selection states more.
+        lag_delay: steps that a lag waits before selection reads it, at least `run_ahead` if learnability is above 0.
+            Unlike that one it changes survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
@@ -110,6 +119,8 @@ class ClipCov(Algorithm):
         embed_chunk: int | None = None,
         embed_resolution: int | None = None,
         embed_precision: str | None = None,
+        run_ahead: int = 0,
+        lag_delay: int = 0,
         max_invalid_ratio: float = 0.05,
         image_key: str = "image",
         text_key: str = "text",
@@ -158,6 +169,8 @@ class ClipCov(Algorithm):
             references=references,
             seed=seed,
         )
+        self.run_ahead, self.lag_delay = run_ahead, lag_delay
+        self._check_ahead()
         self.proxy = proxy
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
@@ -169,6 +182,9 @@ class ClipCov(Algorithm):
         self.selection: SelectionState | None = None
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
+        self._lags = Lags(lag_delay)
+        self._group: Group = None
+        self._asked = 0.0
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
@@ -188,6 +204,7 @@ class ClipCov(Algorithm):
             "embedder": embedder,
             "embed_resolution": embed_resolution,
             "embed_precision": embed_precision,
+            "lag_delay": lag_delay,
         }
         """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
 
@@ -216,6 +233,24 @@ class ClipCov(Algorithm):
         """Whether what the model in training makes of its survivors is noted."""
         return self.uses_embeddings and reads_lag(self.function, self.settings)
 
+    def _check_ahead(self) -> None:
+        """Raise ValueError unless selection may run as far ahead of training as it is to."""
+        for name in ("run_ahead", "lag_delay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"selection.{name}={getattr(self, name)} must be at least 0 steps")
+        if self.run_ahead and self.uses_embeddings and (self.embed == "teacher" or self.uses_learner):
+            why = f"selector={self.selector!r} reads" if self.uses_learner else "embed='teacher' follows"
+            raise ValueError(
+                f"selection.run_ahead={self.run_ahead}: selection.{why} the model in training, so its selection cannot "
+                "run ahead; set selection.run_ahead=0, or use embed='columns' or 'proxy' and a selector without it"
+            )
+        if self.uses_lag and self.run_ahead > self.lag_delay:
+            raise ValueError(
+                f"selection.run_ahead={self.run_ahead} must be at most selection.lag_delay={self.lag_delay}: a step's "
+                "selection reads the lag of lag_delay steps before. Raise selection.lag_delay (it changes survivors), "
+                "or set selection.learnability=0, which reads no lag"
+            )
+
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.
 
@@ -225,20 +260,33 @@ class ClipCov(Algorithm):
         return count_survivors(pool_size, self.filter_ratio)
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.FIT_START, Event.AFTER_DATALOADER, Event.AFTER_FORWARD, Event.BATCH_END)
+        return event in (
+            Event.FIT_START,
+            Event.BEFORE_DATALOADER,
+            Event.AFTER_DATALOADER,
+            Event.AFTER_FORWARD,
+            Event.BATCH_END,
+        )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
             self._start(state)
+        elif event == Event.BEFORE_DATALOADER:
+            self._asked = time.perf_counter()
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
         elif event == Event.AFTER_FORWARD:
             self._learn(state, logger)
         else:
-            if not state.fsdp_enabled:
-                share_buffers(unwrap(state.model))
-            if self.teacher is not None:
-                self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
+            self._end_step(state)
+
+    def _end_step(self, state: State) -> None:
+        if self.uses_lag and self.selection is not None:
+            self._lags.note((self.selection.lag, self.selection.lag_weight))
+        if not state.fsdp_enabled:
+            share_buffers(unwrap(state.model))
+        if self.teacher is not None:
+            self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
@@ -248,6 +296,7 @@ class ClipCov(Algorithm):
             "samples_seen": self.samples_seen,
             "num_invalid": self.num_invalid,
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
+            "lags": self._lags.waiting(),
             "teacher": self._pending.get("teacher", {}) if self.teacher is None else self.teacher.state_dict(),
         }
 
@@ -257,7 +306,7 @@ class ClipCov(Algorithm):
         Raises:
             ValueError: the state of another run (another selector, embedder, seed or knob), or of another version.
         """
-        missing = {"arguments", "samples_seen", "num_invalid", "selection", "teacher"} - state.keys()
+        missing = {"arguments", "samples_seen", "num_invalid", "selection", "lags", "teacher"} - state.keys()
         if missing:
             raise ValueError(f"the checkpoint's ClipCov state lacks {sorted(missing)}: another version wrote it")
         check_same_run(state["arguments"], self._identity)
@@ -265,6 +314,9 @@ class ClipCov(Algorithm):
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher, self._survivors = None, None, None
+        selection = self._pending["selection"] if self.uses_lag else {}
+        newest = (selection["lag"], selection["lag_weight"]) if selection else None
+        self._lags.load(copy.deepcopy(state["lags"]), newest)
 
     def _start(self, state: State) -> None:
         """Check what can be checked before the first step, and make the embedder."""
@@ -277,6 +329,7 @@ class ClipCov(Algorithm):
                 f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="
                 f"{self.selector!r} embeds their pixels; set stream.deferred=false, or use embed='columns'"
             )
+        self._start_ahead(state)
         if not self.uses_embeddings:
             return
         if outlasts(self.warmup, state):
@@ -295,6 +348,51 @@ class ClipCov(Algorithm):
                 self.teacher.load_state_dict(self._pending.pop("teacher"))
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)
+
+    def _start_ahead(self, state: State) -> None:
+        """Have the loader run ahead, or not."""
+        loader: Any = state.dataloader
+        if not self.run_ahead:
+            if getattr(loader, "run_ahead", None) is not None:
+                loader.run_ahead = None
+            return
+        if not hasattr(loader, "run_ahead"):
+            raise ValueError(
+                f"selection.run_ahead={self.run_ahead} needs a loader from clipcov_stream.stream.pool_loader, not "
+                f"{type(loader).__name__}; set it to 0"
+            )
+        end, warmup = state.max_duration, self.warmup
+        foreseen = (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
+        if warmup.unit == TimeUnit.DURATION and end is not None and end.unit not in foreseen:
+            raise ValueError(
+                f"selection.warmup={warmup.to_timestring()} of max_duration={end.to_timestring()} ends at a step that "
+                f"selection.run_ahead={self.run_ahead} cannot foresee; give selection.warmup in batches (ba)"
+            )
+        if self._group is None:
+            self._group = own_group()
+        loader.run_ahead = partial(self._ahead, state)
+
+    def _ahead(self, state: State, pools: Iterator[Any]) -> Ahead[Any, Ticket, ReadyPool]:
+        """An epoch's pools, prepared in a thread of their own."""
+        preparation, before = self._preparation(state, self._group), self.selection
+
+        def work(batch: Any, ticket: Ticket) -> ReadyPool:
+            nonlocal before
+            prepared = preparation(batch, ticket, before)
+            before = before if prepared.selection is None else prepared.selection
+            return ReadyPool(batch["id"], prepared)
+
+        return Ahead(pools, self.run_ahead, partial(self._ticket, state), work, finishes=dist.get_world_size() > 1)
+
+    def _ticket(self, state: State, ahead: int) -> Ticket | None:
+        """Of the step that comes `ahead` steps after the next one; None if training ends before."""
+        then = state.timestamp
+        if ahead:
+            then = steps_later(then, ahead, self.global_pool_size or 0)
+            if state.max_duration is not None and then >= state.max_duration:
+                return None
+        selects = self.uses_embeddings and not in_warmup(self.warmup, then, state.max_duration)
+        return Ticket(int(then.batch), selects, self._lags.read_by(ahead) if self.uses_lag else None)
 
     def _check_pool(self, state: State, pool_size: int) -> None:
         """Set Composer's microbatch to the survivors; it must hold them all, at every step.
@@ -331,18 +429,18 @@ class ClipCov(Algorithm):
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares = None, None
-        batch = check_batch(state.batch, self.image_key)
-        self._check_pool(state, len(batch[self.image_key]))
-        ticket = Ticket(int(state.timestamp.batch), self._selects(state))
-        prepared = self._preparation(state)(batch, ticket, self.selection)
+        prepared = self._prepared(state)
         self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
         if prepared.selection is not None:
             self.selection = prepared.selection
+            if self.uses_lag:
+                self.selection = with_lag(self.selection, self._lags.newest)
             self._pending.pop("selection", None)
         self._survivors, self._shares = prepared.survivors, prepared.shares
         state.batch = prepared.batch
         figures = {
             **prepared.figures,
+            "wait_ms": 1e3 * (time.perf_counter() - self._asked),
             "samples_streamed": int(state.timestamp.sample) + prepared.pool_size * dist.get_world_size(),
             "samples_seen": self.samples_seen,
             "filter_ratio": 1 - len(prepared) / prepared.pool_size,
@@ -350,17 +448,32 @@ class ClipCov(Algorithm):
         }
         logger.log_metrics({f"selection/{name}": value for name, value in figures.items()})
 
-    def _selects(self, state: State) -> bool:
-        """Whether this step selects; if not, survivors are random and nothing is embedded."""
-        return self.uses_embeddings and not in_warmup(self.warmup, state)
+    def _prepared(self, state: State) -> Prepared:
+        """This step's survivors: prepared now, or by the loader's thread."""
+        step = int(state.timestamp.batch)
+        if not isinstance(state.batch, ReadyPool):
+            batch = check_batch(state.batch, self.image_key)
+            self._check_pool(state, len(batch[self.image_key]))
+            ticket = self._ticket(state, 0)
+            assert ticket is not None
+            return self._preparation(state)(batch, ticket, self.selection)
+        prepared = state.batch.prepared
+        self._check_pool(state, prepared.pool_size)
+        if prepared.step != step:
+            raise RuntimeError(
+                f"step {step} got survivors that were prepared for step {prepared.step}: pools were skipped after they "
+                "were read. Resume with the stream's state, or set selection.run_ahead=0"
+            )
+        return prepared
 
-    def _preparation(self, state: State) -> Preparation:
+    def _preparation(self, state: State, group: Group = None) -> Preparation:
         """What makes survivors of a pool."""
         return Preparation(
             state,
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
             saved=self._pending.get("selection"),
             materialize=getattr(state.dataloader, "materialize", None),
+            group=group,
             **{name: getattr(self, name) for name in PASSED_ON},
         )
 

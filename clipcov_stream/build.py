@@ -309,6 +309,8 @@ def build_selection(
         proxy=proxy,
         logit_scale=100.0 if scale is None else scale,
         embedder=None if embedder is None else embedder["fingerprint"],
+        run_ahead=config.run_ahead,
+        lag_delay=config.lag_delay,
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )

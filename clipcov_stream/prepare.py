@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcov_stream.batch import check_batch, count_survivors, rows_of, trained_on
 from clipcov_stream.clock import Stopwatch
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
+from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.pool import Pool, survivors_of
@@ -39,10 +40,12 @@ class Ticket:
     Args:
         step: number of the step.
         selects: whether it selects; if not, survivors are random and nothing is embedded.
+        lag: that its selection reads, where the lag is kept up; None is a lag of zeros.
     """
 
     step: int
     selects: bool
+    lag: Lag | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,14 @@ class Prepared:
     def __len__(self) -> int:
         """Survivors per rank."""
         return len(next(iter(self.batch.values())))
+
+
+class ReadyPool(dict[str, Tensor]):
+    """What a loader that runs ahead yields for a pool: its ids, which Composer counts, and its survivors."""
+
+    def __init__(self, ids: Tensor, prepared: Prepared) -> None:
+        super().__init__(id=ids)
+        self.prepared = prepared
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,8 @@ class Preparation:
             if self.saved:
                 before = before.restored(dict(self.saved))
         state = replace(before, step=ticket.step)
+        if self.uses_lag:
+            state = with_lag(state, ticket.lag)
         with Stopwatch(self.state) as watch:
             after, index, report = select(state, pool, num_chosen, self.function, all_reduce_of(self.scope, self.group))
         figures = {name: float(value) for name, value in report.items()}
@@ -276,6 +289,13 @@ PASSED_ON = tuple(
     name for name in Preparation.__annotations__ if name not in ("state", "embedder", "saved", "materialize", "group")
 )
 """Of a Preparation's arguments, those that `ClipCov` has under the same names."""
+
+
+def with_lag(state: SelectionState, lag: Lag | None) -> SelectionState:
+    """The state with another lag; None is one of zeros."""
+    if lag is None:
+        return replace(state, lag=torch.zeros_like(state.lag), lag_weight=torch.zeros_like(state.lag_weight))
+    return replace(state, lag=lag[0].to(state.lag), lag_weight=lag[1].to(state.lag_weight))
 
 
 def all_reduce_of(scope: str, group: Group = None) -> AllReduce | None:

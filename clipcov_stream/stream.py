@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
+from clipcov_stream.ahead import Ahead
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 
@@ -210,14 +214,44 @@ class PoolLoader(StreamingDataLoader):
 
     Args:
         materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
+
+    Attributes:
+        run_ahead: set by `ClipCov`; an epoch's pools -> what is yielded in their place, which a thread gets ready.
     """
+
+    run_ahead: Callable[[Iterator[Any]], Ahead[Any, Any, Any]] | None = None
 
     def __init__(self, *args: Any, materialize: Materializer | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.materialize = materialize
+        # Weak: once the consumer has dropped it, its thread ends.
+        self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._end_ahead()
+        if self.run_ahead is None:
+            return super().__iter__()
+        # Here, not in the thread: this may fork the workers.
+        pools = DataLoader.__iter__(self)
+        ahead = self.run_ahead(pools)
+        self._ahead = weakref.ref(ahead)
+        return self._counted(ahead)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """What StreamingDataLoader does, of batches that were drawn from it already."""
+        self.num_samples_yielded = 0
+        for batch in batches:
+            self.num_samples_yielded += self._get_batch_size(batch)
+            yield batch
+
+    def _end_ahead(self) -> None:
+        ahead = self._ahead()
+        if ahead is not None:
+            ahead.close()
 
     def close(self) -> None:
-        """End the threads that work for this loader."""
+        """End the threads that work for this loader; it can be iterated again."""
+        self._end_ahead()
         if self.materialize is not None:
             self.materialize.close()
 

@@ -22,6 +22,7 @@ from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.model import ClampLogitScale
+from clipcov_stream.stream import PoolLoader
 from clipcov_stream.zeroshot import ZeroShotHead
 
 
@@ -75,6 +76,14 @@ class CompleteEpochs(Callback):
                 f"epoch {int(before.epoch)} ended after {seen} of {promised} pools: a shard could not be read; the log "
                 "above names it"
             )
+
+
+class EndThreads(Callback):
+    """Ends the training loader's threads with the trainer, also after an exception."""
+
+    def close(self, state: State, logger: Logger) -> None:
+        if isinstance(state.train_dataloader, PoolLoader):
+            state.train_dataloader.close()
 
 
 def ours_first(algorithms: Sequence[Any], event: Any) -> Sequence[Any]:
@@ -131,6 +140,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         callbacks=[
             ClampLogitScale(),
             CompleteEpochs(),
+            EndThreads(),
             ZeroShotHead(prompts),
             *callbacks,
         ],

@@ -85,6 +85,10 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same(mine, other)
     elif isinstance(ours, torch.Tensor):
         assert torch.equal(ours, theirs)
     else:
