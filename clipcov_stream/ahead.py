@@ -132,3 +132,28 @@ def stop(thread: threading.Thread, tickets: SimpleQueue[Any], stopping: threadin
     tickets.put(End())
     if thread is not threading.current_thread():
         thread.join(PATIENCE)
+
+
+def check_ahead(run_ahead: int, lag_delay: int, follows: str, uses_lag: bool) -> None:
+    """Raise ValueError unless selection can run this far ahead of training.
+
+    Args:
+        run_ahead, lag_delay: as `ClipCov`'s.
+        follows: the arguments, if any, that make selection follow the model in training.
+        uses_lag: whether selection reads the lag.
+    """
+    for name, value in (("run_ahead", run_ahead), ("lag_delay", lag_delay)):
+        if value < 0:
+            raise ValueError(f"selection.{name}={value} must be at least 0 steps")
+    if run_ahead and follows:
+        raise ValueError(
+            f"selection.run_ahead={run_ahead}: selection with {follows} follows the model in training, and cannot run "
+            "ahead of it; set selection.run_ahead=0, or use embed='columns' or 'proxy' and a selector that does not "
+            "ask the model"
+        )
+    if uses_lag and run_ahead > lag_delay:
+        raise ValueError(
+            f"selection.run_ahead={run_ahead} must be at most selection.lag_delay={lag_delay}: a step's selection "
+            "reads the lag of lag_delay steps before. Raise selection.lag_delay (it changes survivors), or set "
+            "selection.learnability=0, which reads no lag"
+        )

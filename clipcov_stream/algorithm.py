@@ -18,23 +18,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State, TimeUnit
+from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
-from clipcov_stream.ahead import Ahead
+from clipcov_stream.ahead import Ahead, check_ahead
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors
-from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup, steps_later
-from clipcov_stream.embed import (
-    EMBED_PRECISIONS,
-    EMBED_SOURCES,
-    Teacher,
-    check_towers,
-    embed_with_towers,
-    scale_of,
-)
+from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
+from clipcov_stream.embed import Teacher, check_embedder, check_towers, embed_with_towers, scale_of
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
@@ -125,30 +118,11 @@ class ClipCov(Algorithm):
         image_key: str = "image",
         text_key: str = "text",
     ) -> None:
-        check_ratio("filter_ratio", filter_ratio)
-        check_ratio("max_invalid_ratio", max_invalid_ratio)
-        check_ratio("teacher_momentum", teacher_momentum)
-        if embed not in EMBED_SOURCES:
-            raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
+        for name, ratio in (("filter_ratio", filter_ratio), ("max_invalid_ratio", max_invalid_ratio)):
+            check_ratio(name, ratio)
+        check_embedder(embed, proxy, teacher_momentum, logit_scale, embed_chunk, embed_resolution, embed_precision)
         if scope not in SCOPES:
             raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
-        if (embed == "proxy") != (proxy is not None):
-            raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
-        if proxy is not None:
-            check_towers(proxy, "proxy")
-        if not (logit_scale > 0 and math.isfinite(logit_scale)):
-            raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
-        if embed_chunk is not None and embed_chunk < 1:
-            raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
-        for name, value in (("embed_resolution", embed_resolution), ("embed_precision", embed_precision)):
-            if value is not None and embed == "columns":
-                raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
-        if embed_resolution is not None and embed_resolution < 1:
-            raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
-        if embed_precision not in (None, *EMBED_PRECISIONS):
-            raise ValueError(
-                f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
-            )
         self.function = resolve(selector)
         self.selector = selector if isinstance(selector, str) else name_of(selector)
         self.filter_ratio = filter_ratio
@@ -170,7 +144,8 @@ class ClipCov(Algorithm):
             seed=seed,
         )
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
-        self._check_ahead()
+        follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
+        check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
         self.proxy = proxy
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
@@ -184,7 +159,7 @@ class ClipCov(Algorithm):
         self._shares: Shares | None = None
         self._lags = Lags(lag_delay)
         self._group: Group = None
-        self._asked = 0.0
+        self._asked, self._begun = 0.0, False
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
@@ -232,24 +207,6 @@ class ClipCov(Algorithm):
     def uses_lag(self) -> bool:
         """Whether what the model in training makes of its survivors is noted."""
         return self.uses_embeddings and reads_lag(self.function, self.settings)
-
-    def _check_ahead(self) -> None:
-        """Raise ValueError unless selection may run as far ahead of training as it is to."""
-        for name in ("run_ahead", "lag_delay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"selection.{name}={getattr(self, name)} must be at least 0 steps")
-        if self.run_ahead and self.uses_embeddings and (self.embed == "teacher" or self.uses_learner):
-            why = f"selector={self.selector!r} reads" if self.uses_learner else "embed='teacher' follows"
-            raise ValueError(
-                f"selection.run_ahead={self.run_ahead}: selection.{why} the model in training, so its selection cannot "
-                "run ahead; set selection.run_ahead=0, or use embed='columns' or 'proxy' and a selector without it"
-            )
-        if self.uses_lag and self.run_ahead > self.lag_delay:
-            raise ValueError(
-                f"selection.run_ahead={self.run_ahead} must be at most selection.lag_delay={self.lag_delay}: a step's "
-                "selection reads the lag of lag_delay steps before. Raise selection.lag_delay (it changes survivors), "
-                "or set selection.learnability=0, which reads no lag"
-            )
 
     def num_survivors(self, pool_size: int) -> int:
         """Survivors of a pool per rank.
@@ -353,6 +310,7 @@ class ClipCov(Algorithm):
         """Have the loader run ahead, or not."""
         loader: Any = state.dataloader
         if not self.run_ahead:
+            self._group = None
             if getattr(loader, "run_ahead", None) is not None:
                 loader.run_ahead = None
             return
@@ -361,20 +319,22 @@ class ClipCov(Algorithm):
                 f"selection.run_ahead={self.run_ahead} needs a loader from clipcov_stream.stream.pool_loader, not "
                 f"{type(loader).__name__}; set it to 0"
             )
-        end, warmup = state.max_duration, self.warmup
-        foreseen = (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
-        if warmup.unit == TimeUnit.DURATION and end is not None and end.unit not in foreseen:
-            raise ValueError(
-                f"selection.warmup={warmup.to_timestring()} of max_duration={end.to_timestring()} ends at a step that "
-                f"selection.run_ahead={self.run_ahead} cannot foresee; give selection.warmup in batches (ba)"
-            )
+        check_foreseen(self.warmup, state.max_duration, self.run_ahead)
         if self._group is None:
             self._group = own_group()
         loader.run_ahead = partial(self._ahead, state)
 
-    def _ahead(self, state: State, pools: Iterator[Any]) -> Ahead[Any, Ticket, ReadyPool]:
-        """An epoch's pools, prepared in a thread of their own."""
-        preparation, before = self._preparation(state, self._group), self.selection
+    def _ahead(self, state: State, pools: Iterator[Any], num_yielded: int) -> Ahead[Any, Ticket, ReadyPool] | None:
+        """The rest of an epoch's pools, prepared in a thread of their own; None before one of them was trained on.
+
+        An epoch that is entered midway may be one that Composer reads from its start and throws away as far as it has
+        been trained on, and only afterwards is seen whether it did. Any other epoch runs ahead from its first pool.
+        """
+        if num_yielded == 0:
+            self._begun = int(state.timestamp.batch_in_epoch) == 0
+        if not self._begun:
+            return None
+        preparation, before = self._preparation(state), self.selection
 
         def work(batch: Any, ticket: Ticket) -> ReadyPool:
             nonlocal before
@@ -428,7 +388,7 @@ class ClipCov(Algorithm):
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
-        self._survivors, self._shares = None, None
+        self._survivors, self._shares, self._begun = None, None, True
         prepared = self._prepared(state)
         self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
         if prepared.selection is not None:
@@ -461,19 +421,19 @@ class ClipCov(Algorithm):
         self._check_pool(state, prepared.pool_size)
         if prepared.step != step:
             raise RuntimeError(
-                f"step {step} got survivors that were prepared for step {prepared.step}: pools were skipped after they "
-                "were read. Resume with the stream's state, or set selection.run_ahead=0"
+                f"step {step} got survivors that were prepared for step {prepared.step}: pools were thrown away after "
+                "they were read. Set selection.run_ahead=0 if that is as it should be"
             )
         return prepared
 
-    def _preparation(self, state: State, group: Group = None) -> Preparation:
+    def _preparation(self, state: State) -> Preparation:
         """What makes survivors of a pool."""
         return Preparation(
             state,
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
             saved=self._pending.get("selection"),
             materialize=getattr(state.dataloader, "materialize", None),
-            group=group,
+            group=self._group,
             **{name: getattr(self, name) for name in PASSED_ON},
         )
 

@@ -66,6 +66,16 @@ def in_warmup(warmup: Time, timestamp: Timestamp, max_duration: Time | None) -> 
     return timestamp.get(warmup.unit).value < warmup.value
 
 
+def check_foreseen(warmup: Time, max_duration: Time | None, run_ahead: int) -> None:
+    """Raise ValueError unless the step at which a warm-up ends is known before it comes."""
+    foreseen = (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
+    if warmup.unit == TimeUnit.DURATION and max_duration is not None and max_duration.unit not in foreseen:
+        raise ValueError(
+            f"selection.warmup={warmup.to_timestring()} of max_duration={max_duration.to_timestring()} ends at a step "
+            f"that selection.run_ahead={run_ahead} cannot foresee; give selection.warmup in batches (ba)"
+        )
+
+
 def outlasts(warmup: Time, state: State) -> bool:
     """Whether a warm-up lasts as long as training, where the two can be compared."""
     end = state.max_duration

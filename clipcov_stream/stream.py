@@ -216,10 +216,11 @@ class PoolLoader(StreamingDataLoader):
         materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
 
     Attributes:
-        run_ahead: set by `ClipCov`; an epoch's pools -> what is yielded in their place, which a thread gets ready.
+        run_ahead: set by `ClipCov`. An epoch's pools, and how many of them were yielded -> what is yielded in place of
+            the others, which a thread gets ready; None if it may not begin yet.
     """
 
-    run_ahead: Callable[[Iterator[Any]], Ahead[Any, Any, Any]] | None = None
+    run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None = None
 
     def __init__(self, *args: Any, materialize: Materializer | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -232,15 +233,23 @@ class PoolLoader(StreamingDataLoader):
         if self.run_ahead is None:
             return super().__iter__()
         # Here, not in the thread: this may fork the workers.
-        pools = DataLoader.__iter__(self)
-        ahead = self.run_ahead(pools)
-        self._ahead = weakref.ref(ahead)
-        return self._counted(ahead)
+        return self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
 
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """What StreamingDataLoader does, of batches that were drawn from it already."""
+    def _running_ahead(
+        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
+    ) -> Iterator[Any]:
+        """Pools until `run_ahead` may begin, and then what it makes of them; counted as StreamingDataLoader does."""
         self.num_samples_yielded = 0
-        for batch in batches:
+        num_yielded = 0
+        while (ahead := run_ahead(pools, num_yielded)) is None:
+            batch = next(pools, None)
+            if batch is None:
+                return
+            self.num_samples_yielded += self._get_batch_size(batch)
+            yield batch
+            num_yielded += 1
+        self._ahead = weakref.ref(ahead)
+        for batch in ahead:
             self.num_samples_yielded += self._get_batch_size(batch)
             yield batch
 
