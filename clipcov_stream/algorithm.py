@@ -310,7 +310,6 @@ class ClipCov(Algorithm):
         """Have the loader run ahead, or not."""
         loader: Any = state.dataloader
         if not self.run_ahead:
-            self._group = None
             if getattr(loader, "run_ahead", None) is not None:
                 loader.run_ahead = None
             return
