@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,29 +22,21 @@ from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors, rows_of_survivors, trained_on
-from clipcov_stream.clock import Stopwatch, in_warmup, outlasts, parse_warmup
-from clipcov_stream.embed import (
-    EMBED_PRECISIONS,
-    EMBED_SOURCES,
-    Embeddings,
-    Teacher,
-    check_towers,
-    embed_from_columns,
-    embed_with_towers,
-    scale_of,
-)
+from clipcov_stream.ahead import Ahead, check_ahead
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors
+from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
+from clipcov_stream.embed import Teacher, check_embedder, check_towers, embed_with_towers, scale_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
-from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
-from clipcov_stream.pool import Pool, survivors_of, with_learner
-from clipcov_stream.ranks import SCOPES, Gathering, Placement, Shares, travelling
+from clipcov_stream.lags import Lags
+from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.pool import Pool, with_learner
+from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
+from clipcov_stream.ranks import SCOPES, Group, Shares, own_group, sum_over_ranks
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import learn, reads_lag, resolve
-from clipcov_stream.sketch import AllReduce
 
 
 class ClipCov(Algorithm):
@@ -80,6 +73,11 @@ class ClipCov(Algorithm):
         embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
             trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
+        run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
+            Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
+            for that many batches and selection states more.
+        lag_delay: steps that a lag waits before selection reads it, at least `run_ahead` if learnability is above 0.
+            Unlike that one it changes survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
@@ -115,34 +113,17 @@ class ClipCov(Algorithm):
         embed_chunk: int | None = None,
         embed_resolution: int | None = None,
         embed_precision: str | None = None,
+        run_ahead: int = 0,
+        lag_delay: int = 0,
         max_invalid_ratio: float = 0.05,
         image_key: str = "image",
         text_key: str = "text",
     ) -> None:
-        check_ratio("filter_ratio", filter_ratio)
-        check_ratio("max_invalid_ratio", max_invalid_ratio)
-        check_ratio("teacher_momentum", teacher_momentum)
-        if embed not in EMBED_SOURCES:
-            raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
+        for name, ratio in (("filter_ratio", filter_ratio), ("max_invalid_ratio", max_invalid_ratio)):
+            check_ratio(name, ratio)
+        check_embedder(embed, proxy, teacher_momentum, logit_scale, embed_chunk, embed_resolution, embed_precision)
         if scope not in SCOPES:
             raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
-        if (embed == "proxy") != (proxy is not None):
-            raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
-        if proxy is not None:
-            check_towers(proxy, "proxy")
-        if not (logit_scale > 0 and math.isfinite(logit_scale)):
-            raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
-        if embed_chunk is not None and embed_chunk < 1:
-            raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
-        for name, value in (("embed_resolution", embed_resolution), ("embed_precision", embed_precision)):
-            if value is not None and embed == "columns":
-                raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
-        if embed_resolution is not None and embed_resolution < 1:
-            raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
-        if embed_precision not in (None, *EMBED_PRECISIONS):
-            raise ValueError(
-                f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
-            )
         self.function = resolve(selector)
         self.selector = selector if isinstance(selector, str) else name_of(selector)
         self.filter_ratio = filter_ratio
@@ -163,6 +144,9 @@ class ClipCov(Algorithm):
             references=references,
             seed=seed,
         )
+        self.run_ahead, self.lag_delay = run_ahead, lag_delay
+        follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
+        check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
         self.proxy = proxy
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
@@ -175,6 +159,9 @@ class ClipCov(Algorithm):
         self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
+        self._lags = Lags(lag_delay)
+        self._group: Group = None
+        self._asked, self._begun = 0.0, False
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
@@ -194,6 +181,7 @@ class ClipCov(Algorithm):
             "embedder": embedder,
             "embed_resolution": embed_resolution,
             "embed_precision": embed_precision,
+            "lag_delay": lag_delay,
         }
         """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
 
@@ -213,6 +201,11 @@ class ClipCov(Algorithm):
         return plain(self.function) in NEEDS_LEARNER
 
     @property
+    def needs_pixels(self) -> bool:
+        """Whether candidates must be decoded before there are survivors."""
+        return self.uses_embeddings and (self.embed != "columns" or self.uses_learner)
+
+    @property
     def uses_lag(self) -> bool:
         """Whether what the model in training makes of its survivors is noted."""
         return self.uses_embeddings and reads_lag(self.function, self.settings)
@@ -226,20 +219,33 @@ class ClipCov(Algorithm):
         return count_survivors(pool_size, self.filter_ratio)
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.FIT_START, Event.AFTER_DATALOADER, Event.AFTER_FORWARD, Event.BATCH_END)
+        return event in (
+            Event.FIT_START,
+            Event.BEFORE_DATALOADER,
+            Event.AFTER_DATALOADER,
+            Event.AFTER_FORWARD,
+            Event.BATCH_END,
+        )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
             self._start(state)
+        elif event == Event.BEFORE_DATALOADER:
+            self._asked = time.perf_counter()
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
         elif event == Event.AFTER_FORWARD:
             self._learn(state, logger)
         else:
-            if not state.fsdp_enabled:
-                share_buffers(unwrap(state.model))
-            if self.teacher is not None:
-                self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
+            self._end_step(state)
+
+    def _end_step(self, state: State) -> None:
+        if self.uses_lag and self.selection is not None:
+            self._lags.note((self.selection.lag, self.selection.lag_weight))
+        if not state.fsdp_enabled:
+            share_buffers(unwrap(state.model))
+        if self.teacher is not None:
+            self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
@@ -249,6 +255,7 @@ class ClipCov(Algorithm):
             "samples_seen": self.samples_seen,
             "num_invalid": self.num_invalid,
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
+            "lags": self._lags.waiting(),
             "teacher": self._pending.get("teacher", {}) if self.teacher is None else self.teacher.state_dict(),
         }
 
@@ -258,7 +265,7 @@ class ClipCov(Algorithm):
         Raises:
             ValueError: the state of another run (another selector, embedder, seed or knob), or of another version.
         """
-        missing = {"arguments", "samples_seen", "num_invalid", "selection", "teacher"} - state.keys()
+        missing = {"arguments", "samples_seen", "num_invalid", "selection", "lags", "teacher"} - state.keys()
         if missing:
             raise ValueError(f"the checkpoint's ClipCov state lacks {sorted(missing)}: another version wrote it")
         check_same_run(state["arguments"], self._identity)
@@ -266,6 +273,9 @@ class ClipCov(Algorithm):
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher, self._survivors = None, None, None
+        selection = self._pending["selection"] if self.uses_lag else {}
+        newest = (selection["lag"], selection["lag_weight"]) if selection else None
+        self._lags.load(copy.deepcopy(state["lags"]), newest)
 
     def _start(self, state: State) -> None:
         """Check what can be checked before the first step, and make the embedder."""
@@ -273,6 +283,12 @@ class ClipCov(Algorithm):
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_pool(state, pool_size)
+        if self.needs_pixels and getattr(state.dataloader, "materialize", None) is not None:
+            raise ValueError(
+                f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="
+                f"{self.selector!r} embeds their pixels; set stream.deferred=false, or use embed='columns'"
+            )
+        self._start_ahead(state)
         if not self.uses_embeddings:
             return
         if outlasts(self.warmup, state):
@@ -292,6 +308,53 @@ class ClipCov(Algorithm):
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)
 
+    def _start_ahead(self, state: State) -> None:
+        """Have the loader run ahead, or not."""
+        loader: Any = state.dataloader
+        if not self.run_ahead:
+            if getattr(loader, "run_ahead", None) is not None:
+                loader.run_ahead = None
+            return
+        if not hasattr(loader, "run_ahead"):
+            raise ValueError(
+                f"selection.run_ahead={self.run_ahead} needs a loader from clipcov_stream.stream.pool_loader, not "
+                f"{type(loader).__name__}; set it to 0"
+            )
+        check_foreseen(self.warmup, state.max_duration, self.run_ahead)
+        if self._group is None:
+            self._group = own_group()
+        loader.run_ahead = partial(self._ahead, state)
+
+    def _ahead(self, state: State, pools: Iterator[Any], num_yielded: int) -> Ahead[Any, Ticket, ReadyPool] | None:
+        """The rest of an epoch's pools, prepared in a thread of their own; None before one of them was trained on.
+
+        An epoch that is entered midway may be one that Composer reads from its start and throws away as far as it has
+        been trained on, and only afterwards is seen whether it did. Any other epoch runs ahead from its first pool.
+        """
+        if num_yielded == 0:
+            self._begun = int(state.timestamp.batch_in_epoch) == 0
+        if not self._begun:
+            return None
+        preparation, before = self._preparation(state), self.selection
+
+        def work(batch: Any, ticket: Ticket) -> ReadyPool:
+            nonlocal before
+            prepared = preparation(batch, ticket, before)
+            before = before if prepared.selection is None else prepared.selection
+            return ReadyPool(batch["id"], prepared)
+
+        return Ahead(pools, self.run_ahead, partial(self._ticket, state), work, finishes=dist.get_world_size() > 1)
+
+    def _ticket(self, state: State, ahead: int) -> Ticket | None:
+        """Of the step that comes `ahead` steps after the next one; None if training ends before."""
+        then = state.timestamp
+        if ahead:
+            then = steps_later(then, ahead, self.global_pool_size or 0)
+            if state.max_duration is not None and then >= state.max_duration:
+                return None
+        selects = self.uses_embeddings and not in_warmup(self.warmup, then, state.max_duration)
+        return Ticket(int(then.batch), selects, self._lags.read_by(ahead) if self.uses_lag else None)
+
     def _check_pool(self, state: State, pool_size: int) -> None:
         """Set Composer's microbatch to the survivors; it must hold them all, at every step.
 
@@ -309,6 +372,8 @@ class ClipCov(Algorithm):
             if self.global_pool_size is not None:
                 check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
             self.global_pool_size, self._checked = streamed, True
+            if self.half_life is None and self.embed == "teacher":
+                self.settings = replace(self.settings, half_life=20.0 * streamed)
             if microbatch in (None, pool_size):
                 # Composer's default is the loader's batch, our pool.
                 microbatch = state.device_train_microbatch_size = survivors
@@ -324,125 +389,55 @@ class ClipCov(Algorithm):
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
-        self._survivors, self._shares = None, None
-        batch = check_batch(state.batch, self.image_key)
-        pool_size = len(batch[self.image_key])
-        num_survivors = self.num_survivors(pool_size)
-        self._check_pool(state, pool_size)
-        step = int(state.timestamp.batch)
-        valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
-        placement = None
-        num_chosen = num_survivors
-        if self.scope == "global":
-            if "id" not in batch:
-                raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
-            placement = Placement.of(state.device.tensor_to_device(batch["id"]))
-            num_chosen = num_survivors * dist.get_world_size()
-        figures: dict[str, float] = {}
-        if self._selects(state):
-            sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
-
-            def send(images: Tensor) -> None:
-                sending.append(Gathering(travelling(images)))
-
-            on_images = None if placement is None else send
-            pool, embed_ms = self._embed(batch, state, num_survivors, valid, on_images)
-            with Stopwatch(state) as watch:
-                if placement is not None:
-                    pool = placement.whole_pool(pool, *sending)
-                report, survivors = self._select(pool, num_chosen, step)
-            # Read together: each by itself would wait for the device.
-            values = torch.stack([value.float() for value in report.values()]).tolist()
-            figures = dict(zip(report, values, strict=True))
-            num_invalid = int(figures.pop("num_invalid"))
-            figures |= {"embed_ms": embed_ms(), "select_ms": watch.milliseconds()}
-        else:
-            rank = dist.get_global_rank() if placement is None else 0
-            generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
-            if placement is not None:
-                valid = placement.whole(state.device.tensor_to_device(valid)).cpu()
-            survivors = random_survivors(valid, num_chosen, generator)
-            num_invalid = len(valid) - int(valid.sum())
-        self._count(state, pool_size, num_survivors, num_invalid)
-        if placement is None:
-            state.batch = rows_of_survivors(batch, survivors)
-        else:
-            origin = placement.origin.index_select(0, survivors.to(placement.origin.device))
-            self._shares = Shares.of(origin.tolist(), pool_size, dist.get_world_size())
-            state.batch = self._shares.exchange(trained_on(batch), placement.origin.device)
-        streamed = int(state.timestamp.sample) + pool_size * dist.get_world_size()
-        figures |= {
-            "samples_streamed": streamed,
+        self._survivors, self._shares, self._begun = None, None, True
+        prepared = self._prepared(state)
+        self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
+        if prepared.selection is not None:
+            self.selection = prepared.selection
+            if self.uses_lag:
+                self.selection = with_lag(self.selection, self._lags.newest)
+            self._pending.pop("selection", None)
+        self._survivors, self._shares = prepared.survivors, prepared.shares
+        state.batch = prepared.batch
+        figures = {
+            **prepared.figures,
+            "wait_ms": 1e3 * (time.perf_counter() - self._asked),
+            "samples_streamed": int(state.timestamp.sample) + prepared.pool_size * dist.get_world_size(),
             "samples_seen": self.samples_seen,
-            "filter_ratio": 1 - num_survivors / pool_size,
+            "filter_ratio": 1 - len(prepared) / prepared.pool_size,
             "num_invalid": self.num_invalid,
         }
         logger.log_metrics({f"selection/{name}": value for name, value in figures.items()})
 
-    def _selects(self, state: State) -> bool:
-        """Whether this step selects; if not, survivors are random and nothing is embedded."""
-        return self.uses_embeddings and not in_warmup(self.warmup, state)
+    def _prepared(self, state: State) -> Prepared:
+        """This step's survivors: prepared now, or by the loader's thread."""
+        step = int(state.timestamp.batch)
+        if not isinstance(state.batch, ReadyPool):
+            batch = check_batch(state.batch, self.image_key)
+            self._check_pool(state, len(batch[self.image_key]))
+            ticket = self._ticket(state, 0)
+            assert ticket is not None
+            return self._preparation(state)(batch, ticket, self.selection)
+        prepared = state.batch.prepared
+        self._check_pool(state, prepared.pool_size)
+        if prepared.step != step:
+            raise RuntimeError(
+                f"step {step} got survivors that were prepared for step {prepared.step}: pools were thrown away after "
+                "they were read. Set selection.run_ahead=0 if that is as it should be"
+            )
+        return prepared
 
-    def _embed(
-        self,
-        batch: Mapping[str, Any],
-        state: State,
-        chunk: int,
-        valid: Tensor,
-        on_images: Callable[[Tensor], None] | None,
-    ) -> tuple[Pool, Any]:
-        """The pool's embeddings, and a function that tells how many milliseconds they took."""
-        chunk = self.embed_chunk or chunk
-
-        def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = state.device.tensor_to_device(batch[self.image_key]), batch[self.text_key]
-            if learner:
-                precision = get_precision_context(state.precision, state.precision_config)
-                return embed_with_towers(model, image, text, chunk, precision, plain=True)
-            options = {"resolution": self.embed_resolution, "on_images": on_images}
-            return embed_with_towers(model, image, text, chunk, self._precision(state), **options)
-
-        with Stopwatch(state) as watch:
-            if self.embed == "columns":
-                image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
-                image, text = state.device.tensor_to_device(image), state.device.tensor_to_device(text)
-            else:
-                embedder = self.teacher.model if self.teacher is not None else self.proxy
-                if embedder is None:
-                    raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
-                image, text, scale = towers(embedder)
-            named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
-            on_device = {key: state.device.tensor_to_device(value) for key, value in named.items() if value is not None}
-            pool = Pool(image, text, scale, **on_device)
-            if self.uses_learner:
-                learner_image, learner_text, learner_scale = towers(unwrap(state.model), learner=True)
-                pool = replace(
-                    pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
-                )
-        return pool, watch.milliseconds
-
-    def _precision(self, state: State) -> AbstractContextManager[Any]:
-        """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""
-        if self.embed_precision is None:
-            return get_precision_context(state.precision, state.precision_config)
-        dtype = EMBED_PRECISIONS[self.embed_precision]
-        device = state.device.name.replace("gpu", "cuda")
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-    def _select(self, pool: Pool, num_survivors: int, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        if self.selection is None:
-            rank, width = dist.get_global_rank() if self.scope == "local" else 0, pool.image.shape[1]
-            if self.half_life is None and self.embed == "teacher":
-                pools = dist.get_world_size() if self.scope == "local" else 1
-                self.settings = replace(self.settings, half_life=20.0 * len(pool) * pools)
-            self.selection = SelectionState.initial(width, self.settings, rank, pool.image.device)
-            if self._pending.get("selection"):
-                self.selection = self.selection.restored(self._pending.pop("selection"))
-        state = replace(self.selection, step=step)
-        results = self._graphed(state, pool, num_survivors, self.function, self._all_reduce())
-        self.selection, survivors, report = results
-        self._survivors = survivors_of(pool, survivors) if self.uses_lag else None
-        return report, survivors
+    def _preparation(self, state: State) -> Preparation:
+        """What makes survivors of a pool."""
+        return Preparation(
+            state,
+            embedder=self.teacher.model if self.teacher is not None else self.proxy,
+            selecting=self._graphed,
+            saved=self._pending.get("selection"),
+            materialize=getattr(state.dataloader, "materialize", None),
+            group=self._group,
+            **{name: getattr(self, name) for name in PASSED_ON},
+        )
 
     def _learn(self, state: State, logger: Logger) -> None:
         """Note what the model makes of the survivors, of which it has just made its training pass."""
@@ -465,13 +460,9 @@ class ClipCov(Algorithm):
                 # All ranks' survivors in the order chosen: one lag, whatever the number of ranks.
                 image, text = (self._shares.in_order(rows.detach().float()) for rows in (image, text))
             seen = with_learner(self._survivors, image, text, scale)
-            self.selection = learn(self.selection, seen, self._all_reduce())
+            self.selection = learn(self.selection, seen, all_reduce_of(self.scope))
         self._survivors = None
         logger.log_metrics({"selection/learn_ms": watch.milliseconds()})
-
-    def _all_reduce(self) -> AllReduce | None:
-        """What sums over ranks, if each has pools of its own."""
-        return sum_over_ranks if self.scope == "local" and dist.get_world_size() > 1 else None
 
     def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
         """Count what was seen and what could not be used, of this rank's pool or, with scope="global", of all ranks'.
@@ -503,11 +494,6 @@ class ClipCov(Algorithm):
             )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers (batch norm's statistics differ by rank), so that all embed alike.
 
@@ -517,8 +503,3 @@ def share_buffers(model: nn.Module) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
-
-
-def sum_over_ranks(tensor: Tensor) -> None:
-    """Sum over ranks, in place."""
-    dist.all_reduce(tensor, reduce_operation="SUM")

@@ -53,11 +53,6 @@ def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
     return dict(batch)
 
 
-def rows_of_survivors(batch: Mapping[str, Any], survivors: Tensor) -> dict[str, Any]:
-    """The survivors' rows of every entry that a model may train on."""
-    return {key: rows_of(value, survivors) for key, value in trained_on(batch).items()}
-
-
 def trained_on(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that a model may train on."""
     return {key: value for key, value in batch.items() if key not in NOT_TRAINED_ON}

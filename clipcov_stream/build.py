@@ -20,7 +20,7 @@ from composer.core import Evaluator, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from open_clip.tokenizer import HFTokenizer
-from streaming import StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataset
 from torch import Tensor, nn
 
 from clipcov_stream.algorithm import ClipCov
@@ -36,10 +36,10 @@ from clipcov_stream.config import (
     given,
 )
 from clipcov_stream.embed import Proxy
-from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform
+from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
 from clipcov_stream.sidecar import EMBEDDER_FILE
-from clipcov_stream.stream import Columns, PairDataset, Tokenizer, pool_loader, read_json_beside
+from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for, tokenize_prompts
 
 TASKS = ("zeroshot", "retrieval")
@@ -119,9 +119,28 @@ def pool_size_per_rank(global_pool_size: int) -> int:
     return global_pool_size // ranks
 
 
+def defers(config: StreamConfig, selection: ClipCov) -> bool:
+    """Whether the stream leaves candidates encoded, for survivors alone to be decoded: wherever it can.
+
+    Raises:
+        ValueError: `stream.deferred` true where selection reads pixels.
+    """
+    if config.deferred and selection.needs_pixels:
+        raise ValueError(
+            f"stream.deferred=true leaves candidates encoded, but selection.embed={selection.embed!r} with "
+            f"selection.selector={selection.selector!r} embeds their pixels; leave it out, or use embed='columns'"
+        )
+    return not selection.needs_pixels if config.deferred is None else config.deferred
+
+
 def build_stream(
-    config: StreamConfig, towers: nn.Module, tokenizer: Tokenizer, with_embeddings: bool, seed: int
-) -> StreamingDataLoader:
+    config: StreamConfig,
+    towers: nn.Module,
+    tokenizer: Tokenizer,
+    with_embeddings: bool,
+    seed: int,
+    deferred: bool = False,
+) -> PoolLoader:
     """The training loader, whose batch is this rank's pool."""
     pool_size = pool_size_per_rank(config.global_pool_size)
     columns = Columns(
@@ -146,12 +165,14 @@ def build_stream(
             shuffle_seed=9176 if config.shuffle_seed is None else config.shuffle_seed,
             seed=seed,
             sidecar=config.sidecar if with_embeddings else None,
+            deferred=deferred,
         )
     except (ValueError, FileNotFoundError) as error:
         if config.how_to_get:
             raise ValueError(f"{error}\n{config.how_to_get.strip()}") from error
         raise
-    return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, timeout=config.worker_timeout)
+    options = {"timeout": config.worker_timeout, "decode_threads": config.decode_threads}
+    return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
 
 
 def build_evaluators(
@@ -293,6 +314,8 @@ def build_selection(
         proxy=proxy,
         logit_scale=100.0 if scale is None else scale,
         embedder=None if embedder is None else embedder["fingerprint"],
+        run_ahead=config.run_ahead,
+        lag_delay=config.lag_delay,
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )

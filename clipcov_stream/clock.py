@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from composer.core import State, Time, TimeUnit
+from composer.core import State, Time, Timestamp, TimeUnit
 
 
 class Stopwatch:
@@ -50,11 +50,30 @@ def parse_warmup(warmup: str | int) -> Time:
     return time_
 
 
-def in_warmup(warmup: Time, state: State) -> bool:
+def steps_later(timestamp: Timestamp, steps: int, samples: int) -> Timestamp:
+    """What a clock that counts batches and samples will show some steps later in the same epoch."""
+    return timestamp.copy(
+        batch=int(timestamp.batch) + steps,
+        batch_in_epoch=int(timestamp.batch_in_epoch) + steps,
+        sample=int(timestamp.sample) + steps * samples,
+        sample_in_epoch=int(timestamp.sample_in_epoch) + steps * samples,
+    )
+
+
+def in_warmup(warmup: Time, timestamp: Timestamp, max_duration: Time | None) -> bool:
     if warmup.unit == TimeUnit.DURATION:
-        elapsed = state.get_elapsed_duration()
-        return elapsed is not None and elapsed.value < warmup.value
-    return state.timestamp.get(warmup.unit).value < warmup.value
+        return max_duration is not None and (timestamp.get(max_duration.unit) / max_duration).value < warmup.value
+    return timestamp.get(warmup.unit).value < warmup.value
+
+
+def check_foreseen(warmup: Time, max_duration: Time | None, run_ahead: int) -> None:
+    """Raise ValueError unless the step at which a warm-up ends is known before it comes."""
+    foreseen = (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE)
+    if warmup.unit == TimeUnit.DURATION and max_duration is not None and max_duration.unit not in foreseen:
+        raise ValueError(
+            f"selection.warmup={warmup.to_timestring()} of max_duration={max_duration.to_timestring()} ends at a step "
+            f"that selection.run_ahead={run_ahead} cannot foresee; give selection.warmup in batches (ba)"
+        )
 
 
 def outlasts(warmup: Time, state: State) -> bool:

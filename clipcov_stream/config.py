@@ -65,7 +65,9 @@ class StreamConfig:
     """The training stream. `global_pool_size` is the candidates of one step over all ranks.
 
     `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
-    `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`.
+    `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`. `deferred` leaves
+    candidates encoded, and decodes survivors alone, in `decode_threads` threads; it is on wherever selection reads no
+    pixels, unless given.
     """
 
     global_pool_size: int
@@ -80,6 +82,8 @@ class StreamConfig:
     num_workers: int = 2
     prefetch_factor: int = 2
     worker_timeout: float = 0
+    deferred: bool | None = None
+    decode_threads: int | None = None
     num_canonical_nodes: int = 1
     predownload: int | None = None
     cache_limit: str | int | None = None
@@ -115,6 +119,8 @@ class SelectionConfig:
     embed_chunk: int | None = None
     embed_resolution: int | None = None
     embed_precision: str | None = None
+    run_ahead: int = 0
+    lag_delay: int = 0
     max_invalid_ratio: float = 0.05
 
 

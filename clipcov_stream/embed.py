@@ -50,6 +50,39 @@ def check_towers(model: Any, what: str) -> None:
         )
 
 
+def check_embedder(
+    embed: str,
+    proxy: nn.Module | None,
+    teacher_momentum: float,
+    logit_scale: float,
+    embed_chunk: int | None,
+    embed_resolution: int | None,
+    embed_precision: str | None,
+) -> None:
+    """Raise ValueError unless these arguments of `ClipCov` say how to embed a pool."""
+    if not 0 <= teacher_momentum < 1:
+        raise ValueError(f"selection.teacher_momentum={teacher_momentum} must be in [0, 1)")
+    if embed not in EMBED_SOURCES:
+        raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
+    if (embed == "proxy") != (proxy is not None):
+        raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
+    if proxy is not None:
+        check_towers(proxy, "proxy")
+    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
+    if embed_chunk is not None and embed_chunk < 1:
+        raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
+    for name, value in (("embed_resolution", embed_resolution), ("embed_precision", embed_precision)):
+        if value is not None and embed == "columns":
+            raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
+    if embed_resolution is not None and embed_resolution < 1:
+        raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
+    if embed_precision not in (None, *EMBED_PRECISIONS):
+        raise ValueError(
+            f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
+        )
+
+
 @torch.no_grad()
 def embed_with_towers(
     model: Any,
@@ -217,7 +250,7 @@ def scale_of(model: Any) -> float | Tensor:
 
 
 def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, logit_scale: float) -> Embeddings:
-    """Embeddings that came with the pool.
+    """Embeddings that came with the pool, of the type they came in.
 
     Raises:
         ValueError: a column that is not in the batch.
@@ -228,7 +261,7 @@ def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, 
                 f"embed='columns' needs {key!r} in the batch, which has {sorted(batch)}; set stream.columns."
                 f"image_embedding and stream.columns.text_embedding, or use embed='teacher' or 'proxy'"
             )
-    return batch[image_key].float(), batch[text_key].float(), logit_scale
+    return batch[image_key], batch[text_key], logit_scale
 
 
 class Teacher:

@@ -7,6 +7,7 @@ agree with it: inputs are copied to where the recording reads them, and results 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ Result = tuple[SelectionState, "Int64[Tensor, ' survivors']", dict[str, Tensor]]
 
 
 class GraphedSelect:
-    """`select`, replayed from a CUDA graph where it can be: `clipcov`, on a GPU, with nothing to sum over ranks.
+    """`select`, replayed from a CUDA graph where it can be: `clipcov`, on a GPU, in the main thread, with
+    nothing to sum over ranks.
 
     Everything else, and the first WARMUP pools of any one size, goes to `select` itself. If recording fails it warns
     once and leaves it at that. Numbers are those of `select` bit for bit: the same kernels on the same values.
@@ -56,7 +58,7 @@ class GraphedSelect:
         all_reduce: AllReduce | None = None,
     ) -> Result:
         """Arguments, result and errors as of `select`."""
-        if self._failed or not pool.image.is_cuda or all_reduce is not None or plain(selector) is not clipcov:
+        if self._failed or not (pool.image.is_cuda and plain(selector) is clipcov and all_reduce is None and alone()):
             return select(state, pool, num_survivors, selector, all_reduce)
         pool = replace(pool, ids=None, concepts=None)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
@@ -74,6 +76,11 @@ class GraphedSelect:
                 self._failed = True
                 return select(state, pool, num_survivors, selector)
         return self._recording.replayed(state, pool)
+
+
+def alone() -> bool:
+    """Whether this is the main thread: another would record while training allocates, which recording forbids."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,16 @@ class ClipModel(ComposerModel):
         return self.towers(text=text)["text_features"]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`image_features`, `text_features` (unit-norm), `logit_scale` and, for SigLIP, `logit_bias`."""
-        image, text = batch["image"], batch.get("text")
+        """`image_features`, `text_features` (unit-norm), `logit_scale` and, for SigLIP, `logit_bias`.
+
+        Raises:
+            RuntimeError: a pool whose images are still encoded, because nobody selected from it.
+        """
+        image, text = batch.get("image"), batch.get("text")
+        if not isinstance(image, Tensor):
+            raise RuntimeError(
+                "the model got a pool whose images are still encoded: is ClipCov among the Trainer's algorithms?"
+            )
         chunk = self.activation_chunk
         if chunk is None or not torch.is_grad_enabled() or text is None or len(image) <= chunk:
             outputs = self.towers(image=image, text=text)

@@ -19,6 +19,8 @@ from torch import Tensor
 from clipcov_stream.pool import Pool
 
 SCOPES = ("local", "global")
+Group = Any
+"""A torch.distributed.ProcessGroup, or None for the default one."""
 
 
 class Gathering:
@@ -26,9 +28,10 @@ class Gathering:
 
     Args:
         rows: this rank's. Every rank must make its gatherings in the same order.
+        group: of processes; None is the default one. Another must be gloo's (`own_group`).
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, group: Group = None) -> None:
         self.own = rows
         self.parts: list[Tensor] = []
         self.work: Any = None
@@ -36,20 +39,40 @@ class Gathering:
             # Not every back end moves bfloat16 and bool; their bytes it does.
             narrow = rows.dtype in (torch.bfloat16, torch.bool)
             sent = rows.contiguous().view(torch.uint8) if narrow else rows.contiguous()
+            sent = sent if group is None else sent.cpu()
             self.parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-            self.work = torch.distributed.all_gather(self.parts, sent, async_op=True)
+            self.work = torch.distributed.all_gather(self.parts, sent, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """The rows, rank after rank."""
         if self.work is None:
             return self.own
         self.work.wait()
-        return torch.cat(self.parts).view(self.own.dtype)
+        return torch.cat(self.parts).to(self.own.device).view(self.own.dtype)
 
 
-def gathered(rows: Tensor) -> Tensor:
+def gathered(rows: Tensor, group: Group = None) -> Tensor:
     """All ranks' rows, of equal number, rank after rank."""
-    return Gathering(rows).wait()
+    return Gathering(rows, group).wait()
+
+
+def own_group() -> Group:
+    """A process group for a thread of its own, whose collectives may not mix with the training thread's.
+
+    It is gloo's, on GPUs too: NCCL deadlocks if two groups' collectives start in different orders on two GPUs. Every
+    rank must call this; None if there is but one.
+    """
+    return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def sum_over_ranks(tensor: Tensor, group: Group = None) -> None:
+    """Sum over ranks, in place; `group` as for `Gathering`."""
+    if dist.get_world_size() == 1:
+        return
+    moved = tensor if group is None else tensor.cpu()
+    dist.all_reduce(moved, reduce_operation="SUM", group=group)
+    if moved is not tensor:
+        tensor.copy_(moved)
 
 
 def travelling(rows: Tensor) -> Tensor:
@@ -65,19 +88,21 @@ class Placement:
         origin: (global pool,) int64, the place of each in all ranks' pools, rank after rank; of equal ids the lower
             rank's and then the earlier comes first.
         pool_size: per rank.
+        group: as for `Gathering`.
     """
 
     origin: Tensor
     pool_size: int
+    group: Group = None
 
     @classmethod
-    def of(cls, ids: Tensor) -> Placement:
+    def of(cls, ids: Tensor, group: Group = None) -> Placement:
         """From this rank's ids, which every rank must call with as many."""
-        return cls(torch.sort(gathered(ids), stable=True).indices, len(ids))
+        return cls(torch.sort(gathered(ids, group), stable=True).indices, len(ids), group)
 
     def whole(self, rows: Tensor) -> Tensor:
         """This rank's rows and all others', in the global pool's order."""
-        return gathered(rows).index_select(0, self.origin)
+        return gathered(rows, self.group).index_select(0, self.origin)
 
     def whole_pool(self, pool: Pool, image: Gathering | None = None) -> Pool:
         """The global pool. Embeddings travel as bfloat16, and are rounded to it on a single rank too.
@@ -95,15 +120,15 @@ class Placement:
             return self.whole(travelling(value)).to(value.dtype) if value.is_floating_point() else self.whole(value)
 
         if pool.concepts is not None:
-            pool = replace(pool, concepts=padded(pool.concepts))
+            pool = replace(pool, concepts=padded(pool.concepts, self.group))
         return replace(pool, **{name: rows(name, value) for name, value in vars(pool).items()})
 
 
-def padded(concepts: Tensor) -> Tensor:
+def padded(concepts: Tensor, group: Group = None) -> Tensor:
     """Concepts of the width of the widest rank's, padded with -1."""
-    width = torch.tensor([concepts.shape[1]], device=concepts.device)
+    width = torch.tensor([concepts.shape[1]], device="cpu" if group is not None else concepts.device)
     if dist.get_world_size() > 1:
-        dist.all_reduce(width, reduce_operation="MAX")
+        dist.all_reduce(width, reduce_operation="MAX", group=group)
     return torch.nn.functional.pad(concepts, (0, int(width) - concepts.shape[1]), value=-1)
 
 
@@ -115,14 +140,16 @@ class Shares:
         owner: (K,) rank that has each survivor, in the order chosen.
         place: (K,) its place in that rank's pool.
         trainer: (K,) rank that trains it; K / ranks each.
+        group: for `exchange`, as for `Gathering`.
     """
 
     owner: list[int]
     place: list[int]
     trainer: list[int]
+    group: Group = None
 
     @classmethod
-    def of(cls, origin: list[int], pool_size: int, num_ranks: int) -> Shares:
+    def of(cls, origin: list[int], pool_size: int, num_ranks: int, group: Group = None) -> Shares:
         """From the survivors' places in all ranks' pools. A rank trains its own, the first chosen first, up to its
         share; those left over go to the lowest ranks with room."""
         owner, place = [at // pool_size for at in origin], [at % pool_size for at in origin]
@@ -135,7 +162,7 @@ class Shares:
         for number, rank in enumerate(trainer):
             if rank < 0:
                 trainer[number] = free.pop(0)
-        return cls(owner, place, trainer)
+        return cls(owner, place, trainer, group)
 
     def of_rank(self, rank: int) -> list[int]:
         """Numbers of the survivors that a rank trains, in the order chosen."""
@@ -164,9 +191,9 @@ class Shares:
         taken = {}
         for key, value in batch.items():
             if isinstance(value, Tensor):
-                taken[key] = rows_of(value, own, source, sent, device)
+                taken[key] = rows_of(value, own, source, sent, device, self.group)
             else:
-                travelled = dist.all_gather_object([value[at] for at in sent]) if most else []
+                travelled = dist.all_gather_object([value[at] for at in sent], group=self.group) if most else []
                 flat = [row for rows in travelled for row in rows]
                 taken[key] = [value[at] if there < 0 else flat[there] for at, there in zip(own, source, strict=True)]
         return taken
@@ -178,7 +205,9 @@ class Shares:
         return gathered(rows).index_select(0, order)
 
 
-def rows_of(value: Tensor, own: list[int], source: list[int], sent: list[int], device: torch.device) -> Tensor:
+def rows_of(
+    value: Tensor, own: list[int], source: list[int], sent: list[int], device: torch.device, group: Group = None
+) -> Tensor:
     """Rows of the places `own`, but where `source` is a place in what all ranks `sent`, that one."""
 
     def index(numbers: list[int]) -> Tensor:
@@ -186,7 +215,7 @@ def rows_of(value: Tensor, own: list[int], source: list[int], sent: list[int], d
 
     rows = value.index_select(0, index(own))
     if sent:
-        arrived = gathered(value.index_select(0, index(sent)).to(device)).to(value.device)
+        arrived = gathered(value.index_select(0, index(sent)).to(device), group).to(value.device)
         foreign = [number for number, there in enumerate(source) if there >= 0]
         rows.index_copy_(0, index(foreign), arrived.index_select(0, index([source[number] for number in foreign])))
     return rows

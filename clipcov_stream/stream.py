@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 from streaming import StreamingDataLoader, StreamingDataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
-from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
+from clipcov_stream.ahead import Ahead
+from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 from clipcov_stream.remote import is_remote, read_remote
 from clipcov_stream.sidecar import Sidecar
 
-Tokenizer = Callable[[str], Tensor]
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
@@ -64,6 +66,9 @@ class PairDataset(StreamingDataset):
     `id` its index in the folder, `valid`, and the embedding or label columns asked for. An image that cannot be decoded
     becomes zeros with `valid` False: it is counted and never selected, and one bad file does not end a run.
 
+    If deferred, `image` is still encoded, `text` the caption and `augmentation` the seed of the crop: `Materializer`
+    makes of them what would otherwise stand there.
+
     Args:
         local, remote, split: as Streaming's. At least one of local and remote.
         columns: what to read.
@@ -71,6 +76,8 @@ class PairDataset(StreamingDataset):
         tokenizer: str -> (context,) token ids.
         seed: of augmentation, mixed with the epoch and the sample's id.
         sidecar: a folder or URL that has the embedding columns instead of this one; see `sidecar.Sidecar`.
+        deferred: leave images encoded and captions unread, for `ClipCov` to make survivors of them alone. A column of
+            Streaming's `pil` encoding, which is not compressed, is read all the same.
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
@@ -90,6 +97,7 @@ class PairDataset(StreamingDataset):
         tokenizer: Tokenizer | None,
         seed: int = 0,
         sidecar: str | None = None,
+        deferred: bool = False,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -103,7 +111,6 @@ class PairDataset(StreamingDataset):
         self.columns = columns
         self.transform = transform
         self.crop = transform.crop()
-        self.augment = transform.min_scale < 1
         self.tokenizer = tokenizer
         self.seed = seed
         self.sidecar = None
@@ -111,6 +118,7 @@ class PairDataset(StreamingDataset):
             folder = Path(self.streams[0].local)
             self.sidecar = Sidecar(sidecar, folder)
             self.sidecar.check_source((folder / self.streams[0].split / "index.json").read_bytes())
+        self.deferred = deferred
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
@@ -146,23 +154,28 @@ class PairDataset(StreamingDataset):
         sample = super().get_item(sample_id, retry)
         columns = self.columns
         item: dict[str, Any] = {"id": int(sample_id), "valid": True}
-        try:
-            image = decode_image(sample[columns.image])
-            if self.augment:
-                item["image"] = augmented(self.crop, image, mix(self.seed, self.next_epoch, int(sample_id)))
-            else:
-                item["image"] = self.crop(image)
-        except UndecodableImage:
-            item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
-            item["valid"] = False
-        if columns.caption is not None and self.tokenizer is not None:
-            item["text"] = self.tokenizer(sample[columns.caption])
+        seed = mix(self.seed, self.next_epoch, int(sample_id))
+        tokenizer, caption = self.tokenizer, None if columns.caption is None else sample[columns.caption]
+        if self.deferred:
+            item |= {"image": sample[columns.image], "augmentation": seed}
+            if tokenizer is not None and caption is not None:
+                item["text"] = caption
+        else:
+            try:
+                image = decode_image(sample[columns.image])
+                item["image"] = self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
+            except UndecodableImage:
+                item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
+                item["valid"] = False
+            if tokenizer is not None and caption is not None:
+                item["text"] = tokenizer(caption)
         embedded = self.sidecar[int(sample_id)] if self.sidecar is not None and columns.embedding_names() else sample
         for role in ("image_embedding", "text_embedding"):
             name = getattr(columns, role)
             if name is not None:
                 # MDS arrays are read-only views; torch wants to own what it may write to.
-                item[role] = torch.from_numpy(np.array(embedded[name], dtype=np.float32))
+                rows = np.array(embedded[name])
+                item[role] = torch.from_numpy(rows if rows.dtype.kind == "f" else rows.astype(np.float32))
         if columns.concepts is not None:
             item["concepts"] = torch.from_numpy(np.array(sample[columns.concepts], dtype=np.int64).reshape(-1))
         if columns.label is not None:
@@ -200,24 +213,85 @@ def check_folder(local: str | None, remote: str | None, split: str | None, timeo
 
 
 class PoolCollate:
-    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros."""
+    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros.
+
+    What is still encoded, and captions, become lists.
+    """
 
     def __init__(self, transform: ImageTransform) -> None:
         self.normalize = transform.normalize()
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        first = samples[0]
-        pool = {
-            key: torch.stack([s[key] for s in samples])
-            if isinstance(first[key], Tensor)
-            else torch.tensor([s[key] for s in samples])
-            for key in first
-            if key != "concepts"
-        }
-        if "concepts" in first:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        pool = {key: stacked([s[key] for s in samples]) for key in samples[0] if key != "concepts"}
+        if "concepts" in samples[0]:
             pool["concepts"] = pad_sequence([s["concepts"] for s in samples], batch_first=True, padding_value=-1)
-        pool["image"] = self.normalize(pool["image"]) * pool["valid"][:, None, None, None]
+        image, valid = pool["image"], pool["valid"]
+        if isinstance(image, Tensor) and isinstance(valid, Tensor):
+            pool["image"] = self.normalize(image) * valid[:, None, None, None]
         return pool
+
+
+def stacked(values: list[Any]) -> Tensor | list[Any]:
+    """One tensor of tensors or numbers; anything else stays a list."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values) if isinstance(values[0], (bool, int)) else values
+
+
+class PoolLoader(StreamingDataLoader):
+    """A StreamingDataLoader whose batch is one pool.
+
+    Args:
+        materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
+
+    Attributes:
+        run_ahead: set by `ClipCov`. An epoch's pools, and how many of them were yielded -> what is yielded in place of
+            the others, which a thread gets ready; None if it may not begin yet.
+    """
+
+    run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None = None
+
+    def __init__(self, *args: Any, materialize: Materializer | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.materialize = materialize
+        # Weak: once the consumer has dropped it, its thread ends.
+        self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._end_ahead()
+        if self.run_ahead is None:
+            return super().__iter__()
+        # Here, not in the thread: this may fork the workers.
+        return self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
+
+    def _running_ahead(
+        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
+    ) -> Iterator[Any]:
+        """Pools until `run_ahead` may begin, and then what it makes of them; counted as StreamingDataLoader does."""
+        self.num_samples_yielded = 0
+        num_yielded = 0
+        while (ahead := run_ahead(pools, num_yielded)) is None:
+            batch = next(pools, None)
+            if batch is None:
+                return
+            self.num_samples_yielded += self._get_batch_size(batch)
+            yield batch
+            num_yielded += 1
+        self._ahead = weakref.ref(ahead)
+        for batch in ahead:
+            self.num_samples_yielded += self._get_batch_size(batch)
+            yield batch
+
+    def _end_ahead(self) -> None:
+        ahead = self._ahead()
+        if ahead is not None:
+            ahead.close()
+
+    def close(self) -> None:
+        """End the threads that work for this loader; it can be iterated again."""
+        self._end_ahead()
+        if self.materialize is not None:
+            self.materialize.close()
 
 
 def pool_loader(
@@ -227,12 +301,14 @@ def pool_loader(
     prefetch_factor: int = 2,
     drop_last: bool = True,
     timeout: float = 0,
-) -> StreamingDataLoader:
+    decode_threads: int | None = None,
+) -> PoolLoader:
     """Batches of `pool_size` samples of this rank.
 
     Args:
         pool_size: must be the dataset's batch_size, or shards are assigned for other batches than are read.
         timeout: seconds after which a stuck worker is an error; 0 waits for ever.
+        decode_threads: that decode a deferred pool's survivors; None is the number of CPUs, at most 8.
 
     Raises:
         ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank.
@@ -246,11 +322,13 @@ def pool_loader(
     workers: dict[str, Any] = {}
     if num_workers > 0:
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
-    return StreamingDataLoader(
+    transform, tokenizer = dataset.transform, dataset.tokenizer
+    return PoolLoader(
         dataset,
+        materialize=Materializer(transform, tokenizer, decode_threads) if dataset.deferred else None,
         batch_size=pool_size,
         num_workers=num_workers,
-        collate_fn=PoolCollate(dataset.transform),
+        collate_fn=PoolCollate(transform),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         **workers,

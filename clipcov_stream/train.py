@@ -23,6 +23,7 @@ from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
+from clipcov_stream.stream import PoolLoader
 from clipcov_stream.zeroshot import ZeroShotHead
 
 
@@ -78,6 +79,14 @@ class CompleteEpochs(Callback):
             )
 
 
+class EndThreads(Callback):
+    """Ends the training loader's threads with the trainer, also after an exception."""
+
+    def close(self, state: State, logger: Logger) -> None:
+        if isinstance(state.train_dataloader, PoolLoader):
+            state.train_dataloader.close()
+
+
 def ours_first(algorithms: Sequence[Any], event: Any) -> Sequence[Any]:
     """Algorithm pass that runs selection before anything that changes the batch.
 
@@ -113,7 +122,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
-    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed)
+    deferred = build.defers(config.stream, selection)
+    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed, deferred)
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
@@ -134,6 +144,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         callbacks=[
             ClampLogitScale(),
             CompleteEpochs(),
+            EndThreads(),
             ZeroShotHead(prompts),
             *callbacks,
         ],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,23 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from composer.core import Algorithm, Event
-from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from streaming import MDSWriter, StreamingDataset
+from runs import (
+    Interrupt,
+    algorithm_of,
+    assert_same,
+    columns_recipe,
+    composer,
+    launch,
+    run,
+    run_ranks,
+    trained_rows,
+    trainer_of,
+    values,
+    write_columns,
+)
+from streaming import StreamingDataset
 from torch.utils.data import BatchSampler, DataLoader
 
 from clipcov_stream import ClipCov
@@ -39,56 +49,6 @@ from clipcov_stream.train import build_trainer
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
-
-
-class Recorder(Callback):
-    """The token ids that every step trains on, which name the survivors."""
-
-    def __init__(self) -> None:
-        self.batches: list[torch.Tensor] = []
-        self.keys: set[str] = set()
-
-    def before_train_batch(self, state: Any, logger: Any) -> None:
-        self.batches.append(state.batch["text"].clone())
-        self.keys |= set(state.batch)
-
-
-class Interrupt(Callback):
-    """Ends a run as an exception would, before step number `step`."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_start(self, state: Any, logger: Any) -> None:
-        if int(state.timestamp.batch) == self.step:
-            raise InterruptedError
-
-
-class MemoryLog(LoggerDestination):
-    """Every value logged, by metric."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, list[float]] = {}
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            self.data.setdefault(name, []).append(float(value))
-
-
-def trainer_of(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
-    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
-    recorder, memory = Recorder(), MemoryLog()
-    trainer.state.callbacks.append(recorder)
-    trainer.logger.destinations = (*trainer.logger.destinations, memory)
-    return trainer, recorder, memory
-
-
-def algorithm_of(trainer: Trainer) -> ClipCov:
-    return next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
-
-
-def values(memory: MemoryLog, name: str) -> list[float]:
-    return memory.data[name]
 
 
 def test_survivors_alone_are_trained_on_and_counted(tmp_path: Path, corpus: Path) -> None:
@@ -148,12 +108,6 @@ def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: 
     assert not any(same[2:])
 
 
-def run(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
-    trainer, recorder, memory = trainer_of(tmp_path, tree)
-    trainer.fit()
-    return trainer, recorder, memory
-
-
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, stop: int) -> None:
     # One step, inside the warm-up, and four: two steps after selection has begun, in the middle of the epoch.
@@ -181,18 +135,6 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, stop:
     assert_same(algorithm_of(resumed).state_dict(), algorithm_of(straight).state_dict())
     for name in ("selection/residual_total", "selection/samples_seen", "loss/train/total"):
         assert values(resumed_metrics, name) == values(metrics, name)[-len(values(resumed_metrics, name)) :]
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    assert type(ours) is type(theirs)
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
 
 
 def test_state_is_tensors_and_primitives(tmp_path: Path, corpus: Path) -> None:
@@ -233,47 +175,6 @@ def test_two_ranks_agree(tmp_path: Path, corpus: Path) -> None:
     assert weight == pytest.approx(8 * sum(LAG_DECAY**age for age in range(4)))
 
 
-GLOBAL = """
-import sys, torch
-from composer import Callback
-from composer.utils import dist
-from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.config import load_config
-from clipcov_stream.train import build_trainer, leave_group
-class Record(Callback):
-    batches = []
-    def before_train_batch(self, state, logger):
-        self.batches.append({"image": state.batch["image"].clone(), "text": state.batch["text"].clone()})
-trainer = build_trainer(load_config(sys.argv[1], sys.argv[3:]))
-trainer.state.callbacks.append(Record())
-trainer.fit()
-clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
-model = getattr(trainer.state.model, "module", trainer.state.model)
-torch.save({"algorithm": clipcov.state_dict(), "model": model.state_dict(), "batches": Record.batches},
-           f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
-trainer.close()
-leave_group()
-"""
-
-
-def run_ranks(folder: Path, recipe_path: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
-    folder.mkdir()
-    script = folder / "ranks.py"
-    script.write_text(GLOBAL, encoding="utf-8")
-    launch([*composer(), "-n", str(num_ranks), str(script), str(recipe_path), str(folder), *overrides])
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
-
-
-def trained_rows(ranks: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """Per step, what all ranks trained on, image and text, in an order of its own."""
-    steps = []
-    for batches in zip(*(rank["batches"] for rank in ranks), strict=True):
-        assert len({len(batch["text"]) for batch in batches}) == 1  # an equal share each
-        rows = torch.cat([torch.cat([b["text"].float(), b["image"].flatten(1)], 1) for b in batches])
-        steps.append(torch.tensor(sorted(rows.tolist())))
-    return steps
-
-
 def test_global_selection_is_the_same_on_any_number_of_ranks(tmp_path: Path, corpus: Path) -> None:
     tree = recipe(corpus, selection={"scope": "global"}, save_folder=str(tmp_path / "{run_name}"), save_interval="4ba")
     path = write_recipe(tmp_path / "recipe.yaml", tree)
@@ -307,17 +208,6 @@ def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
         clipcov.apply(Event.AFTER_DATALOADER, trainer.state, trainer.logger)
     with pytest.raises(ValueError, match=r"selection.scope='all' is not one of \['local', 'global'\]"):
         ClipCov(scope="all")
-
-
-def composer() -> list[str]:
-    return [str(Path(sys.executable).with_name("composer"))]
-
-
-def launch(command: list[str]) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -625,35 +515,6 @@ def test_ours_runs_before_other_algorithms(tmp_path: Path, corpus: Path) -> None
     assert before.rows == after.rows == [8]
 
 
-def write_columns(folder: Path, rows: int, spoil: int = 0, text_dim: int = 8, bad_images: int = 0) -> Path:
-    """An MDS folder with embedding columns; the first rows are spoilt by NaN and inf, or hold no image."""
-    rng = np.random.default_rng(0)
-    corpus = synthetic_bytes(rows)
-    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
-    with MDSWriter(out=str(folder), columns=columns) as writer:
-        for row in range(rows):
-            image = rng.normal(size=8).astype(np.float16)
-            text = rng.normal(size=text_dim).astype(np.float16)
-            if row < spoil:
-                (image if row % 2 else text)[0] = (np.nan, np.inf)[row // 2 % 2]
-            data = b"no image" if row < bad_images else corpus[row]
-            writer.write({"image": data, "caption": f"{row}", "image_embedding": image, "text_embedding": text})
-    return folder
-
-
-def synthetic_bytes(rows: int) -> list[bytes]:
-    import synthetic
-
-    corpus = synthetic.Corpus(synthetic.draw_classes(4, 0), 1.0, 0.0, 0.0, 0.0, 4, 16, 0)
-    return [corpus.sample(index)["image"] for index in range(rows)]
-
-
-def columns_recipe(folder: Path, **selection: Any) -> dict[str, Any]:
-    tree = recipe(folder, selection={"embed": "columns", "warmup": "0ba", **selection})
-    tree["stream"] = {"local": str(folder), "global_pool_size": 32, "num_workers": 0, "shuffle": False}
-    return {**tree, "max_duration": "2ba"}
-
-
 def test_non_finite_embeddings_are_never_selected_and_are_counted(tmp_path: Path) -> None:
     folder = write_columns(tmp_path / "mds", 64, spoil=6)
     trainer, recorder, memory = run(tmp_path, columns_recipe(folder, max_invalid_ratio=0.5))
@@ -689,15 +550,21 @@ def test_every_selector_trains(tmp_path: Path, corpus: Path, selector: str) -> N
 def test_too_many_bad_images_stop_the_run(tmp_path: Path, selector: str) -> None:
     # 5% of 32 and three standard errors are 5.3.
     folder = write_columns(tmp_path / "mds", 64, bad_images=6)
+
+    def eager(folder: Path, **selection: Any) -> dict[str, Any]:
+        tree = columns_recipe(folder, selector=selector, **selection)
+        tree["stream"]["deferred"] = False
+        return tree
+
     with pytest.raises(RuntimeError, match=r"6 of 32 samples streamed cannot be used.*max_invalid_ratio=0.05"):
-        run(tmp_path, columns_recipe(folder, selector=selector))
-    _, _, memory = run(tmp_path, columns_recipe(folder, selector=selector, max_invalid_ratio=0.2))
+        run(tmp_path, eager(folder))
+    _, _, memory = run(tmp_path, eager(folder, max_invalid_ratio=0.2))
     assert values(memory, "selection/num_invalid") == [6, 6]
     few = write_columns(tmp_path / "few", 64, bad_images=5)
-    _, _, memory = run(tmp_path, columns_recipe(few, selector=selector))
+    _, _, memory = run(tmp_path, eager(few))
     assert values(memory, "selection/num_invalid") == [5, 5]
     with pytest.raises(RuntimeError, match="5 of 32 samples streamed"):
-        run(tmp_path, columns_recipe(few, selector=selector, max_invalid_ratio=0.0))
+        run(tmp_path, eager(few, max_invalid_ratio=0.0))
 
 
 def test_too_few_good_samples_stop_the_run(tmp_path: Path) -> None:

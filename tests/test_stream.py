@@ -16,7 +16,7 @@ from streaming import MDSWriter
 from torch import Tensor
 from torchvision.transforms import v2
 
-from clipcov_stream.materialize import ImageTransform, UndecodableImage, augmented, decode_image
+from clipcov_stream.materialize import ImageTransform, UndecodableImage, crop_box, decode_image
 from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
 
 SIZE = 8
@@ -231,12 +231,65 @@ def test_crops_keep_the_share_of_the_area_they_promise() -> None:
     # A ramp along each axis shows where a crop begins and ends.
     ramp = np.zeros((64, 64, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(64) * 4, (np.arange(64) * 4)[:, None]
-    image, transform = Image.fromarray(ramp), whole(ImageTransform(64, (0, 0, 0), (1, 1, 1), min_scale=0.5))
+    image, transform = Image.fromarray(ramp), ImageTransform(64, min_scale=0.5)
     shares = []
     for seed in range(50):
-        out = augmented(transform, image, seed) * 255 / 4
+        out = transform.augmented(image, seed) / 4
         shares.append(float((out[0].max() - out[0].min() + 1) * (out[1].max() - out[1].min() + 1)) / 64**2)
     assert 0.47 < min(shares) < 0.65 and max(shares) <= 1.01
+
+
+def test_crops_are_torchvisions_own() -> None:
+    boxes = set()
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        # Of the flattest no crop fits, and the middle is taken.
+        height, width = (3, 40) if seed % 8 == 0 else rng.integers(4, 50, 2)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        min_scale = float(rng.uniform(0.05, 0.99))
+        theirs = v2.RandomResizedCrop(SIZE, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+        torch.manual_seed(seed)
+        wanted = v2.Compose([theirs, v2.PILToTensor()])(image)
+        assert torch.equal(ImageTransform(SIZE, min_scale=min_scale).augmented(image, seed), wanted)
+        boxes.add(crop_box(height, width, (min_scale, 1.0), torch.Generator().manual_seed(seed)))
+    assert len(boxes) > 150
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "png", "pil", "jpeg"])
+@pytest.mark.parametrize("min_scale", [0.3, 1.0])
+def test_rows_made_later_are_those_of_a_decoded_pool(tmp_path: Path, encoding: str, min_scale: float) -> None:
+    images: list[Any] = [picture(i) for i in range(8)]
+    if encoding in ("bytes", "jpeg"):
+        images = [encoded(image, "JPEG") for image in images]
+    if encoding == "bytes":
+        images[5] = b"no image"
+    source = pairs(tmp_path / "mds", images=images, encoding=encoding)
+    pools = {}
+    for deferred, num_workers in ((False, 0), (True, 0), (True, 2)):
+        folder = shutil.copytree(source, tmp_path / f"{deferred}{num_workers}")
+        options = {"min_scale": min_scale, "seed": 3, "deferred": deferred, "shuffle": True}
+        loader = pool_loader(dataset(folder, 4, **options), 4, num_workers, decode_threads=3)
+        pools[deferred, num_workers] = list(loader)
+        if not deferred:
+            assert loader.materialize is None
+            continue
+        assert loader.materialize is not None
+        for pool, wanted in zip(pools[True, num_workers], pools[False, 0], strict=True):
+            assert isinstance(pool["image"], list) and isinstance(pool["text"], list)
+            rows = {key: [pool[key][i] for i in (2, 0, 3)] for key in ("image", "text")}
+            rows |= {key: pool[key][[2, 0, 3]] for key in ("id", "augmentation")}
+            tensors, failed = loader.materialize(rows, {})
+            for key in ("image", "text"):
+                assert torch.equal(tensors[key], wanted[key][[2, 0, 3]])
+            assert failed.tolist() == (~wanted["valid"][[2, 0, 3]]).tolist()
+        loader.close()
+    if encoding == "bytes":
+        assert sum(int((~pool["valid"]).sum()) for pool in pools[False, 0]) == 1
+
+
+def test_decode_threads_must_be_some(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stream\.decode_threads=0 must be at least 1, or null"):
+        pool_loader(dataset(pairs(tmp_path / "mds"), 4, deferred=True), 4, decode_threads=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 12), (9, 31), (5, 6)])

@@ -1,0 +1,316 @@
+"""One step's data work: a pool -> survivors made ready to train on.
+
+A function of the pool, the step and the selection state before it; nothing here reads the model in training (but for
+`embed="teacher"` and the selectors that ask it) or moves Composer's clock. So it gives the same survivors whether it
+runs in the training thread or ahead of it, in one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.core.precision import get_precision_context
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipcov_stream.batch import check_batch, count_survivors, rows_of, trained_on
+from clipcov_stream.clock import Stopwatch
+from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
+from clipcov_stream.graphed import GraphedSelect
+from clipcov_stream.lags import Lag
+from clipcov_stream.materialize import Made, Materializer
+from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
+from clipcov_stream.pool import Pool, survivors_of
+from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
+from clipcov_stream.rivals import SelectorFn
+from clipcov_stream.sketch import AllReduce
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the training thread says of a step before its pool may be prepared.
+
+    Args:
+        step: number of the step.
+        selects: whether it selects; if not, survivors are random and nothing is embedded.
+        lag: that its selection reads, where the lag is kept up; None is a lag of zeros.
+    """
+
+    step: int
+    selects: bool
+    lag: Lag | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's survivors, ready to train on, and what the step leaves behind.
+
+    Args:
+        step: number of the step.
+        batch: this rank's survivors.
+        pool_size: per rank.
+        num_invalid: samples that could not be used, of this rank's pool or, with scope="global", of all ranks'.
+        selection: the state after selection; None if the step did not select.
+        survivors: the embedder's rows of the survivors chosen, where the lag is kept up.
+        shares: who trains which of them, with scope="global".
+        figures: of the step, by metric.
+    """
+
+    step: int
+    batch: dict[str, Any]
+    pool_size: int
+    num_invalid: int
+    selection: SelectionState | None
+    survivors: Pool | None
+    shares: Shares | None
+    figures: dict[str, float]
+
+    def __len__(self) -> int:
+        """Survivors per rank."""
+        return len(next(iter(self.batch.values())))
+
+
+class ReadyPool(dict[str, Tensor]):
+    """What a loader that runs ahead yields for a pool: its ids, which Composer counts, and its survivors."""
+
+    def __init__(self, ids: Tensor, prepared: Prepared) -> None:
+        super().__init__(id=ids)
+        self.prepared = prepared
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Survivors of a pool, and what they leave behind; arguments as in `Prepared`."""
+
+    index: Tensor
+    num_invalid: int
+    selection: SelectionState | None = None
+    survivors: Pool | None = None
+    figures: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Prepares pools; arguments as `ClipCov`'s, and:
+
+    Args:
+        state: Composer's, for the device, the precision and, where a selector asks it, the model.
+        embedder: the teacher's or proxy's model; None for columns.
+        uses_learner: whether the model in training embeds pools too.
+        uses_lag: whether survivors' rows are kept for the lag.
+        selecting: `select`, in the form that is fast where the pool is.
+        saved: the selection state of a checkpoint, to begin from.
+        materialize: makes tensors of encoded survivors.
+        group: of processes, for collectives.
+    """
+
+    state: State
+    function: SelectorFn
+    settings: Settings
+    scope: str
+    filter_ratio: float
+    embed: str
+    embedder: nn.Module | None
+    logit_scale: float
+    embed_chunk: int | None
+    embed_resolution: int | None
+    embed_precision: str | None
+    image_key: str
+    text_key: str
+    uses_learner: bool
+    uses_lag: bool
+    selecting: GraphedSelect
+    saved: Mapping[str, Any] | None = None
+    materialize: Materializer | None = None
+    group: Group = None
+
+    def __call__(self, batch: Any, ticket: Ticket, before: SelectionState | None) -> Prepared:
+        """A step's survivors.
+
+        A survivor that turns out to be undecodable is marked invalid, and survivors are chosen anew from the same
+        state: on all ranks, if on one.
+
+        Args:
+            batch: the loader's, one pool.
+            ticket: of the step.
+            before: the selection state before it; None before the first that selects.
+        """
+        device = self.state.device
+        batch = check_batch(batch, self.image_key)
+        pool_size = len(batch[self.image_key])
+        num_chosen = count_survivors(pool_size, self.filter_ratio)
+        chunk = self.embed_chunk or num_chosen
+        valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
+        placement = None
+        if self.scope == "global":
+            if "id" not in batch:
+                raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
+            placement = Placement.of(device.tensor_to_device(batch["id"]), self.group)
+            num_chosen *= dist.get_world_size()
+        pool, embed_ms = None, None
+        if ticket.selects:
+            pool, embed_ms = self._embedded(batch, chunk, valid, placement)
+        if placement is not None:
+            valid = placement.whole(device.tensor_to_device(valid)).cpu()
+        made: Made = {}
+        while True:
+            if pool is None:
+                chosen = self._at_random(valid, num_chosen, ticket.step)
+            else:
+                pool = replace(pool, valid=device.tensor_to_device(valid))
+                chosen = self._select(pool, num_chosen, ticket, before)
+            rows, shares = self._rows(batch, chosen.index, placement, pool_size)
+            rows, failed = self._made(rows, shares, num_chosen, made)
+            if failed is None:
+                break
+            bad = chosen.index.cpu()[failed]
+            anew = valid[bad].any().to(torch.int64).reshape(1)
+            if placement is None:
+                sum_over_ranks(anew := device.tensor_to_device(anew), self.group)
+            if not int(anew):
+                break
+            valid = valid.index_fill(0, bad, False)
+        figures = dict(chosen.figures or {})
+        if embed_ms is not None:
+            figures["embed_ms"] = embed_ms()
+        return Prepared(
+            ticket.step, rows, pool_size, chosen.num_invalid, chosen.selection, chosen.survivors, shares, figures
+        )
+
+    def _at_random(self, valid: Tensor, num_chosen: int, step: int) -> Chosen:
+        rank = dist.get_global_rank() if self.scope == "local" else 0
+        generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
+        return Chosen(random_survivors(valid, num_chosen, generator), int((~valid).sum()))
+
+    def _select(self, pool: Pool, num_chosen: int, ticket: Ticket, before: SelectionState | None) -> Chosen:
+        if before is None:
+            rank, width = dist.get_global_rank() if self.scope == "local" else 0, pool.image.shape[1]
+            before = SelectionState.initial(width, self.settings, rank, pool.image.device)
+            if self.saved:
+                before = before.restored(dict(self.saved))
+        state = replace(before, step=ticket.step)
+        if self.uses_lag:
+            state = with_lag(state, ticket.lag)
+        with Stopwatch(self.state) as watch:
+            all_reduce = all_reduce_of(self.scope, self.group)
+            after, index, report = self.selecting(state, pool, num_chosen, self.function, all_reduce)
+        # Read together: each by itself would wait for the device.
+        values = torch.stack([value.float() for value in report.values()]).tolist()
+        figures = dict(zip(report, values, strict=True))
+        num_invalid = int(figures.pop("num_invalid"))
+        figures["select_ms"] = watch.milliseconds()
+        return Chosen(index, num_invalid, after, survivors_of(pool, index) if self.uses_lag else None, figures)
+
+    def _rows(
+        self, batch: Mapping[str, Any], index: Tensor, placement: Placement | None, pool_size: int
+    ) -> tuple[dict[str, Any], Shares | None]:
+        """This rank's survivors' rows, still encoded where the pool is, and who trains which."""
+        rows = trained_on(batch)
+        if self._encoded(batch):
+            rows |= {key: batch[key] for key in ("id", "augmentation")}
+        if placement is None:
+            return {key: rows_of(value, index) for key, value in rows.items()}, None
+        origin = placement.origin.index_select(0, index.to(placement.origin.device))
+        shares = Shares.of(origin.tolist(), pool_size, dist.get_world_size(), self.group)
+        return shares.exchange(rows, placement.origin.device), shares
+
+    def _made(
+        self, rows: dict[str, Any], shares: Shares | None, num_chosen: int, made: Made
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The rows as tensors, and which of the survivors chosen turned out to be undecodable; None if all came whole.
+
+        The latter of this rank's own, or, where survivors are all ranks', of all.
+        """
+        if not self._encoded(rows):
+            return rows, None
+        assert self.materialize is not None
+        tensors, failed = self.materialize(rows, made)
+        if shares is not None:
+            everywhere = torch.zeros(num_chosen, dtype=torch.int64)
+            everywhere[shares.of_rank(dist.get_global_rank())] = failed.long()
+            sum_over_ranks(everywhere := self.state.device.tensor_to_device(everywhere), self.group)
+            failed = everywhere.cpu() > 0
+        others = {key: value for key, value in rows.items() if key != "augmentation"}
+        return {**others, **tensors}, failed
+
+    def _encoded(self, batch: Mapping[str, Any]) -> bool:
+        return self.materialize is not None and not isinstance(batch[self.image_key], Tensor)
+
+    def _embedded(
+        self, batch: Mapping[str, Any], chunk: int, valid: Tensor, placement: Placement | None
+    ) -> tuple[Pool, Callable[[], float]]:
+        """The pool's embeddings, or all ranks', and a function that tells how many milliseconds they took."""
+        device = self.state.device
+        sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
+
+        def send(images: Tensor) -> None:
+            sending.append(Gathering(travelling(images), self.group))
+
+        def towers(model: nn.Module, learner: bool = False) -> Embeddings:
+            image, text = device.tensor_to_device(batch[self.image_key]), batch[self.text_key]
+            if learner:
+                precision = get_precision_context(self.state.precision, self.state.precision_config)
+                return embed_with_towers(model, image, text, chunk, precision, plain=True)
+            options = {"resolution": self.embed_resolution, "on_images": None if placement is None else send}
+            return embed_with_towers(model, image, text, chunk, self._precision(), **options)
+
+        with Stopwatch(self.state) as watch:
+            if self.embed == "columns":
+                image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
+                # As they are stored: float16 is half as much to move.
+                image, text = device.tensor_to_device(image).float(), device.tensor_to_device(text).float()
+            elif self.embedder is None:
+                raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
+            else:
+                image, text, scale = towers(self.embedder)
+            named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
+            on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
+            pool = Pool(image, text, scale, **on_device)
+            if self.uses_learner:
+                learner_image, learner_text, learner_scale = towers(unwrap(self.state.model), learner=True)
+                pool = replace(
+                    pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
+                )
+            if placement is not None:
+                pool = placement.whole_pool(pool, *sending)
+        return pool, watch.milliseconds
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""
+        if self.embed_precision is None:
+            return get_precision_context(self.state.precision, self.state.precision_config)
+        dtype = EMBED_PRECISIONS[self.embed_precision]
+        device = self.state.device.name.replace("gpu", "cuda")
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+PASSED_ON = tuple(
+    name
+    for name in Preparation.__annotations__
+    if name not in ("state", "embedder", "selecting", "saved", "materialize", "group")
+)
+"""Of a Preparation's arguments, those that `ClipCov` has under the same names."""
+
+
+def with_lag(state: SelectionState, lag: Lag | None) -> SelectionState:
+    """The state with another lag; None is one of zeros."""
+    if lag is None:
+        return replace(state, lag=torch.zeros_like(state.lag), lag_weight=torch.zeros_like(state.lag_weight))
+    return replace(state, lag=lag[0].to(state.lag), lag_weight=lag[1].to(state.lag_weight))
+
+
+def all_reduce_of(scope: str, group: Group = None) -> AllReduce | None:
+    """What sums over ranks, if each has pools of its own."""
+    return partial(sum_over_ranks, group=group) if scope == "local" and dist.get_world_size() > 1 else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

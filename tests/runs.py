@@ -1,0 +1,190 @@
+"""Trainers of tiny recipes, in this process and over ranks, and what tests note of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import synthetic
+import torch
+from composer import Callback, Trainer
+from composer.loggers import LoggerDestination
+from corpora import recipe, write_recipe
+from streaming import MDSWriter
+
+from clipcov_stream import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+
+
+class Recorder(Callback):
+    """The token ids that every step trains on, which name the survivors, and their pixels."""
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+        self.images: list[torch.Tensor] = []
+        self.keys: set[str] = set()
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        self.batches.append(state.batch["text"].clone())
+        self.images.append(state.batch["image"].clone())
+        self.keys |= set(state.batch)
+
+
+class Interrupt(Callback):
+    """Ends a run as an exception would, before step number `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def batch_start(self, state: Any, logger: Any) -> None:
+        if int(state.timestamp.batch) == self.step:
+            raise InterruptedError
+
+
+class MemoryLog(LoggerDestination):
+    """Every value logged, by metric."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, list[float]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.data.setdefault(name, []).append(float(value))
+
+
+def trainer_of(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
+    recorder, memory = Recorder(), MemoryLog()
+    trainer.state.callbacks.append(recorder)
+    trainer.logger.destinations = (*trainer.logger.destinations, memory)
+    return trainer, recorder, memory
+
+
+def algorithm_of(trainer: Trainer) -> ClipCov:
+    return next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+
+
+def values(memory: MemoryLog, name: str) -> list[float]:
+    return memory.data[name]
+
+
+def run(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
+    trainer, recorder, memory = trainer_of(tmp_path, tree)
+    trainer.fit()
+    return trainer, recorder, memory
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same(mine, other)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+GLOBAL = """
+import sys, torch
+from composer import Callback
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+class Record(Callback):
+    batches = []
+    def before_train_batch(self, state, logger):
+        self.batches.append({"image": state.batch["image"].clone(), "text": state.batch["text"].clone()})
+trainer = build_trainer(load_config(sys.argv[1], sys.argv[3:]))
+trainer.state.callbacks.append(Record())
+trainer.fit()
+clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+model = getattr(trainer.state.model, "module", trainer.state.model)
+torch.save({"algorithm": clipcov.state_dict(), "model": model.state_dict(), "batches": Record.batches},
+           f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+trainer.close()
+leave_group()
+"""
+
+
+def run_ranks(folder: Path, recipe_path: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = folder / "ranks.py"
+    script.write_text(GLOBAL, encoding="utf-8")
+    launch([*composer(), "-n", str(num_ranks), str(script), str(recipe_path), str(folder), *overrides])
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def composer() -> list[str]:
+    return [str(Path(sys.executable).with_name("composer"))]
+
+
+def launch(command: list[str]) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def write_columns(folder: Path, rows: int, spoil: int = 0, text_dim: int = 8, bad_images: int = 0) -> Path:
+    """An MDS folder with embedding columns; the first rows are spoilt by NaN and inf, or hold no image."""
+    rng = np.random.default_rng(0)
+    corpus = synthetic_bytes(rows)
+    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for row in range(rows):
+            image = rng.normal(size=8).astype(np.float16)
+            text = rng.normal(size=text_dim).astype(np.float16)
+            if row < spoil:
+                (image if row % 2 else text)[0] = (np.nan, np.inf)[row // 2 % 2]
+            data = b"no image" if row < bad_images else corpus[row]
+            writer.write({"image": data, "caption": f"{row}", "image_embedding": image, "text_embedding": text})
+    return folder
+
+
+def synthetic_bytes(rows: int) -> list[bytes]:
+    corpus = synthetic.Corpus(synthetic.draw_classes(4, 0), 1.0, 0.0, 0.0, 0.0, 4, 16, 0)
+    return [corpus.sample(index)["image"] for index in range(rows)]
+
+
+def columns_recipe(folder: Path, **selection: Any) -> dict[str, Any]:
+    tree = recipe(folder, selection={"embed": "columns", "warmup": "0ba", **selection})
+    tree["stream"] = {"local": str(folder), "global_pool_size": 32, "num_workers": 0, "shuffle": False}
+    return {**tree, "max_duration": "2ba"}
+
+
+def trained_rows(ranks: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Per step, what all ranks trained on, image and text, in an order of its own."""
+    steps = []
+    for batches in zip(*(rank["batches"] for rank in ranks), strict=True):
+        assert len({len(batch["text"]) for batch in batches}) == 1  # an equal share each
+        rows = torch.cat([torch.cat([b["text"].float(), b["image"].flatten(1)], 1) for b in batches])
+        steps.append(torch.tensor(sorted(rows.tolist())))
+    return steps
+
+
+def assert_same_run(
+    ours: tuple[Trainer, Recorder, Any], theirs: tuple[Trainer, Recorder, Any], skipped: int = 0
+) -> None:
+    """Bit for bit the same survivors, pixels, weights and selection; `skipped` steps of theirs came before ours."""
+    for kind in ("batches", "images"):
+        for step, (a, b) in enumerate(
+            zip(getattr(ours[1], kind), getattr(theirs[1], kind)[skipped:], strict=True), skipped
+        ):
+            assert torch.equal(a, b), (kind, step)
+    for (name, a), b in zip(
+        ours[0].state.model.state_dict().items(), theirs[0].state.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert_same(algorithm_of(ours[0]).state_dict(), algorithm_of(theirs[0]).state_dict())
