@@ -1,10 +1,15 @@
-"""Single files of a folder in an object store, through Streaming's own back ends."""
+"""Single files of a folder in an object store, through Streaming's own back ends; and ranges of them."""
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from streaming.base.storage import CloudDownloader
 
@@ -50,3 +55,71 @@ def is_missing(error: Exception) -> bool:
         codes.append(getattr(response, "status_code", None))
     offline = type(error).__name__ == "LocalEntryNotFoundError"  # the same library's, when it reached no server
     return any(code in MISSING for code in codes) or (isinstance(error, FileNotFoundError) and not offline)
+
+
+class RangeReader:
+    """Byte ranges of the files of a remote folder; threads may share it.
+
+    s3:// is asked through boto3, with what Streaming reads of the environment beside boto3's own: S3_ENDPOINT_URL and
+    requester-pays buckets. Any other scheme is fsspec's, whose package for it (gcsfs, ocifs) must be installed. Nothing
+    is retried here.
+
+    Args:
+        folder: its URL.
+        connections: at most open at a time.
+        timeout: seconds to wait for an answer, where the back end has such a limit.
+
+    Raises:
+        ValueError: a scheme that nothing here reads.
+    """
+
+    def __init__(self, folder: str, connections: int, timeout: float = 60) -> None:
+        self.folder, self.connections, self.timeout = folder.rstrip("/"), connections, timeout
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self.is_s3 = folder.startswith("s3://")
+        if not self.is_s3:
+            import fsspec
+
+            try:
+                self._client = fsspec.url_to_fs(self.folder)[0]
+            except Exception as error:  # every back end has kinds of its own
+                raise ValueError(f"stream.range_reads=true cannot read {self.folder}: {error}") from error
+
+    def read(self, name: str, begin: int, length: int) -> bytes:
+        """Bytes [begin, begin + length) of a file, as many of them as the store sent.
+
+        Raises:
+            OSError: an answer of another length that is not worth reading.
+            Exception: the back end's own.
+        """
+        url = f"{self.folder}/{name}"
+        if not self.is_s3:
+            return self._client.cat_file(url, start=begin, end=begin + length)
+        parts = urlsplit(url)
+        paying = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
+        options = {"RequestPayer": "requester"} if parts.netloc in [name.strip() for name in paying] else {}
+        answer = self._s3().get_object(
+            Bucket=parts.netloc,
+            Key=parts.path.lstrip("/"),
+            Range=f"bytes={begin}-{begin + length - 1}",
+            **options,
+        )
+        with closing(answer["Body"]) as body:
+            if answer["ContentLength"] > length:  # a store that knows no ranges sends the whole file
+                raise OSError(f"the store answers {answer['ContentLength']} bytes for a range of {length}")
+            return body.read()
+
+    def _s3(self) -> Any:
+        with self._lock:  # sessions may not be shared by threads, clients may
+            if self._client is None:
+                from boto3.session import Session
+                from botocore.config import Config
+
+                config = Config(
+                    read_timeout=self.timeout,
+                    max_pool_connections=self.connections,
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                )
+                self._client = Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+            return self._client

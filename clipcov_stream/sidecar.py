@@ -31,6 +31,8 @@ from clipcov_stream.remote import is_remote, read_remote
 
 EMBEDDER_FILE = "embedder.json"
 """In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
+SPAN_COLUMN = "image_span"
+"""In a sidecar of uncompressed shards: where the sample's image lies, (3,) int64 shard number, offset and length."""
 DOWNLOAD_ATTEMPTS = 3
 MAX_MAPPED = 64  # shards at a time: each takes a file descriptor
 

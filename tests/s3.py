@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,11 @@ class Request(NamedTuple):
     num_bytes: int
 
 
+Fault = Callable[[str, str, str], "str | None"]
+"""Method, path and byte range of a request -> what goes wrong with it: `error`, a status of 500; `short`, half of the
+range; `cut`, half of the answer's body; None if nothing."""
+
+
 class Counted:
     """A WSGI application that notes every request once its answer was sent."""
 
@@ -30,16 +35,27 @@ class Counted:
         self.app = app
         self.requests: list[Request] = []
         self.delay: list[float] = []
+        self.faults: list[Fault] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if self.delay:
             time.sleep(self.delay[-1])
-        body = self.app(environ, start_response)
+        byte_range = environ.get("HTTP_RANGE", "")
+        asked = (environ["REQUEST_METHOD"], environ["PATH_INFO"], byte_range)
+        fault = self.faults[-1](*asked) if self.faults else None
+        if fault == "short":
+            begin, end = map(int, byte_range.removeprefix("bytes=").split("-"))
+            environ = {**environ, "HTTP_RANGE": f"bytes={begin}-{(begin + end) // 2}"}
+        if fault == "error":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            body = []
+        else:
+            body = self.app(environ, start_response)
         num_bytes = 0
         for part in body:
-            num_bytes += len(part)
-            yield part
-        byte_range = environ.get("HTTP_RANGE", "")
+            sent = part[: len(part) // 2] if fault == "cut" else part
+            num_bytes += len(sent)
+            yield sent
         self.requests.append(Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], byte_range, num_bytes))
 
 
@@ -51,6 +67,30 @@ class Server:
     requests: list[Request]
     delay: list[float]
     """Seconds that an answer is held back, the last of them; none by default."""
+    faults: list[Fault]
+
+    @contextmanager
+    def failing(self, fault: Fault) -> Iterator[None]:
+        """Within the block requests fail as `fault` says, which is asked when each begins."""
+        self.faults.append(fault)
+        try:
+            yield
+        finally:
+            self.faults.pop()
+
+    @contextmanager
+    def asked(self) -> Iterator[list[tuple[str, str, str]]]:
+        """Method, path and byte range of the requests that begin within the block; `requests` has them at their end."""
+        found: list[tuple[str, str, str]] = []
+        with self.failing(lambda *request: found.append(request)):
+            yield found
+
+    def settled(self) -> list[Request]:
+        """All requests so far, once no more of them end."""
+        before = -1
+        while before != (before := len(self.requests)):
+            time.sleep(0.2)
+        return list(self.requests)
 
     def environment(self) -> dict[str, str]:
         """What boto3 and Streaming read; credentials that only this server takes."""
@@ -76,7 +116,7 @@ def serve() -> Iterator[Server]:
     server._server.app = counted
     host, port = server.get_host_and_port()
     try:
-        yield Server(f"http://{host}:{port}", counted.requests, counted.delay)
+        yield Server(f"http://{host}:{port}", counted.requests, counted.delay, counted.faults)
     finally:
         server.stop()
         server._server.server_close()

@@ -49,11 +49,10 @@ from clipcov_stream.embed import EMBED_PRECISIONS, embed_with_towers
 from clipcov_stream.identity import fingerprint
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, decode_image
 from clipcov_stream.model import build_towers
-from clipcov_stream.sidecar import EMBEDDER_FILE
+from clipcov_stream.sidecar import EMBEDDER_FILE, SPAN_COLUMN
 from clipcov_stream.stream import Tokenizer
 
 COLUMNS = ("image_embedding", "text_embedding")
-SPAN_COLUMN = "image_span"
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
