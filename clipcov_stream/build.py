@@ -123,8 +123,16 @@ def defers(config: StreamConfig, selection: ClipCov) -> bool:
     """Whether the stream leaves candidates encoded, for survivors alone to be decoded: wherever it can.
 
     Raises:
-        ValueError: `stream.deferred` true where selection reads pixels.
+        ValueError: `stream.deferred` or `stream.range_reads` true where selection reads pixels, or only the latter.
     """
+    if config.range_reads and (selection.needs_pixels or config.deferred is False):
+        reason = "stream.deferred=false"
+        if selection.needs_pixels:
+            reason = f"selection.embed={selection.embed!r} with selection.selector={selection.selector!r}"
+        raise ValueError(
+            f"stream.range_reads=true fetches survivors' images alone, but {reason} decodes every candidate's; use "
+            "embed='columns' and leave stream.deferred out, or leave stream.range_reads out"
+        )
     if config.deferred and selection.needs_pixels:
         raise ValueError(
             f"stream.deferred=true leaves candidates encoded, but selection.embed={selection.embed!r} with "
@@ -164,14 +172,16 @@ def build_stream(
             shuffle=config.shuffle,
             shuffle_seed=9176 if config.shuffle_seed is None else config.shuffle_seed,
             seed=seed,
-            sidecar=config.sidecar if with_embeddings else None,
+            sidecar=config.sidecar if with_embeddings or config.range_reads else None,
             deferred=deferred,
+            range_reads=config.range_reads,
         )
     except (ValueError, FileNotFoundError) as error:
         if config.how_to_get:
             raise ValueError(f"{error}\n{config.how_to_get.strip()}") from error
         raise
-    options = {"timeout": config.worker_timeout, "decode_threads": config.decode_threads}
+    options = {name: getattr(config, name) for name in ("decode_threads", "range_cache")}
+    options["timeout"] = config.worker_timeout
     return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
 
 

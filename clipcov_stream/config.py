@@ -67,7 +67,8 @@ class StreamConfig:
     `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
     `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`. `deferred` leaves
     candidates encoded, and decodes survivors alone, in `decode_threads` threads; it is on wherever selection reads no
-    pixels, unless given.
+    pixels, unless given. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges; of what
+    it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
     """
 
     global_pool_size: int
@@ -75,6 +76,8 @@ class StreamConfig:
     remote: str | None = None
     split: str | None = None
     sidecar: str | None = None
+    range_reads: bool = False
+    range_cache: str | int | None = None
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     min_scale: float = 0.9
     shuffle: bool = True

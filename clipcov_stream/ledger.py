@@ -229,7 +229,12 @@ def header_of(state: State) -> dict[str, Any]:
 
 
 def folder_hash(dataset: Any) -> str | None:
-    """SHA-256 over the index.json of every folder that a StreamingDataset reads; None for other data sets."""
+    """SHA-256 over the index.json of every folder that a StreamingDataset's samples are of; None for other data sets.
+
+    Read by ranges, they are the source's, not the sidecar's that it iterates.
+    """
+    if (source := getattr(dataset, "source", None)) is not None:
+        return index_hash(source.index)
     streams = getattr(dataset, "streams", None)
     if not streams:
         return None

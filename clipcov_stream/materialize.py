@@ -12,10 +12,10 @@ import copy
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import open_clip
@@ -134,6 +134,14 @@ Made = dict[int, "tuple[Tensor | None, Tensor | None]"]
 """Pixels (None if undecodable) and tokens of samples, by id."""
 
 
+class Fetch(Protocol):
+    """Encoded images from what a pool has in their place."""
+
+    def __call__(self, images: Sequence[Any], /) -> Sequence[Future[Any]]: ...
+
+    def close(self) -> None: ...
+
+
 class Materializer:
     """Encoded rows of a pool -> tensors; images are decoded and cropped by threads, captions read one after another.
 
@@ -144,24 +152,32 @@ class Materializer:
         transform: of images.
         tokenizer: str -> (context,) token ids; None reads no captions.
         num_threads: that decode; None is the number of CPUs, at most 8.
+        fetch: gets the images that rows have only a mention of; each is decoded when it has come.
 
     Raises:
         ValueError: fewer than one thread.
     """
 
-    def __init__(self, transform: ImageTransform, tokenizer: Tokenizer | None, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        transform: ImageTransform,
+        tokenizer: Tokenizer | None,
+        num_threads: int | None = None,
+        fetch: Fetch | None = None,
+    ) -> None:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"stream.decode_threads={num_threads} must be at least 1, or null")
         self.transform = transform
         self.crop, self.normalize = transform.crop(), transform.normalize()
         self.tokenizer = copy.deepcopy(tokenizer)
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
+        self.fetch = fetch
         self._threads: ThreadPoolExecutor | None = None
 
     def pixels(self, encoded: Any, seed: int) -> Tensor | None:
         """(3, size, size) uint8 of an encoded image, None if there is none in it; the seed decides its augmentation."""
         try:
-            image = decode_image(encoded)
+            image = decode_image(encoded.result() if isinstance(encoded, Future) else encoded)
         except UndecodableImage:
             return None
         return self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
@@ -170,7 +186,8 @@ class Materializer:
         """`image` and, where there are captions, `text` as `PoolCollate` would make them, and which were undecodable.
 
         Args:
-            rows: `image`, a list of encoded images; `id` and `augmentation`, int64; `text`, a list of captions.
+            rows: `image`, a list of encoded images or of what `fetch` takes; `id` and `augmentation`, int64; `text`, a
+                list of captions.
             made: what earlier calls of the same step made, by id; this call adds to it, so that nothing is made twice.
         """
         ids = rows["id"].tolist()
@@ -178,7 +195,9 @@ class Materializer:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_threads, "decode")
         seeds = rows["augmentation"].tolist()
-        images = self._threads.map(self.pixels, (rows["image"][row] for row in new), (seeds[row] for row in new))
+        encoded = [rows["image"][row] for row in new]
+        encoded = encoded if self.fetch is None else self.fetch(encoded)
+        images = self._threads.map(self.pixels, encoded, (seeds[row] for row in new))
         captions = rows.get("text")
         texts = [None if captions is None or self.tokenizer is None else self.tokenizer(captions[row]) for row in new]
         made.update(zip([ids[row] for row in new], zip(images, texts, strict=True), strict=True))
@@ -193,6 +212,8 @@ class Materializer:
 
     def close(self) -> None:
         """End the threads; the next call starts new ones."""
+        if self.fetch is not None:
+            self.fetch.close()
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None

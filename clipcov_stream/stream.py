@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 from clipcov_stream.ahead import Ahead
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.objective import mix
+from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.remote import is_remote, read_remote
-from clipcov_stream.sidecar import Sidecar
+from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
@@ -78,12 +79,14 @@ class PairDataset(StreamingDataset):
         sidecar: a folder or URL that has the embedding columns instead of this one; see `sidecar.Sidecar`.
         deferred: leave images encoded and captions unread, for `ClipCov` to make survivors of them alone. A column of
             Streaming's `pil` encoding, which is not compressed, is read all the same.
+        range_reads: iterate the sidecar instead of the folder, and leave in place of images their spans, for the
+            loader to fetch survivors' alone; implies `deferred`. See `ranges`.
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
     Raises:
         ValueError: a folder without index.json, without samples, or without a column that is asked for; a sidecar of
-            another folder.
+            another folder; a folder that cannot be read by ranges.
     """
 
     def __init__(
@@ -98,12 +101,20 @@ class PairDataset(StreamingDataset):
         seed: int = 0,
         sidecar: str | None = None,
         deferred: bool = False,
+        range_reads: bool = False,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_folder(local, remote, split, kwargs.get("download_timeout", 60))
+        index = folder_index(local, remote, split, kwargs.get("download_timeout", 60))
+        where: dict[str, Any] = {"local": local, "remote": remote, "split": split}
+        self.source = None
+        if range_reads:
+            self.source = Source.of(index, local, remote, split, columns.image)
+            where = sidecar_of(self.source, sidecar, local, columns.image)
+            if where["remote"] is None:
+                kwargs.pop("cache_limit", None)  # Streaming would evict the sidecar itself
         try:
-            super().__init__(local=local, remote=remote, split=split, allow_unsafe_types=allow_unsafe_types, **kwargs)
+            super().__init__(**where, allow_unsafe_types=allow_unsafe_types, **kwargs)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
@@ -114,11 +125,11 @@ class PairDataset(StreamingDataset):
         self.tokenizer = tokenizer
         self.seed = seed
         self.sidecar = None
-        if sidecar is not None:
+        if sidecar is not None and not range_reads:
             folder = Path(self.streams[0].local)
             self.sidecar = Sidecar(sidecar, folder)
-            self.sidecar.check_source((folder / self.streams[0].split / "index.json").read_bytes())
-        self.deferred = deferred
+            self.sidecar.check_source(index)
+        self.deferred = deferred or range_reads
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
@@ -127,6 +138,8 @@ class PairDataset(StreamingDataset):
         if self.sidecar is not None:
             beside = self.sidecar.columns
             present |= {name: kind for name, kind in beside.items() if name in self.columns.embedding_names()}
+        if self.source is not None:
+            present[self.columns.image] = self.source.encoding
         for role, name in self.columns.names().items():
             if name not in present:
                 raise ValueError(
@@ -157,7 +170,8 @@ class PairDataset(StreamingDataset):
         seed = mix(self.seed, self.next_epoch, int(sample_id))
         tokenizer, caption = self.tokenizer, None if columns.caption is None else sample[columns.caption]
         if self.deferred:
-            item |= {"image": sample[columns.image], "augmentation": seed}
+            image = sample[columns.image] if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
+            item |= {"image": image, "augmentation": seed}
             if tokenizer is not None and caption is not None:
                 item["text"] = caption
         else:
@@ -183,33 +197,33 @@ class PairDataset(StreamingDataset):
         return item
 
 
-def check_folder(local: str | None, remote: str | None, split: str | None, timeout: float = 60) -> None:
-    """Raise ValueError unless the folder has an index.json.
+def folder_index(local: str | None, remote: str | None, split: str | None, timeout: float = 60) -> bytes:
+    """A folder's index.json.
 
     A remote folder is asked for it on every rank, so that all say what is wrong and none waits for another; but not
     where `local` has it already, because Streaming then works from that.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
     """
     if not local and not remote:
         raise ValueError("stream: neither local nor remote is set; stream.local names an MDS folder")
     key = "remote" if remote else "local"
     folder = os.path.join(remote or local or "", split or "").rstrip("/")
     index = f"{folder}/index.json"
-    if not is_remote(remote):
-        found = os.path.isfile(index)
-    elif local and os.path.isfile(os.path.join(local, split or "", "index.json")):
-        found = True
-    else:
-        try:
-            found = bool(read_remote(index, timeout))
-        except FileNotFoundError:
-            found = False
-        except OSError as error:
-            raise ValueError(f"stream.{key} {folder!r}: cannot read {index}: {error}") from error
-    if not found:
+    copy = os.path.join(local or "", split or "", "index.json")
+    is_here = not is_remote(remote) or bool(local and os.path.isfile(copy))
+    try:
+        if is_here:
+            return Path(copy if is_remote(remote) else index).read_bytes()
+        return read_remote(index, timeout)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(
             f"stream.{key} {folder!r} has no index.json (checked {index}); is it an MDS folder? tools/make_mds.py "
             "writes one"
-        )
+        ) from error
+    except OSError as error:
+        raise ValueError(f"stream.{key} {folder!r}: cannot read {index}: {error}") from error
 
 
 class PoolCollate:
@@ -302,6 +316,7 @@ def pool_loader(
     drop_last: bool = True,
     timeout: float = 0,
     decode_threads: int | None = None,
+    range_cache: int | str | None = None,
 ) -> PoolLoader:
     """Batches of `pool_size` samples of this rank.
 
@@ -309,9 +324,12 @@ def pool_loader(
         pool_size: must be the dataset's batch_size, or shards are assigned for other batches than are read.
         timeout: seconds after which a stuck worker is an error; 0 waits for ever.
         decode_threads: that decode a deferred pool's survivors; None is the number of CPUs, at most 8.
+        range_cache: bytes of images read by ranges that are kept on this machine's disk, a number or "20gb"; None keeps
+            none.
 
     Raises:
-        ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank.
+        ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank; a cache of
+            what is not fetched.
     """
     if dataset.batch_size != pool_size:
         raise ValueError(f"pool_size={pool_size} differs from the dataset's batch_size={dataset.batch_size}")
@@ -322,10 +340,15 @@ def pool_loader(
     workers: dict[str, Any] = {}
     if num_workers > 0:
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
-    transform, tokenizer = dataset.transform, dataset.tokenizer
+    transform, tokenizer, source = dataset.transform, dataset.tokenizer, dataset.source
+    if range_cache is not None and source is None:
+        raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")
+    ranges = None
+    if source is not None:
+        ranges = Ranges(source, timeout=dataset.streams[0].download_timeout, cache=source.cache(range_cache))
     return PoolLoader(
         dataset,
-        materialize=Materializer(transform, tokenizer, decode_threads) if dataset.deferred else None,
+        materialize=Materializer(transform, tokenizer, decode_threads, ranges) if dataset.deferred else None,
         batch_size=pool_size,
         num_workers=num_workers,
         collate_fn=PoolCollate(transform),
