@@ -22,7 +22,7 @@ from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import nn
+from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors
@@ -159,6 +159,8 @@ class ClipCov(Algorithm):
         self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
+        self.survivor_ids: Tensor | None = None
+        """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
         self._lags = Lags(lag_delay)
         self._group: Group = None
         self._asked, self._begun = 0.0, False
@@ -398,7 +400,7 @@ class ClipCov(Algorithm):
                 self.selection = with_lag(self.selection, self._lags.newest)
             self._pending.pop("selection", None)
         self._survivors, self._shares = prepared.survivors, prepared.shares
-        state.batch = prepared.batch
+        state.batch, self.survivor_ids = prepared.batch, prepared.ids
         figures = {
             **prepared.figures,
             "wait_ms": 1e3 * (time.perf_counter() - self._asked),

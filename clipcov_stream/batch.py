@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-NOT_TRAINED_ON = ("valid", "concepts", "image_embedding", "text_embedding")
-"""Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped. `id` stays, 8
-bytes per survivor: it says what the batch is made of, and `ledger.Ledger` records it."""
+NOT_TRAINED_ON = ("valid", "id", "concepts", "image_embedding", "text_embedding")
+"""Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 
 def check_ratio(name: str, value: float) -> None:

@@ -58,7 +58,8 @@ class GraphedSelect:
         all_reduce: AllReduce | None = None,
     ) -> Result:
         """Arguments, result and errors as of `select`."""
-        if self._failed or not (pool.image.is_cuda and plain(selector) is clipcov and all_reduce is None and alone()):
+        can = pool.image.is_cuda and plain(selector) is clipcov and all_reduce is None and pool.learner_image is None
+        if self._failed or not (can and alone()):
             return select(state, pool, num_survivors, selector, all_reduce)
         pool = replace(pool, ids=None, concepts=None)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
@@ -139,11 +140,11 @@ def with_values(state: SelectionState, values: Iterable[Tensor]) -> SelectionSta
 
 
 def inputs_of(state: SelectionState, pool: Pool) -> list[Tensor]:
-    """All that `select` reads; the logit scale as a tensor, written without a wait."""
-    scale = pool.logit_scale
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=pool.image.device)
-    valid = [] if pool.valid is None else [pool.valid]
+    """All that `select` reads, on the pool's device: a number on the CPU would be recorded, and not read again."""
+    scale, device = pool.logit_scale, pool.image.device
+    if not (isinstance(scale, Tensor) and scale.device == device):
+        scale = torch.full((), float(scale), dtype=torch.float32, device=device)  # written without a wait
+    valid = [] if pool.valid is None else [pool.valid.to(device)]
     return [*of_state(state), pool.image, pool.text, scale, *valid]
 
 

@@ -103,7 +103,7 @@ def herd(
             size,
             start,
             BLOCK=block,
-            num_warps=warps(block, 256),
+            num_warps=warps(block, 128),
         )
         if start + size < num_survivors:
             blocks = -(-num // TILE)

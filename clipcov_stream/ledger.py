@@ -45,7 +45,7 @@ class Ledger(Callback):
 
     Raises:
         ValueError: at the start of training, a folder that holds another run's ledger, or one that ends before the
-            step that training resumes from; and batches without `id`.
+            step that training resumes from; and pools without `id`.
     """
 
     def __init__(self, folder: str, **about: str | float | None) -> None:
@@ -90,12 +90,13 @@ class Ledger(Callback):
         self._file = self.path.open("ab", buffering=0)
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Take the ids out of the batch, which holds the survivors: algorithms run before callbacks."""
-        if "id" not in state.batch:
+        """Note what this step trains on: algorithms run before callbacks, so the survivors are chosen."""
+        found = [getattr(algorithm, "survivor_ids", None) for algorithm in state.algorithms]
+        ids = next((ids for ids in found if ids is not None), state.batch.get("id"))
+        if ids is None:
             raise ValueError(f"a ledger needs the samples' 'id' in the batch, which has {sorted(state.batch)}")
-        # Here the batch is still on the CPU: nothing waits for a GPU.
-        self._ids = np.asarray(torch.as_tensor(state.batch["id"]).cpu(), ID)
-        state.batch = {key: value for key, value in state.batch.items() if key != "id"}
+        # Here they are still on the CPU: nothing waits for a GPU.
+        self._ids = np.asarray(torch.as_tensor(ids).cpu(), ID)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._file is None or self._ids is None:

@@ -55,6 +55,7 @@ class Prepared:
     Args:
         step: number of the step.
         batch: this rank's survivors.
+        ids: theirs, where the pool has ids.
         pool_size: per rank.
         num_invalid: samples that could not be used, of this rank's pool or, with scope="global", of all ranks'.
         selection: the state after selection; None if the step did not select.
@@ -65,6 +66,7 @@ class Prepared:
 
     step: int
     batch: dict[str, Any]
+    ids: Tensor | None
     pool_size: int
     num_invalid: int
     selection: SelectionState | None
@@ -180,9 +182,9 @@ class Preparation:
         figures = dict(chosen.figures or {})
         if embed_ms is not None:
             figures["embed_ms"] = embed_ms()
-        return Prepared(
-            ticket.step, rows, pool_size, chosen.num_invalid, chosen.selection, chosen.survivors, shares, figures
-        )
+        ids = rows.pop("id", None)
+        left = (chosen.num_invalid, chosen.selection, chosen.survivors)
+        return Prepared(ticket.step, rows, ids, pool_size, *left, shares, figures)
 
     def _at_random(self, valid: Tensor, num_chosen: int, step: int) -> Chosen:
         rank = dist.get_global_rank() if self.scope == "local" else 0
@@ -213,8 +215,8 @@ class Preparation:
     ) -> tuple[dict[str, Any], Shares | None]:
         """This rank's survivors' rows, still encoded where the pool is, and who trains which."""
         rows = trained_on(batch)
-        if self._encoded(batch):
-            rows |= {key: batch[key] for key in ("id", "augmentation")}
+        if "id" in batch:
+            rows["id"] = batch["id"]
         if placement is None:
             return {key: rows_of(value, index) for key, value in rows.items()}, None
         origin = placement.origin.index_select(0, index.to(placement.origin.device))

@@ -55,7 +55,7 @@ def test_survivors_alone_are_trained_on_and_counted(tmp_path: Path, corpus: Path
     trainer, recorder, memory = trainer_of(tmp_path, recipe(corpus))
     trainer.fit()
     assert [len(batch) for batch in recorder.batches] == [8] * 6
-    assert recorder.keys == {"id", "image", "text"}
+    assert recorder.keys == {"image", "text"}
     assert values(memory, "selection/samples_streamed") == [32 * n for n in range(1, 7)]
     assert values(memory, "selection/samples_seen") == [8 * n for n in range(1, 7)]
     assert set(values(memory, "selection/filter_ratio")) == {0.75}
@@ -535,7 +535,7 @@ def test_every_selector_trains(tmp_path: Path, corpus: Path, selector: str) -> N
         tree["stream"]["columns"] = {"concepts": "class_id"}
     trainer, recorder, memory = run(tmp_path, tree)
     assert [len(batch) for batch in recorder.batches] == [8] * 7
-    assert recorder.keys == {"id", "image", "text"}
+    assert recorder.keys == {"image", "text"}
     assert len(memory.data.get("selection/residual", [])) == (0 if selector == "random" else 5)
     selection = algorithm_of(trainer).selection
     own = {} if selection is None else selection.own

@@ -1,5 +1,9 @@
 """The picks' Triton kernels against the loop that needs no Triton: on a GPU, or on the CPU by Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,3 +97,44 @@ def test_picks_use_the_kernels_where_they_run(monkeypatch):
     assert float(picks.slack) >= 0
     # One by one is exact, by the loop.
     assert herding.picks(1).index.tolist() == herding._picks(1)[0].tolist()
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """Down to machine code for one, which needs none; within the shared memory of a block."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from clipcov_stream import kernels
+
+POINTERS = dict(image="*fp16", text="*fp16", along="*fp32", gain="*fp32", found="*fp32", change="*fp32")
+POINTERS |= dict(left="*i8", place="*i32", index="*i64")
+for function, sizes, warps in (
+    (kernels.near_kernel, dict(BLOCK=32768, SLICE=16384), 32),
+    (kernels.table_kernel, dict(WIDTH=1024, TILE=64, STEP=64), 4),
+    (kernels.pick_kernel, dict(BLOCK=1024), 4),
+    (kernels.update_kernel, dict(ROWS=64, PICKS=128, STEP=64), 4),
+):
+    kinds = {name: POINTERS.get(name, "fp32" if name == "coverage" else "i32") for name in function.arg_names}
+    kinds |= dict.fromkeys(sizes, "constexpr")
+    even = [number for number, name in enumerate(function.arg_names) if name not in sizes and name != "coverage"]
+    source = ASTSource(
+        fn=function, signature=kinds, constexprs=sizes, attrs={(number,): [["tt.divisibility", 16]] for number in even}
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert compiled.metadata.shared <= 232448, (function, compiled.metadata.shared)
+print("compiled")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    # A newer Triton takes other arguments here; what matters there is the test on a GPU.
+    if "ASTSource" in done.stderr or "GPUTarget" in done.stderr:
+        pytest.skip(f"Triton {triton_version()} compiles by other arguments")
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
+def triton_version():
+    import triton
+
+    return triton.__version__

@@ -161,17 +161,18 @@ def run(
     torch.manual_seed(0)
     loader = stream_of(variant, where, args, size, getattr(towers, "context_length", 77))
     ahead = args.run_ahead if variant == AHEAD else 0
-    algorithms = []
-    if variant != IDEAL:
+    if variant == IDEAL:
+        selection = ClipCov(0.0, selector="random")  # trains on all that it gets
+    else:
         ratio = 1 - args.survivors / args.pool
-        algorithms = [ClipCov(ratio, embed="columns", warmup="0ba", run_ahead=ahead, lag_delay=args.run_ahead)]
+        selection = ClipCov(ratio, embed="columns", warmup="0ba", run_ahead=ahead, lag_delay=args.run_ahead)
     steps = Steps()
     trainer = Trainer(
         model=ClipModel(towers, num_survivors=args.survivors),
         train_dataloader=loader,
         optimizers=torch.optim.SGD(towers.parameters(), lr=1e-3),
         max_duration=f"{args.warmup + args.steps}ba",
-        algorithms=algorithms,
+        algorithms=[selection],
         callbacks=[steps],
         device="cpu",
         device_train_microbatch_size=args.survivors,
