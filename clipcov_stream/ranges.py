@@ -220,6 +220,9 @@ class Ranges:
 
     Raises:
         ValueError: a URL whose ranges nothing here can read.
+
+    Attributes:
+        num_bytes: read so far, from the store or from disk, but for what the cache had.
     """
 
     def __init__(
@@ -227,6 +230,8 @@ class Ranges:
     ) -> None:
         self.source, self.cache, self.connections = source, cache, connections
         self.reader = None if source.remote is None else RangeReader(source.remote, connections, timeout)
+        self.num_bytes = 0
+        self._counting = threading.Lock()
         self._pauses = random.Random()  # of its own: training's generators stay as they are
         self._closing = threading.Event()
         self._threads: ThreadPoolExecutor | None = None
@@ -256,6 +261,8 @@ class Ranges:
             for span in request.spans:
                 images[span].set_exception(error)
             return
+        with self._counting:
+            self.num_bytes += len(data)
         found = {}
         for span in request.spans:
             at = span.offset - request.begin
@@ -324,3 +331,5 @@ class Ranges:
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
+        if self.cache is not None:
+            self.cache.close()

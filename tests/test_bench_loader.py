@@ -23,8 +23,9 @@ def test_every_variant_runs_from_disk_and_from_the_store(tmp_path, capsys, monke
     found = {(row["source"], row["variant"]): row for row in result["rows"]}
     for source in ("disk", "S3"):
         assert {variant for of, variant in found if of == source} == set(bench_loader.VARIANTS)
-        # Five candidates for every survivor are fetched, where they are not curated.
-        for variant in bench_loader.VARIANTS[1:]:
+        # Five candidates for every survivor are fetched, where they are not curated and shards are fetched whole.
+        assert found[source, bench_loader.RANGES]["bytes"] < found[source, bench_loader.AHEAD]["bytes"]
+        for variant in bench_loader.VARIANTS[1:-1]:
             assert 3 < found[source, variant]["bytes"] / found[source, bench_loader.IDEAL]["bytes"] < 6
     assert all(0 < row["wait_share"] < 1 and row["survivors_per_s"] > 0 for row in result["rows"])
     assert {row["variant"] for row in result["rows"] if row["source"] == "train"} == set(bench_loader.VARIANTS[2:4])

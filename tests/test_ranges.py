@@ -272,6 +272,7 @@ def test_what_was_fetched_is_not_fetched_again(tmp_path: Path, folder: Path, buc
     assert asked(range(60)) == 0
     cache = source.cache(10**6)
     assert cache is not None and cache.num_bytes() == sum(map(len, images[:60]))
+    cache.close()
     assert [path.name for path in (tmp_path / "local").iterdir()] == [cache.path.name]
 
 

@@ -10,10 +10,12 @@ run, in the real Trainer on a model that costs next to nothing, so that data is 
     decode all       every candidate is decoded, cropped and tokenized, then selected on embedding columns
     deferred         candidates travel as bytes and captions; survivors alone are decoded and tokenized
     deferred, ahead  the same, selected and made ready in a thread of its own, up to --run-ahead pools early
+    range reads      as the last, from a sidecar of captions and embeddings; survivors' images come by byte ranges
 
-Shards are fetched whole in all four. The store is moto's S3 server in a process of its own, on loopback, each answer
-held back by --latency. Every variant streams the same pools, --turns times in turn, from an empty cache where it is the
-store's. `train` repeats the last two with the quickstart's model: the share of a step that the Trainer waits for data.
+Shards are fetched whole in all but the last. The store is moto's S3 server in a process of its own, on loopback, each
+answer held back by --latency. Every variant streams the same pools, --turns times in turn, from an empty cache where it
+is the store's. `train` repeats the two deferred ones with the quickstart's model: the share of a step that the Trainer
+waits for data.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -21,6 +23,7 @@ Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import multiprocessing
@@ -48,6 +51,7 @@ import torch.nn.functional as F
 from composer import Callback, Trainer
 from PIL import Image
 from streaming import MDSWriter
+from subset_folder import PairFolder, VerbatimWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -55,11 +59,14 @@ from clipcov_stream import ClipCov
 from clipcov_stream.config import load_config
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClipModel, build_towers
+from clipcov_stream.ranges import Ranges
+from clipcov_stream.sidecar import EMBEDDER_FILE, SPAN_COLUMN
 from clipcov_stream.stream import Columns, PairDataset, pool_loader
 
 ROOT = Path(__file__).resolve().parent.parent
 IDEAL, ALL, DEFERRED, AHEAD = "ideal", "decode all", "deferred", "deferred, ahead"
-VARIANTS = (IDEAL, ALL, DEFERRED, AHEAD)
+RANGES = "range reads"
+VARIANTS = (IDEAL, ALL, DEFERRED, AHEAD, RANGES)
 DISTINCT = 640
 """Images drawn; a folder repeats them, under captions of their own."""
 
@@ -93,6 +100,20 @@ def write_folder(folder: Path, images: list[bytes], num: int, dim: int) -> None:
             caption = f"a picture of thing number {concept}, taken on day {number} of the journey"
             image = images[number % len(images)]
             writer.write({"image": image, "caption": caption, "image_embedding": rows[0], "text_embedding": rows[1]})
+
+
+def write_sidecar(folder: Path, source: Path) -> None:
+    """What tools/embed_mds.py --sidecar would write of a folder with embeddings, in one shard: pools are in order."""
+    pairs = PairFolder(str(source))
+    columns = {name: kind for name, kind in pairs.columns.items() if name != "image"} | {SPAN_COLUMN: "ndarray:int64:3"}
+    with VerbatimWriter(columns=columns, out=str(folder), size_limit=None) as writer:
+        for number in range(len(pairs.shard_sizes)):
+            spans = pairs.spans_of(number, "image")
+            assert spans is not None
+            for sample, span in zip(pairs.samples_of(number), spans, strict=True):
+                writer.write({**sample, SPAN_COLUMN: span.tobytes()})
+    index = hashlib.sha1((source / "index.json").read_bytes()).hexdigest()
+    (folder / EMBEDDER_FILE).write_text(json.dumps({"sidecar": True, "source_index_sha1": index}), encoding="utf-8")
 
 
 class CheapTowers(nn.Module):
@@ -140,6 +161,7 @@ def stream_of(variant: str, where: dict[str, str], args: argparse.Namespace, siz
         batch_size=batch,
         shuffle=False,
         deferred=variant in (DEFERRED, AHEAD),
+        range_reads=variant == RANGES,
     )
     return pool_loader(dataset, batch, args.num_workers)
 
@@ -160,7 +182,7 @@ def run(
     """Survivors per second over the timed steps, and the share of them that the Trainer waited for data."""
     torch.manual_seed(0)
     loader = stream_of(variant, where, args, size, getattr(towers, "context_length", 77))
-    ahead = args.run_ahead if variant == AHEAD else 0
+    ahead = args.run_ahead if variant in (AHEAD, RANGES) else 0
     if variant == IDEAL:
         selection = ClipCov(0.0, selector="random")  # trains on all that it gets
     else:
@@ -188,7 +210,10 @@ def run(
     first = args.warmup - 1
     took = steps.ended[-1] - steps.ended[first]
     waited = sum(r - e for r, e in zip(steps.ready[first + 1 :], steps.ended[first:-1], strict=True))
-    return {"survivors_per_s": args.steps * args.survivors / took, "wait_share": waited / took}
+    figures = {"survivors_per_s": args.steps * args.survivors / took, "wait_share": waited / took}
+    if loader.materialize is not None and isinstance(ranges := loader.materialize.fetch, Ranges):
+        figures["bytes"] = ranges.num_bytes + shard_bytes(Path(where["sidecar"]))
+    return figures
 
 
 def serve_store(pipe: Any, folders: dict[str, str], latency: float) -> None:
@@ -239,6 +264,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     folders = {"stream": scratch / "stream", "curated": scratch / "curated"}
     write_folder(folders["stream"], images, args.pool * num_steps, args.dim)
     write_folder(folders["curated"], images, args.survivors * num_steps, args.dim)
+    folders["sidecar"] = scratch / "sidecar"
+    write_sidecar(folders["sidecar"], folders["stream"])
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
 
     def note(source: str, variant: str, figures: dict[str, float]) -> None:
@@ -249,13 +276,15 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     for _ in range(args.turns):
         for variant in VARIANTS:
             folder = folders["curated" if variant == IDEAL else "stream"]
-            figures = run(variant, {"local": str(folder)}, args, cheap(), args.image_size)
-            note("disk", variant, {**figures, "bytes": shard_bytes(folder)})
+            where = {"local": str(folder)} | ({"sidecar": str(folders["sidecar"])} if variant == RANGES else {})
+            figures = run(variant, where, args, cheap(), args.image_size)
+            note("disk", variant, {"bytes": shard_bytes(folder), **figures})
     with store(folders, args.latency) as (urls, pipe):
         for turn in range(args.turns):
             for variant in VARIANTS:
                 cache = scratch / f"cache{turn}{VARIANTS.index(variant)}"
                 where = {"remote": urls["curated" if variant == IDEAL else "stream"], "local": str(cache)}
+                where |= {"sidecar": urls["sidecar"]} if variant == RANGES else {}
                 figures = run(variant, where, args, cheap(), args.image_size)
                 pipe.send("bytes")
                 note("S3", variant, {**figures, "bytes": pipe.recv()})
