@@ -36,7 +36,7 @@ from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 CONNECTIONS = 16
 ATTEMPTS = 6
 FIRST_PAUSE = 0.25
-"""Seconds before the second attempt; twice as many before each later one, 8 s in all."""
+"""Seconds before the second attempt; twice as many before each later one, at most 8 s in all."""
 MAX_GAP = 1 << 18
 """Bytes: about what a connection brings in the time that a request of its own would wait for its answer."""
 MAX_WASTE = 0.25
@@ -124,10 +124,12 @@ class Source:
         """From what a stream's section says.
 
         Raises:
-            ValueError: compressed shards, or no column of that name.
+            ValueError: no shards, compressed ones, or no column of that name.
         """
         shards = json.loads(index)["shards"]
         where = remote or local
+        if not shards:
+            raise ValueError(f"stream {where!r} is an MDS folder without samples")
         kinds = {shard["compression"] for shard in shards} - {None}
         if kinds:
             raise ValueError(

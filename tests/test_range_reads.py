@@ -171,6 +171,12 @@ def test_what_cannot_be_read_by_ranges_is_refused(
         trainer_of(tmp_path, tree_of(embedded, **{"selection": selection, **stream}))
 
 
+def test_an_empty_folder_is_refused(tmp_path: Path, embedded: Path) -> None:
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(ValueError, match=r"is an MDS folder without samples"):
+        trainer_of(tmp_path, tree_of(embedded, local=str(tmp_path)))
+
+
 def test_compressed_shards_and_sidecars_without_spans_or_of_others_are_refused(
     tmp_path: Path, corpus: Path, embedded: Path
 ) -> None:
