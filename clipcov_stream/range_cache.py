@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock
+
 Result = TypeVar("Result")
 Key = tuple[int, int, int]
 """Shard number, offset and length."""
@@ -114,7 +116,8 @@ class RangeCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
             self._process = os.getpid()
-            self._file.executescript(TABLES)
+            with FileLock(f"{self.path}.lock"):  # SQLite does not wait while another process makes the file
+                self._file.executescript(TABLES)
         return self._file
 
     def close(self) -> None:

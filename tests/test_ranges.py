@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 from subset_folder import PairFolder
 from test_embed_mds import in_shards
 
+from clipcov_stream import range_cache as range_cache_module
 from clipcov_stream import ranges as ranges_module
 from clipcov_stream.range_cache import RangeCache
 from clipcov_stream.ranges import Ranges, Source, Span, coalesce
@@ -273,7 +278,7 @@ def test_what_was_fetched_is_not_fetched_again(tmp_path: Path, folder: Path, buc
     cache = source.cache(10**6)
     assert cache is not None and cache.num_bytes() == sum(map(len, images[:60]))
     cache.close()
-    assert [path.name for path in (tmp_path / "local").iterdir()] == [cache.path.name]
+    assert {path.name for path in (tmp_path / "local").iterdir()} <= {cache.path.name, f"{cache.path.name}.lock"}
 
 
 @settings(max_examples=30, deadline=None)  # it writes files
@@ -299,23 +304,55 @@ def test_the_cache_keeps_what_was_used_last_and_no_more_than_its_limit(
         assert cache.num_bytes() == sum(kept) <= limit
 
 
-def test_several_runs_and_their_threads_share_a_cache(tmp_path: Path) -> None:
-    caches = [RangeCache(tmp_path / "images.sqlite", 3000) for _ in range(2)]
+USER = """
+import importlib.util, os, random, sys, time, warnings
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("range_cache", sys.argv[1])  # without all that the package imports
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+warnings.simplefilter("error")
+seed, begin = int(sys.argv[3]), float(sys.argv[4])
+rng, cache = random.Random(seed), module.RangeCache(Path(sys.argv[2]), 200_000)
+time.sleep(max(0, begin - time.time()))
+for turn in range(150):
+    key = (0, rng.randrange(100), 3000)
+    data = bytes([key[1]]) * 3000
+    assert cache.get([key]) in ({}, {key: data})
+    cache.put({key: data})
+    if seed == 0 and turn == 60:
+        os.kill(os.getpid(), 9)
+"""
 
-    def work(cache: RangeCache, seed: int) -> None:
+
+def test_processes_share_a_cache_though_one_is_killed(tmp_path: Path) -> None:
+    path, module = tmp_path / "images.sqlite", range_cache_module.__file__
+    begin = str(time.time() + 1)  # all at once, when there is no file yet
+    commands = [[sys.executable, "-c", USER, module, str(path), str(seed), begin] for seed in range(5)]
+    users = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [user.communicate(timeout=100)[1] for user in users]
+    assert [user.returncode for user in users] == [-signal.SIGKILL, 0, 0, 0, 0], errors
+    cache = RangeCache(path, 200_000)
+    keys = [(0, number, 3000) for number in range(100)]
+    kept = cache.get(keys)
+    assert cache.num_bytes() == 3000 * len(kept) == 198_000
+    assert all(data == bytes([key[1]]) * 3000 for key, data in kept.items())
+    cache.close()
+
+
+def test_threads_share_a_cache(tmp_path: Path) -> None:
+    cache = RangeCache(tmp_path / "images.sqlite", 3000)
+
+    def work(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(60):
+        for _ in range(40):
             key = (0, rng.randrange(40), 100)
-            found = cache.get([key])
-            assert found in ({}, {key: bytes([key[1]]) * 100})
+            assert cache.get([key]) in ({}, {key: bytes([key[1]]) * 100})
             cache.put({key: bytes([key[1]]) * 100})
 
-    threads = [threading.Thread(target=work, args=(caches[seed % 2], seed)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert caches[0].num_bytes() == caches[1].num_bytes() == 3000 and not any(cache.broken for cache in caches)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert cache.num_bytes() == 3000 and not cache.broken
+    cache.close()
 
 
 def test_a_cache_that_cannot_be_used_is_a_warning(tmp_path: Path) -> None:
