@@ -43,6 +43,7 @@ class Ahead(Generic[Item, Note, Result]):
         ticket: number of items ahead of the one asked for -> what `work` is told of the consumer, who makes it in its
             own thread; None if that item will not be needed.
         work: of an item and its ticket, in the thread.
+        all_have: whether every rank's thread has an item, where they work together: if one has none, all end.
         finishes: whether a thread that is stopped still works on all items it has tickets for, because other ranks'
             threads wait for it to.
 
@@ -56,6 +57,7 @@ class Ahead(Generic[Item, Note, Result]):
         ticket: Callable[[int], Note | None],
         work: Callable[[Item, Note], Result],
         finishes: bool = False,
+        all_have: Callable[[bool], bool] | None = None,
     ) -> None:
         self.depth, self.ticket, self.finishes = depth, ticket, finishes
         self.tickets: SimpleQueue[Any] = SimpleQueue()
@@ -65,7 +67,7 @@ class Ahead(Generic[Item, Note, Result]):
         # Not a method: a thread that holds its owner would keep it from being collected.
         self.thread = threading.Thread(
             target=run,
-            args=(items, work, self.tickets, self.results, self.stopping, here()),
+            args=(items, work, all_have, self.tickets, self.results, self.stopping, here()),
             name="ahead",
             daemon=True,
         )
@@ -104,6 +106,7 @@ def here() -> tuple[int, int | None]:
 def run(
     items: Iterator[Any],
     work: Callable[[Any, Any], Any],
+    all_have: Callable[[bool], bool] | None,
     tickets: SimpleQueue[Any],
     results: SimpleQueue[Any],
     stopping: threading.Event,
@@ -117,9 +120,14 @@ def run(
             torch.cuda.set_device(cuda_device)
         while not isinstance(note := tickets.get(), End) and not stopping.is_set():
             item = next(items, End)
-            if item is End or stopping.is_set():
+            has = item is not End
+            if not (has if all_have is None else all_have(has)) or stopping.is_set():
                 break
-            results.put(work(item, note))
+            try:
+                result = work(item, note)
+            except StopIteration as error:  # in the consumer it would end the epoch
+                raise RuntimeError(f"{getattr(work, '__name__', work)} raised StopIteration") from error
+            results.put(result)
         results.put(End())
     except BaseException as error:  # it is raised in the consumer's thread
         results.put(Failure(error))

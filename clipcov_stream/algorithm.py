@@ -34,7 +34,7 @@ from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, with_learner
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
-from clipcov_stream.ranks import SCOPES, Group, Shares, own_group, sum_over_ranks
+from clipcov_stream.ranks import SCOPES, Group, Shares, on_all_ranks, own_group, sum_over_ranks
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import learn, reads_lag, resolve
 
@@ -79,7 +79,8 @@ class ClipCov(Algorithm):
         lag_delay: steps that a lag waits before selection reads it, at least `run_ahead` if learnability is above 0.
             Unlike that one it changes survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
-            stops once they exceed it by more than three standard errors, so that a bad start is no reason to.
+            stops once they exceed it by more than three standard errors, so that a bad start is no reason to. Of pools
+            that travel encoded, undecodable images are found, and counted, among those chosen alone.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 
@@ -159,6 +160,8 @@ class ClipCov(Algorithm):
         self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
+        self.dist_timeout: float | None = None
+        """Seconds that run-ahead's threads wait for those of other ranks; None is PyTorch's default."""
         self.survivor_ids: Tensor | None = None
         """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
         self._lags = Lags(lag_delay)
@@ -324,7 +327,7 @@ class ClipCov(Algorithm):
             )
         check_foreseen(self.warmup, state.max_duration, self.run_ahead)
         if self._group is None:
-            self._group = own_group()
+            self._group = own_group(self.dist_timeout)
         loader.run_ahead = partial(self._ahead, state)
 
     def _ahead(self, state: State, pools: Iterator[Any], num_yielded: int) -> Ahead[Any, Ticket, ReadyPool] | None:
@@ -345,7 +348,9 @@ class ClipCov(Algorithm):
             before = before if prepared.selection is None else prepared.selection
             return ReadyPool(batch["id"], prepared)
 
-        return Ahead(pools, self.run_ahead, partial(self._ticket, state), work, finishes=dist.get_world_size() > 1)
+        together = None if self._group is None else partial(on_all_ranks, group=self._group)
+        ticket = partial(self._ticket, state)
+        return Ahead(pools, self.run_ahead, ticket, work, finishes=together is not None, all_have=together)
 
     def _ticket(self, state: State, ahead: int) -> Ticket | None:
         """Of the step that comes `ahead` steps after the next one; None if training ends before."""

@@ -77,14 +77,19 @@ def block_rows(rows: Tensor, width: int) -> int:
 def hide_own(table: Tensor, start: int, index: Tensor, value: float) -> None:
     """Write `value` where a row of the block from `start` on meets itself among the references, in place."""
     if table.is_cuda:  # compiled together with what follows it
-        row = torch.arange(start, start + len(table), device=index.device)
-        table.masked_fill_(row[:, None] == index, value)
+        hide_by_mask(table, start, index, value)
         return
     row = index - start
     inside = (row >= 0) & (row < len(table))
     row = row.clamp(0, len(table) - 1)
     column = torch.arange(len(index), device=index.device)
     table[row, column] = torch.where(inside, value, table[row, column])
+
+
+def hide_by_mask(table: Tensor, start: int, index: Tensor, value: float) -> None:
+    """`hide_own`, in a form that a compiler makes part of the next pass."""
+    row = torch.arange(start, start + len(table), device=index.device)
+    table.masked_fill_(row[:, None] == index, value)
 
 
 @fused
@@ -102,11 +107,16 @@ def beside(
     return table, (total.log() + top_logit.squeeze(1) + shift).nan_to_num(neginf=0.0)
 
 
+def num_by_mask(table: Tensor, threshold: Tensor) -> Tensor:
+    """`num_reaching`, as one pass that writes nothing but the numbers."""
+    return (table >= threshold[:, None]).sum(1).to(table.dtype)
+
+
 @fused
 def num_reaching(table: Tensor, threshold: Tensor) -> Tensor:
     """How many of a row's numbers reach the row's threshold; overwrites the table on a CPU."""
     if table.is_cuda:
-        return (table >= threshold[:, None]).sum(1).to(table.dtype)
+        return num_by_mask(table, threshold)
     # Counted in float, which is faster than bool.
     return torch.ge(table, threshold[:, None], out=table) @ torch.ones_like(table[0])
 

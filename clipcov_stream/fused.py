@@ -37,7 +37,8 @@ def fused(function: Function) -> Function:
         try:
             return compiled[0](first, *rest)
         except Exception as error:  # compilers fail in ways of their own
-            if compiled[0] is function:
+            passing = isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing()
+            if compiled[0] is function or passing:
                 raise
             reason = str(error).strip().split("\n", 1)[0]
             warnings.warn(f"{function.__name__} runs uncompiled, and slower: {reason}", stacklevel=2)

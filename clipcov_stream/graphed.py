@@ -37,7 +37,7 @@ class GraphedSelect:
     nothing to sum over ranks.
 
     Everything else, and the first WARMUP pools of any one size, goes to `select` itself. If recording fails it warns
-    once and leaves it at that. Numbers are those of `select` bit for bit: the same kernels on the same values.
+    once and leaves it at that. Its kernels and their order are those of `select`.
 
     Costs: beside `select`, a copy of the pool's embeddings and of the state each way; memory for one recording, which
     keeps what `select` allocates, some four times the embeddings.
@@ -63,7 +63,8 @@ class GraphedSelect:
             return select(state, pool, num_survivors, selector, all_reduce)
         pool = replace(pool, ids=None, concepts=None)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
-        key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), *layouts)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), autocast, *layouts)
         if key != self._key:
             self._key, self._calls, self._recording = key, 0, None
         self._calls += 1
@@ -107,7 +108,8 @@ class Recording:
         own_state, own_pool = with_inputs(state, pool, inputs)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # Only this thread's calls: a loader's thread may pin memory meanwhile, which the stricter mode forbids it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             after, survivors, report = select(own_state, own_pool, num_survivors)
             figures = torch.stack([value.float() for value in report.values()])
         return cls(graph, inputs, after, survivors, tuple(report), figures)

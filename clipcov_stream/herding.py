@@ -29,7 +29,7 @@ tools/LOG.md."""
 LOOKS = 16
 NEAR_OF_LOOKS = 2
 """On a GPU a look at the whole pool is a chain of launches, and a pick takes as long as reading a row does: at most so
-many looks for all picks, then, and picks among NEAR_OF_LOOKS times as many; measured in tools/LOG.md."""
+many looks for all picks, then, and picks among NEAR_OF_LOOKS times as many (tools/LOG.md, 2026-11-27)."""
 
 
 def top(score: Float[Tensor, " pool"], num: int) -> Int64[Tensor, " num"]:

@@ -20,7 +20,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -92,9 +92,10 @@ class Ledger(Callback):
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Note what this step trains on: algorithms run before callbacks, so the survivors are chosen."""
         found = [getattr(algorithm, "survivor_ids", None) for algorithm in state.algorithms]
-        ids = next((ids for ids in found if ids is not None), state.batch.get("id"))
+        batch = state.batch if isinstance(state.batch, Mapping) else {}
+        ids = next((ids for ids in found if ids is not None), batch.get("id"))
         if ids is None:
-            raise ValueError(f"a ledger needs the samples' 'id' in the batch, which has {sorted(state.batch)}")
+            raise ValueError(f"a ledger needs the samples' 'id' in the batch, a dict, which has {sorted(batch)}")
         # Here they are still on the CPU: nothing waits for a GPU.
         self._ids = np.asarray(torch.as_tensor(ids).cpu(), ID)
 
@@ -175,8 +176,7 @@ def read_file(path: Path) -> Record:
     end = found[-1][2] if found else start
     largest = max((len(ids) for _, ids, _ in found), default=0)
     torn = len(data) - end
-    if found and torn > 2 * (BLOCK.size + ID.itemsize * largest):
-        raise ValueError(f"{path} is damaged at byte {end}: {torn} bytes follow, more than one step can leave torn")
+    check_torn(path, end, torn, largest or header.get("pool_size"))
     step = [np.full(len(ids), number, np.int64) for number, ids, _ in found]
     sample = [ids.astype(np.int64) for _, ids, _ in found]
     empty = np.zeros(0, np.int64)
@@ -206,14 +206,22 @@ def blocks(data: bytes, start: int) -> Iterator[tuple[int, np.ndarray, int]]:
 
 def rewind(path: Path, step: int) -> int:
     """Cut a file off after the last whole block before `step`; returns that block's step, or -1."""
-    _, end = read_header(path)
-    last = -1
-    for number, _, after in blocks(path.read_bytes(), end):
+    header, end = read_header(path)
+    data, last, largest = path.read_bytes(), -1, 0
+    for number, ids, after in blocks(data, end):
         if number >= step:
             break
-        last, end = number, after
+        last, end, largest = number, after, max(largest, len(ids))
+    else:
+        check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
     os.truncate(path, end)
     return last
+
+
+def check_torn(path: Path, end: int, torn: int, samples: int | None) -> None:
+    """Raise ValueError if more bytes follow the last whole block than one of so many samples can leave torn."""
+    if samples is not None and torn > 2 * (BLOCK.size + ID.itemsize * samples):
+        raise ValueError(f"{path} is damaged at byte {end}: {torn} bytes follow, more than one step can leave torn")
 
 
 def header_of(state: State) -> dict[str, Any]:

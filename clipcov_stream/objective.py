@@ -264,14 +264,15 @@ def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "
     root = cholesky(cov, ridge)
     inverse = torch.linalg.solve_triangular(root, torch.eye(len(cov), dtype=cov.dtype, device=cov.device), upper=False)
     # tr(W cov W^T), the mean of |W (x - mean)|^2 over the stream.
-    size = ((inverse @ cov) * inverse).sum().clamp_min(0).sqrt().clamp_min(1e-6)
-    return inverse / size
+    size = ((inverse @ cov) * inverse).sum().clamp_min(0).sqrt()
+    return inverse / torch.where(size > 1e-6, size, 1.0)
 
 
 def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
-    """Lower factor of cov + ridge * mean variance * I; defined for a zero matrix too."""
+    """Lower factor of cov + ridge * mean variance * I; of ridge * I where there is no variance yet."""
     eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    spread = cov.diagonal().mean().clamp_min(1e-12)
+    spread = cov.diagonal().mean()
+    spread = torch.where(spread > 1e-12, spread, 1.0)
     # cholesky_ex does not read its status back from the device; the ridge makes the matrix positive definite.
     return torch.linalg.cholesky_ex(cov + ridge * spread * eye).L
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,13 +57,26 @@ def gathered(rows: Tensor, group: Group = None) -> Tensor:
     return Gathering(rows, group).wait()
 
 
-def own_group() -> Group:
+def own_group(timeout: float | None = None) -> Group:
     """A process group for a thread of its own, whose collectives may not mix with the training thread's.
+
+    Args:
+        timeout: seconds that a rank waits for the others; None is PyTorch's default.
 
     It is gloo's, on GPUs too: NCCL deadlocks if two groups' collectives start in different orders on two GPUs. Every
     rank must call this; None if there is but one.
     """
-    return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    if dist.get_world_size() == 1:
+        return None
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    return torch.distributed.new_group(backend="gloo", timeout=limit)
+
+
+def on_all_ranks(flag: bool, group: Group = None) -> bool:
+    """Whether a flag is set on every rank; each must ask."""
+    count = torch.tensor([int(flag)])
+    sum_over_ranks(count, group)
+    return int(count) == dist.get_world_size()
 
 
 def sum_over_ranks(tensor: Tensor, group: Group = None) -> None:

@@ -55,6 +55,8 @@ class Sidecar:
             index = self._small_file("index.json")
             self.record: dict[str, Any] = json.loads(self._small_file(EMBEDDER_FILE))
             shards = json.loads(index)["shards"]
+            if not shards:
+                raise ValueError("it has no samples")
             if not self.record.get("sidecar"):
                 raise ValueError(f"{EMBEDDER_FILE} does not say so; tools/embed_mds.py --sidecar writes one")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever other JSON leads to

@@ -302,8 +302,9 @@ class PoolLoader(StreamingDataLoader):
             ahead.close()
 
     def close(self) -> None:
-        """End the threads that work for this loader; it can be iterated again."""
+        """End the threads that work for this loader; iterated again, it yields pools."""
         self._end_ahead()
+        self.run_ahead = None
         if self.materialize is not None:
             self.materialize.close()
 

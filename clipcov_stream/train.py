@@ -121,6 +121,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     tokenizer = build.tokenizer_of(model.towers, config.model)
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
+    selection.dist_timeout = config.dist_timeout
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection)
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed, deferred)

@@ -120,6 +120,22 @@ def test_a_consumer_that_stops_ends_the_thread(finishes: bool) -> None:
     assert done == ([0, 1, 2, 3] if finishes else [0, 1])
 
 
+def test_work_that_raises_stop_iteration_is_an_error() -> None:
+    def work(item: int, ticket: Any) -> int:
+        return next(iter(())) if item == 2 else item
+
+    ahead = Ahead(iter(range(6)), 1, lambda steps: steps, work)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(RuntimeError, match="work raised StopIteration"):
+        next(ahead)
+
+
+def test_all_end_where_one_has_nothing_left() -> None:
+    answers = iter([True, True, False])
+    ahead = Ahead(iter(range(6)), 1, lambda steps: steps, lambda item, _: item, True, lambda has: has and next(answers))
+    assert list(ahead) == [0, 1]
+
+
 def test_no_ticket_no_work() -> None:
     done: list[int] = []
     ahead = Ahead(iter(range(9)), 3, lambda steps: steps if steps < 2 else None, lambda item, _: done.append(item))
@@ -310,6 +326,30 @@ def test_a_short_epoch_is_an_error_ahead_too(tmp_path: Path) -> None:
     dataset._get_work = lambda epoch, sample: ids(epoch, sample)[:64]
     with pytest.raises(RuntimeError, match="epoch 0 ended after 2 of 4 pools"):
         trainer.fit()
+
+
+SHORT = """
+import sys
+from composer.utils import dist
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+trainer = build_trainer(load_config(sys.argv[1]))
+dataset = trainer.state.train_dataloader.dataset
+ids = dataset._get_work
+if dist.get_global_rank() == 1:
+    dataset._get_work = lambda epoch, sample: ids(epoch, sample)[:32]
+trainer.fit()
+"""
+
+
+def test_an_epoch_that_is_short_on_one_rank_ends_on_all(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", ahead_recipe(write_columns(tmp_path / "mds", 128), 3))
+    script = tmp_path / "short.py"
+    script.write_text(SHORT, encoding="utf-8")
+    command = [*composer(), "-n", "2", str(script), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    assert "of 4 pools" in done.stdout + done.stderr
 
 
 def test_too_few_good_samples_stop_the_run_ahead_too(tmp_path: Path) -> None:

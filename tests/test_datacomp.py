@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import recipe, write_recipe
+from datacomp import Metadata
 from PIL import Image
 from subset_folder import PairFolder
 from test_make_mds_sources import make, picture, read, rejected, wds, write_tar
@@ -58,6 +59,18 @@ def write_metadata(folder: Path, name: str, numbers: list[int], uids: list[Any] 
     }
     np.savez(folder / f"{name}.npz", **arrays)
     return folder
+
+
+def test_every_one_of_many_uids_is_found(tmp_path: Path) -> None:
+    """Also those whose digest ends in zeros, which NumPy's strings leave out."""
+    folder = tmp_path / "metadata"
+    folder.mkdir()
+    uids = [uid(number) for number in range(2000)]
+    pq.write_table(pa.table({"uid": uids}), folder / "a.parquet")
+    rows = np.arange(1, 2001, dtype=np.float16)[:, None].repeat(WIDTHS["b32"], 1)
+    np.savez(folder / "a.npz", b32_img=rows, b32_txt=rows)
+    metadata = Metadata.read(folder, "b32")
+    assert [int(metadata.find(name)[0][0]) for name in uids] == list(range(1, 2001))
 
 
 def sample(number: int, **about: Any) -> dict[str, bytes]:

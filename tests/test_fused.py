@@ -86,10 +86,20 @@ CASES = {
 
 @pytest.mark.parametrize("function", CASES, ids=lambda function: function.__name__)
 def test_every_fused_function_compiles_whole_and_agrees(function):
-    """Traced in one piece, as for a GPU; the code for the GPU itself is another compiler's and tested on one."""
+    """Traced in one piece; the code for a GPU is another compiler's, and tested on one."""
     compiled = torch.compile(inspect.unwrap(function), fullgraph=True, dynamic=False, backend="aot_eager")
     expected = function(*copy.deepcopy(CASES[function]))
     torch.testing.assert_close(compiled(*copy.deepcopy(CASES[function])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_forms_for_a_gpu_do_what_those_for_a_cpu_do():
+    for start in (0, 40, 90):
+        one, other = (drawn(POOL, REFS) for _ in range(2))
+        evidence.hide_own(one, start, torch.arange(0, POOL, 6), -7.0)
+        evidence.hide_by_mask(other, start, torch.arange(0, POOL, 6), -7.0)
+        assert torch.equal(one, other)
+    table, threshold = drawn(POOL, REFS), drawn(POOL)
+    assert torch.equal(evidence.num_by_mask(table, threshold), evidence.num_reaching(table, threshold))
 
 
 def test_all_of_them_are_tried():
@@ -116,6 +126,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     double = fused.fused(lambda value, times: (value, times))
     value = OnDevice()
     with pytest.warns(UserWarning, match="runs uncompiled, and slower: no compiler here$"):

@@ -239,12 +239,26 @@ def test_damage_elsewhere_than_at_the_end_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(whole[: start + 60] + b"\xff" + whole[start + 61 :])
     with pytest.raises(ValueError, match=rf"is damaged at byte {start + 40}: {7 * 40} bytes follow"):
         read_file(path)
+    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 40}"):
+        rewind(path, 7)
     path.write_bytes(whole[:20] + b"\xff" + whole[21:])
     with pytest.raises(ValueError, match="is damaged in its header"):
         read_file(path)
     path.write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="is not a ledger of this version"):
         read_file(path)
+
+
+def test_damage_in_the_first_block_is_an_error(tmp_path: Path) -> None:
+    """There the header says how large a block can be."""
+    path = written(tmp_path / "a", STEPS, pool_size=3)
+    whole, start = path.read_bytes(), len(path.read_bytes()) - 4 * 40
+    path.write_bytes(whole[: start + 20] + b"\xff" + whole[start + 21 :])
+    for read in (read_file, lambda damaged: rewind(damaged, 4)):
+        with pytest.raises(ValueError, match=rf"is damaged at byte {start}: {4 * 40} bytes follow"):
+            read(path)
+    path.write_bytes(whole[: start + 20])
+    assert read_file(path).torn_bytes == 20 and rewind(path, 4) == -1
 
 
 def test_rewinding_drops_steps_to_come(tmp_path: Path) -> None:
@@ -326,7 +340,9 @@ def test_what_a_ledger_needs(tmp_path: Path, corpus: Path) -> None:
     trainer = trainer_of(tmp_path, recorded(corpus, tmp_path / "ledger"))
     ledger = next(callback for callback in trainer.state.callbacks if isinstance(callback, Ledger))
     trainer.state.batch = {"image": torch.zeros(1), "text": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"needs the samples' 'id' in the batch, which has \['image', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"needs the samples' 'id' in the batch, a dict, which has \['image', 'text'\]"
+    ):
         ledger.after_dataloader(trainer.state, trainer.logger)
     with pytest.raises(ValueError, match=r"ledger='runs/\{run_name\}' needs a run_name"):
         load_config(str(write_recipe(tmp_path / "r.yaml", recipe(corpus, ledger="runs/{run_name}"))))

@@ -224,6 +224,15 @@ def test_the_bound_in_numbers():
     assert math.isinf(float(Herding(image, text, zeros, torch.zeros(1, 1), 0.0, every, 1).bound()))
 
 
+def test_a_pool_whose_covariance_rows_are_all_invalid_has_distinct_survivors():
+    """Covariances come from every seventh row here; without one there is nothing to whiten by, yet."""
+    pool = replace(draw(1000, 32), valid=torch.arange(1000) % 7 != 0)
+    state, survivors, report = select(SelectionState.initial(32, Settings()), pool, 200)
+    assert len(set(survivors.tolist())) == 200 and bool(pool.valid[survivors].all())
+    assert all(bool(value.isfinite()) for value in report.values())
+    assert not state.stream.image_cov.any()
+
+
 def test_margin_is_minus_the_contrastive_loss_of_the_valid_samples():
     pool = prepared(draw(9, 4))
     close(margin(pool), oracle.margin(pool.image, pool.text, 10.0))

@@ -171,7 +171,8 @@ class Metadata:
 
     def find(self, uid: str) -> tuple[np.ndarray, np.ndarray]:
         """The image's and the text's embedding of a sample. Raises: NoEmbedding."""
-        key = np.bytes_(_key(uid))
+        # NumPy leaves out a string's last zero bytes when it reads one, and so must we.
+        key = np.bytes_(_key(uid).rstrip(b"\0"))
         at = int(np.searchsorted(self.keys, key))
         if at == len(self.keys) or self.keys[at] != key:
             raise NoEmbedding("embedding_missing", f"no metadata has the uid {uid!r}")

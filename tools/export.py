@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def datacomp_uids(uids: Sequence[str]) -> tuple[np.ndarray, Counter[str]]:
     numbers = set()
     for uid in uids:
         number = None
+        uid = re.sub(r"#\d+$", "", uid)  # make_mds numbers the copies of a uid
         if len(uid) == 32 and not set(uid) - set("0123456789abcdefABCDEF"):
             number = divmod(int(uid, 16), 2**64)
         reason = "no_uid" if not uid else "uid_not_128_bit_hex" if number is None else "duplicate_uid"
