@@ -71,7 +71,9 @@ class ClipCov(Algorithm):
             another one is refused.
         embed_chunk: rows per forward pass of the embedder, or of the learner; None is the number of survivors.
         embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
-            trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come.
+            trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come. For a
+            proxy a recipe's stream then decodes candidates at that size (`PairDataset.scoring_size`: the middle of each
+            image), and survivors alone in full.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
         run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
             Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
@@ -208,7 +210,13 @@ class ClipCov(Algorithm):
     @property
     def needs_pixels(self) -> bool:
         """Whether candidates must be decoded before there are survivors."""
-        return self.uses_embeddings and (self.embed != "columns" or self.uses_learner)
+        return self.uses_embeddings and (self.embed != "columns" or self.uses_learner) and self.scoring_size is None
+
+    @property
+    def scoring_size(self) -> int | None:
+        """Side in pixels of images that are for the proxy alone, smaller than those trained on; None if it reads the
+        same, or if the learner embeds pools too."""
+        return self.embed_resolution if self.embed == "proxy" and not self.uses_learner else None
 
     @property
     def uses_lag(self) -> bool:

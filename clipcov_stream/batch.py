@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-NOT_TRAINED_ON = ("valid", "id", "concepts", "image_embedding", "text_embedding")
+NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 

@@ -125,9 +125,10 @@ def defers(config: StreamConfig, selection: ClipCov) -> bool:
     Raises:
         ValueError: `stream.deferred` or `stream.range_reads` true where selection reads pixels, or only the latter.
     """
-    if config.range_reads and (selection.needs_pixels or config.deferred is False):
+    reads_pixels = selection.needs_pixels or selection.scoring_size is not None
+    if config.range_reads and (reads_pixels or config.deferred is False):
         reason = "stream.deferred=false"
-        if selection.needs_pixels:
+        if reads_pixels:
             reason = f"selection.embed={selection.embed!r} with selection.selector={selection.selector!r}"
         raise ValueError(
             f"stream.range_reads=true fetches survivors' images alone, but {reason} decodes every candidate's; use "
@@ -148,6 +149,7 @@ def build_stream(
     with_embeddings: bool,
     seed: int,
     deferred: bool = False,
+    scoring_size: int | None = None,
 ) -> PoolLoader:
     """The training loader, whose batch is this rank's pool."""
     pool_size = pool_size_per_rank(config.global_pool_size)
@@ -174,6 +176,7 @@ def build_stream(
             seed=seed,
             sidecar=config.sidecar if with_embeddings or config.range_reads else None,
             deferred=deferred,
+            scoring_size=scoring_size if deferred else None,
             range_reads=config.range_reads,
         )
     except (ValueError, FileNotFoundError) as error:

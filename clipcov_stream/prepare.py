@@ -256,7 +256,13 @@ class Preparation:
             sending.append(Gathering(travelling(images), self.group))
 
         def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = device.tensor_to_device(batch[self.image_key]), batch[self.text_key]
+            image, text = batch.get("scoring_image", batch[self.image_key]), batch[self.text_key]
+            if not isinstance(image, Tensor):
+                raise ValueError(
+                    f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
+                    "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
+                )
+            image = device.tensor_to_device(image)
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True)

@@ -77,6 +77,9 @@ class PairDataset(StreamingDataset):
         tokenizer: str -> (context,) token ids.
         seed: of augmentation, mixed with the epoch and the sample's id.
         sidecar: a folder or URL that has the embedding columns instead of this one; see `sidecar.Sidecar`.
+        scoring_size: beside what is deferred, `scoring_image` (3, r, r) uint8 for an embedder that reads images of r
+            pixels: the middle of the image, decoded at a fraction of its size where it is a JPEG. Captions are then
+            tokenized, because the embedder reads them, and images that cannot be decoded are not valid.
         deferred: leave images encoded and captions unread, for `ClipCov` to make survivors of them alone. A column of
             Streaming's `pil` encoding, which is not compressed, is read all the same.
         range_reads: iterate the sidecar instead of the folder, and leave in place of images their spans, for the
@@ -101,6 +104,7 @@ class PairDataset(StreamingDataset):
         seed: int = 0,
         sidecar: str | None = None,
         deferred: bool = False,
+        scoring_size: int | None = None,
         range_reads: bool = False,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
@@ -130,6 +134,8 @@ class PairDataset(StreamingDataset):
             self.sidecar = Sidecar(sidecar, folder)
             self.sidecar.check_source(index)
         self.deferred = deferred or range_reads
+        self.scoring_size = scoring_size
+        self.scoring_crop = None if scoring_size is None else transform.small(scoring_size).crop()
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
@@ -173,7 +179,13 @@ class PairDataset(StreamingDataset):
             image = sample[columns.image] if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
             item |= {"image": image, "augmentation": seed}
             if tokenizer is not None and caption is not None:
-                item["text"] = caption
+                item["text"] = caption if self.scoring_crop is None else tokenizer(caption)
+            if self.scoring_crop is not None and self.scoring_size is not None:
+                try:
+                    item["scoring_image"] = self.scoring_crop(decode_image(image, self.scoring_size))
+                except UndecodableImage:
+                    item["scoring_image"] = torch.zeros(3, *2 * [self.scoring_size], dtype=torch.uint8)
+                    item["valid"] = False
         else:
             try:
                 image = decode_image(sample[columns.image])
@@ -239,9 +251,11 @@ class PoolCollate:
         pool = {key: stacked([s[key] for s in samples]) for key in samples[0] if key != "concepts"}
         if "concepts" in samples[0]:
             pool["concepts"] = pad_sequence([s["concepts"] for s in samples], batch_first=True, padding_value=-1)
-        image, valid = pool["image"], pool["valid"]
-        if isinstance(image, Tensor) and isinstance(valid, Tensor):
-            pool["image"] = self.normalize(image) * valid[:, None, None, None]
+        valid = pool["valid"]
+        for key in ("image", "scoring_image"):
+            image = pool.get(key)
+            if isinstance(image, Tensor) and isinstance(valid, Tensor):
+                pool[key] = self.normalize(image) * valid[:, None, None, None]
         return pool
 
 

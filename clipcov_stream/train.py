@@ -124,7 +124,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
     selection.dist_timeout = config.dist_timeout
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection)
-    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, config.seed, deferred)
+    options = (config.seed, deferred, selection.scoring_size)
+    loader = build.build_stream(config.stream, model.towers, tokenizer, columns, *options)
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))

@@ -13,11 +13,12 @@ import synthetic
 import torch
 from composer import Callback, Trainer
 from composer.loggers import LoggerDestination
-from corpora import recipe, write_recipe
+from corpora import TINY_MODEL, recipe, write_recipe
 from streaming import MDSWriter
 
 from clipcov_stream import ClipCov
 from clipcov_stream.config import load_config
+from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.train import build_trainer
 
 
@@ -188,3 +189,9 @@ def assert_same_run(
     ):
         assert torch.equal(a, b), name
     assert_same(algorithm_of(ours[0]).state_dict(), algorithm_of(theirs[0]).state_dict())
+
+
+def proxy_section(tmp_path: Path) -> dict[str, Any]:
+    torch.manual_seed(1)
+    torch.save(ClipModel(build_towers(config=TINY_MODEL)).towers.state_dict(), tmp_path / "proxy.pt")
+    return {"embed": "proxy", "proxy": {"config": TINY_MODEL, "pretrained": str(tmp_path / "proxy.pt")}}

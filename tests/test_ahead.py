@@ -14,7 +14,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Event
-from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+from corpora import draw_corpus, recipe, write_recipe
 from runs import (
     Interrupt,
     MemoryLog,
@@ -24,6 +24,7 @@ from runs import (
     assert_same_run,
     columns_recipe,
     composer,
+    proxy_section,
     run,
     run_ranks,
     trainer_of,
@@ -35,7 +36,6 @@ from torch.utils.data import DataLoader
 from clipcov_stream import ClipCov
 from clipcov_stream.ahead import Ahead
 from clipcov_stream.lags import Lags
-from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.prepare import ReadyPool, Ticket
 
 
@@ -167,12 +167,6 @@ def ahead_recipe(folder: Path, run_ahead: int, num_workers: int = 0, **selection
     tree["stream"] |= {"num_workers": num_workers, "min_scale": 0.4, "shuffle": True}
     # Four pools an epoch: the run ends in the middle of the second.
     return {**tree, "max_duration": "7ba"}
-
-
-def proxy_section(tmp_path: Path) -> dict[str, Any]:
-    torch.manual_seed(1)
-    torch.save(ClipModel(build_towers(config=TINY_MODEL)).towers.state_dict(), tmp_path / "proxy.pt")
-    return {"embed": "proxy", "proxy": {"config": TINY_MODEL, "pretrained": str(tmp_path / "proxy.pt")}}
 
 
 @pytest.mark.parametrize(

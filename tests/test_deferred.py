@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer import Trainer
 from corpora import draw_corpus, recipe, write_recipe
+from PIL import Image
 from runs import (
     algorithm_of,
     assert_same,
     assert_same_run,
     columns_recipe,
+    proxy_section,
     run,
     run_ranks,
     trained_rows,
@@ -21,11 +25,13 @@ from runs import (
     values,
     write_columns,
 )
+from streaming import MDSWriter
 
 from clipcov_stream import ClipCov
 from clipcov_stream import materialize as materialize_module
 from clipcov_stream import stream as stream_module
 from clipcov_stream.config import load_config
+from clipcov_stream.materialize import decode_image
 from clipcov_stream.train import build_trainer
 
 
@@ -58,7 +64,8 @@ def test_nothing_discarded_is_decoded_or_tokenized(
     decoded, read = [], []
     decode = materialize_module.decode_image
 
-    def counted(data: Any) -> Any:
+    def counted(data: Any, at_least: int | None = None) -> Any:
+        assert at_least is None
         decoded.append(bytes(data))
         return decode(data)
 
@@ -79,6 +86,71 @@ def test_nothing_discarded_is_decoded_or_tokenized(
     assert torch.equal(torch.stack([tokenize(caption) for caption in read]), trained)
     # Its caption is a sample's number in the folder.
     assert sorted(decoded) == sorted(loader.dataset[int(caption)]["image"] for caption in read)
+
+
+def photo(seed: int, side: int = 64) -> bytes:
+    """A JPEG of side x side pixels."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def test_a_proxy_at_low_resolution_scores_images_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate is decoded at a fraction of its size, survivors in full; ahead of training too."""
+    folder = tmp_path / "mds"
+    with MDSWriter(out=str(folder), columns={"image": "jpeg", "caption": "str"}) as writer:
+        for row in range(96):
+            writer.write({"image": b"none" if row in (3, 40) else photo(row), "caption": str(row)})
+    sizes: list[tuple[int | None, tuple[int, int]]] = []
+    decode = materialize_module.decode_image
+
+    def noted(data: Any, at_least: int | None = None) -> Any:
+        image = decode(data, at_least)
+        sizes.append((at_least, image.size))
+        return image
+
+    for module in (materialize_module, stream_module):
+        monkeypatch.setattr(module, "decode_image", noted)
+    runs = []
+    for run_ahead in (0, 2):
+        selection = {**proxy_section(tmp_path), "embed_resolution": 8, "run_ahead": run_ahead, "lag_delay": 2}
+        tree = columns_recipe(folder, **selection)
+        tree["stream"] |= {"num_workers": 0, "shuffle": True}
+        sizes.clear()
+        runs.append(run(tmp_path, {**tree, "max_duration": "3ba"}))
+        # 64 pixels at an eighth are the 8 asked for.
+        assert {size for size in sizes if size[0] == 8} == {(8, (8, 8))}
+        assert sum(asked is None for asked, _ in sizes) == 3 * 8
+        assert {size for size in sizes if size[0] is None} == {(None, (64, 64))}
+        runs[-1][0].close()
+    assert_same_run(*runs)
+    # Found while they were scored, not when they were chosen.
+    assert values(runs[0][2], "selection/num_invalid")[-1] == 2
+
+
+def test_a_small_decoding_shows_the_same_picture() -> None:
+    whole = decode_image(photo(1)).resize((16, 16), Image.Resampling.BOX)
+    small = decode_image(photo(1), 16)
+    assert small.size == (16, 16) and decode_image(photo(1), 33).size == (64, 64)
+    assert np.abs(np.asarray(whole, float) - np.asarray(small, float)).mean() < 4
+    file = io.BytesIO()
+    whole.save(file, "PNG")
+    assert decode_image(file.getvalue(), 4).size == (16, 16)  # only JPEGs can
+
+
+def test_what_reads_pixels_cannot_read_ranges_nor_do_without_them(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "mds", 64)
+    tree = columns_recipe(folder, **proxy_section(tmp_path), embed_resolution=8)
+    tree["stream"]["range_reads"] = True
+    with pytest.raises(ValueError, match=r"range_reads=true fetches survivors' .* but selection\.embed='proxy'"):
+        trainer_of(tmp_path, tree)
+    del tree["stream"]["range_reads"]
+    trainer, _, _ = trainer_of(tmp_path, tree)
+    dataset: Any = trainer.state.train_dataloader.dataset  # pyright: ignore
+    dataset.scoring_crop = None
+    with pytest.raises(ValueError, match=r"embed_resolution=8: the stream leaves .* no images for the proxy"):
+        trainer.fit()
 
 
 def first_valid(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
