@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.distributed import get_world_size
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -29,6 +32,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.remote import is_remote, read_remote
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
+OPEN_ATTEMPTS = 5
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
@@ -117,8 +121,9 @@ class PairDataset(StreamingDataset):
             where = sidecar_of(self.source, sidecar, local, columns.image)
             if where["remote"] is None:
                 kwargs.pop("cache_limit", None)  # Streaming would evict the sidecar itself
+        open_ = partial(super().__init__, **where, allow_unsafe_types=allow_unsafe_types, **kwargs)
         try:
-            super().__init__(**where, allow_unsafe_types=allow_unsafe_types, **kwargs)
+            opened(open_)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
@@ -207,6 +212,21 @@ class PairDataset(StreamingDataset):
         if columns.label is not None:
             item["label"] = int(sample[columns.label])
         return item
+
+
+def opened(open_: Callable[[], None]) -> None:
+    """Open a StreamingDataset, again if another process has just taken the name of its shared memory.
+
+    Streaming looks for a number that no process uses and then takes it, so two that start at once may want the same.
+    Ranks agree on a number together, and one of them alone must not try again.
+    """
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return open_()
+        except FileExistsError:
+            if get_world_size() > 1 or attempt == OPEN_ATTEMPTS - 1:
+                raise
+            time.sleep(0.05 * (1 + os.getpid() % 7))
 
 
 def folder_index(local: str | None, remote: str | None, split: str | None, timeout: float = 60) -> bytes:
