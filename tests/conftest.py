@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 import typing
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks run below)
 import jaxtyping
 import pytest
+from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import SharedMemory
 
 if typing.TYPE_CHECKING:
@@ -90,6 +92,21 @@ class Segments:
 
 
 SEGMENTS = Segments()
+
+
+def patient_prefix(*arguments: typing.Any) -> typing.Any:
+    """Streaming's search for a name that no process uses, again if another has just taken it, as other runs of this
+    suite or a killed test's last process may; what `PairDataset` does too."""
+    for _ in range(20):
+        try:
+            return find_prefix(*arguments)
+        except FileExistsError:
+            time.sleep(0.1)
+    return find_prefix(*arguments)
+
+
+find_prefix = streaming_dataset.get_shm_prefix
+streaming_dataset.get_shm_prefix = patient_prefix
 
 
 @pytest.hookimpl(wrapper=True)
