@@ -102,16 +102,18 @@ def test_an_error_is_raised_where_its_item_is_asked_for(where: str) -> None:
 
 @pytest.mark.parametrize("finishes", [False, True])
 def test_a_consumer_that_stops_ends_the_thread(finishes: bool) -> None:
-    gate, done = threading.Event(), []
+    begun, gate, done = threading.Event(), threading.Event(), []
 
     def work(item: int, ticket: Any) -> int:
         if item:
+            begun.set()
             gate.wait()
         done.append(item)
         return item
 
     ahead = Ahead(iter(range(100)), 3, lambda steps: steps, work, finishes)
     assert next(ahead) == 0
+    assert begun.wait(10)
     threading.Timer(0.05, gate.set).start()
     del ahead
     gc.collect()
