@@ -165,6 +165,7 @@ class ClipCov(Algorithm):
         self.dist_timeout: float | None = None
         """Seconds that run-ahead's threads wait for those of other ranks; None is PyTorch's default."""
         self.survivor_ids: Tensor | None = None
+        self.survivor_gains: Tensor | None = None
         """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
         self._lags = Lags(lag_delay)
         self._group: Group = None
@@ -413,7 +414,7 @@ class ClipCov(Algorithm):
                 self.selection = with_lag(self.selection, self._lags.newest)
             self._pending.pop("selection", None)
         self._survivors, self._shares = prepared.survivors, prepared.shares
-        state.batch, self.survivor_ids = prepared.batch, prepared.ids
+        state.batch, self.survivor_ids, self.survivor_gains = prepared.batch, prepared.ids, prepared.gains
         figures = {
             **prepared.figures,
             "wait_ms": 1e3 * (time.perf_counter() - self._asked),

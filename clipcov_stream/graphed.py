@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,12 @@ from torch import Tensor
 from clipcov_stream.objective import SKETCHES, SelectionState
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import SelectorFn, plain
-from clipcov_stream.selection import clipcov, select
+from clipcov_stream.selection import Selected, clipcov, select
 from clipcov_stream.sketch import STATE, AllReduce
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
 
 WARMUP = 3
 """Pools selected from without a graph first: kernels compile and libraries make their handles, which no graph can
 hold; and the shapes of a run's first steps are not always those of the rest."""
-
-Result = tuple[SelectionState, "Int64[Tensor, ' survivors']", dict[str, Tensor]]
 
 
 class GraphedSelect:
@@ -56,7 +51,7 @@ class GraphedSelect:
         num_survivors: int,
         selector: SelectorFn = clipcov,
         all_reduce: AllReduce | None = None,
-    ) -> Result:
+    ) -> Selected:
         """Arguments, result and errors as of `select`."""
         can = pool.image.is_cuda and plain(selector) is clipcov and all_reduce is None and pool.learner_image is None
         if self._failed or not (can and alone()):
@@ -92,13 +87,14 @@ class Recording:
     Args:
         graph: replays it.
         inputs: where it reads; of the state, then of the pool.
-        state, survivors, figures: where it writes; the figures' values in the order of `names`.
+        state, survivors, gain, figures: where it writes; the figures' values in the order of `names`.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     state: SelectionState
     survivors: Tensor
+    gain: Tensor
     names: tuple[str, ...]
     figures: Tensor
 
@@ -110,17 +106,17 @@ class Recording:
         torch.cuda.synchronize()
         # Only this thread's calls: a loader's thread may pin memory meanwhile, which the stricter mode forbids it.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            after, survivors, report = select(own_state, own_pool, num_survivors)
+            after, survivors, report, gain = select(own_state, own_pool, num_survivors)
             figures = torch.stack([value.float() for value in report.values()])
-        return cls(graph, inputs, after, survivors, tuple(report), figures)
+        return cls(graph, inputs, after, survivors, gain, tuple(report), figures)
 
-    def replayed(self, state: SelectionState, pool: Pool) -> Result:
+    def replayed(self, state: SelectionState, pool: Pool) -> Selected:
         copy_all(self.inputs, inputs_of(state, pool))
         self.graph.replay()
-        sources = [*of_state(self.state), self.survivors, self.figures]
-        *values, survivors, figures = copy_all([torch.empty_like(source) for source in sources], sources)
+        sources = [*of_state(self.state), self.survivors, self.gain, self.figures]
+        *values, survivors, gain, figures = copy_all([torch.empty_like(source) for source in sources], sources)
         after = replace(with_values(self.state, values), step=state.step + 1, rank=state.rank, own=state.own)
-        return after, survivors, dict(zip(self.names, figures.unbind(), strict=True))
+        return Selected(after, survivors, dict(zip(self.names, figures.unbind(), strict=True)), gain)
 
 
 def of_state(state: SelectionState) -> list[Tensor]:

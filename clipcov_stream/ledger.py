@@ -1,11 +1,12 @@
 """What a run trained on: every survivor's id, by step and rank, in one append-only file per rank.
 
     rank00000.ledger     magic | u32 length, u32 CRC-32 and the JSON of the header | one block per step
-    a block              u64 step | u32 samples | u32 CRC-32 of the block without it | u64 id of each sample
+    a block              u64 step | u32 samples | u32 CRC-32 of the block without it | per sample, u64 id and f32 gain
 
-All little-endian, 8 bytes per sample and 16 per step. Ids are `id` of `PairDataset`, a sample's number in the folder;
-they stand in the order chosen, as far as this rank trained them. What a sample gained when it was chosen is not
-recorded: selection keeps no such figure.
+All little-endian, 12 bytes per sample and 16 per step. Ids are `id` of `PairDataset`, a sample's number in the folder;
+they stand in the order chosen, as far as this rank trained them. The gain is what a sample added to clipcov's objective
+when it was picked (`selection.Selected`); it compares samples of one step, not of different ones. NaN where nothing was
+gained: in the warm-up, and of every other selector.
 
 A step is written by one call once its optimizer step is done, so a process that is killed leaves whole steps and at
 most one torn block at the end, which readers drop and count. A checkpoint is written after the blocks of its steps have
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import warnings
@@ -30,14 +32,15 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import Tensor
 
-MAGIC = b"CLEDGER1"
+MAGIC = b"CLEDGER2"
 BLOCK = struct.Struct("<QII")
-ID = np.dtype("<u8")
+SAMPLE = np.dtype([("id", "<u8"), ("gain", "<f4")])
 
 
 class Ledger(Callback):
-    """Records the ids of all samples that had a gradient, in `folder`; give it to the Trainer as a callback.
+    """Records ids and gains of all samples that had a gradient, in `folder`; give it to the Trainer as a callback.
 
     Args:
         folder: local, shared by the ranks or not. Of one run alone.
@@ -56,7 +59,7 @@ class Ledger(Callback):
         self.folder = Path(folder)
         self.about = about
         self._file: IO[bytes] | None = None
-        self._ids: np.ndarray | None = None
+        self._samples: np.ndarray | None = None
 
     @property
     def path(self) -> Path:
@@ -91,20 +94,21 @@ class Ledger(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Note what this step trains on: algorithms run before callbacks, so the survivors are chosen."""
-        found = [getattr(algorithm, "survivor_ids", None) for algorithm in state.algorithms]
         batch = state.batch if isinstance(state.batch, Mapping) else {}
-        ids = next((ids for ids in found if ids is not None), batch.get("id"))
+        selecting = (each for each in state.algorithms if getattr(each, "survivor_ids", None) is not None)
+        selection: Any = next(selecting, None)
+        ids = batch.get("id") if selection is None else selection.survivor_ids
         if ids is None:
             raise ValueError(f"a ledger needs the samples' 'id' in the batch, a dict, which has {sorted(batch)}")
         # Here they are still on the CPU: nothing waits for a GPU.
-        self._ids = np.asarray(torch.as_tensor(ids).cpu(), ID)
+        self._samples = samples_of(torch.as_tensor(ids), getattr(selection, "survivor_gains", None))
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._file is None or self._ids is None:
+        if self._file is None or self._samples is None:
             raise RuntimeError("the ledger saw no batch: were its events skipped?")
         # The clock has moved on to the next step.
-        append(self._file, int(state.timestamp.batch) - 1, self._ids)
-        self._ids = None
+        append(self._file, int(state.timestamp.batch) - 1, self._samples)
+        self._samples = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing; but every rank is asked for it before a checkpoint is written, which may not outlast its steps."""
@@ -128,12 +132,14 @@ class Record:
             num_ranks, rank, and what `Ledger` was told about the run.
         step: (n,) int64, ascending.
         sample: (n,) int64 ids.
+        gain: (n,) float32, NaN where there is none.
         torn_bytes: of a block at the end that was not written in full, and is left out.
     """
 
     header: dict[str, Any]
     step: np.ndarray
     sample: np.ndarray
+    gain: np.ndarray
     torn_bytes: int
 
     @property
@@ -174,33 +180,40 @@ def read_file(path: Path) -> Record:
     data = path.read_bytes()
     found = list(blocks(data, start))
     end = found[-1][2] if found else start
-    largest = max((len(ids) for _, ids, _ in found), default=0)
+    largest = max((len(samples) for _, samples, _ in found), default=0)
     torn = len(data) - end
     check_torn(path, end, torn, largest or header.get("pool_size"))
-    step = [np.full(len(ids), number, np.int64) for number, ids, _ in found]
-    sample = [ids.astype(np.int64) for _, ids, _ in found]
-    empty = np.zeros(0, np.int64)
-    return Record(header, np.concatenate([empty, *step]), np.concatenate([empty, *sample]), torn)
+    step = [np.full(len(samples), number, np.int64) for number, samples, _ in found]
+    samples = np.concatenate([np.zeros(0, SAMPLE), *(samples for _, samples, _ in found)])
+    steps = np.concatenate([np.zeros(0, np.int64), *step])
+    return Record(header, steps, samples["id"].astype(np.int64), samples["gain"].astype(np.float32), torn)
 
 
-def append(file: IO[bytes], step: int, ids: np.ndarray) -> None:
+def samples_of(ids: Tensor, gains: Tensor | None) -> np.ndarray:
+    """A step's samples as they are stored; no gains are NaN."""
+    samples = np.empty(len(ids), SAMPLE)
+    samples["id"], samples["gain"] = ids.cpu().numpy(), math.nan if gains is None else gains.cpu().numpy()
+    return samples
+
+
+def append(file: IO[bytes], step: int, samples: np.ndarray) -> None:
     """Write one step's block, by one call unless the system takes only part of it."""
-    payload = np.asarray(ids, ID).tobytes()
-    check = zlib.crc32(payload, zlib.crc32(struct.pack("<QI", step, len(ids))))
-    data = memoryview(BLOCK.pack(step, len(ids), check) + payload)
+    payload = np.asarray(samples, SAMPLE).tobytes()
+    check = zlib.crc32(payload, zlib.crc32(struct.pack("<QI", step, len(samples))))
+    data = memoryview(BLOCK.pack(step, len(samples), check) + payload)
     while data:
         data = data[file.write(data) :]
 
 
 def blocks(data: bytes, start: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Step, ids and end of every whole block, up to the first that is torn."""
+    """Step, samples and end of every whole block, up to the first that is torn."""
     while start + BLOCK.size <= len(data):
         step, count, check = BLOCK.unpack_from(data, start)
-        begin, end = start + BLOCK.size, start + BLOCK.size + ID.itemsize * count
+        begin, end = start + BLOCK.size, start + BLOCK.size + SAMPLE.itemsize * count
         payload = data[begin:end]
         if end > len(data) or zlib.crc32(payload, zlib.crc32(struct.pack("<QI", step, count))) != check:
             return
-        yield step, np.frombuffer(payload, ID), end
+        yield step, np.frombuffer(payload, SAMPLE), end
         start = end
 
 
@@ -208,10 +221,10 @@ def rewind(path: Path, step: int) -> int:
     """Cut a file off after the last whole block before `step`; returns that block's step, or -1."""
     header, end = read_header(path)
     data, last, largest = path.read_bytes(), -1, 0
-    for number, ids, after in blocks(data, end):
+    for number, samples, after in blocks(data, end):
         if number >= step:
             break
-        last, end, largest = number, after, max(largest, len(ids))
+        last, end, largest = number, after, max(largest, len(samples))
     else:
         check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
     os.truncate(path, end)
@@ -220,7 +233,7 @@ def rewind(path: Path, step: int) -> int:
 
 def check_torn(path: Path, end: int, torn: int, samples: int | None) -> None:
     """Raise ValueError if more bytes follow the last whole block than one of so many samples can leave torn."""
-    if samples is not None and torn > 2 * (BLOCK.size + ID.itemsize * samples):
+    if samples is not None and torn > 2 * (BLOCK.size + SAMPLE.itemsize * samples):
         raise ValueError(f"{path} is damaged at byte {end}: {torn} bytes follow, more than one step can leave torn")
 
 
@@ -228,7 +241,7 @@ def header_of(state: State) -> dict[str, Any]:
     """What a run's ledger says of it, from Composer's state."""
     dataset = getattr(state.dataloader, "dataset", None)
     return {
-        "version": 1,
+        "version": 2,
         "run_name": state.run_name,
         "folder": folder_hash(dataset),
         "num_samples": getattr(dataset, "num_samples", None),

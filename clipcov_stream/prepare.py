@@ -7,6 +7,7 @@ runs in the training thread or ahead of it, in one of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ class Prepared:
         step: number of the step.
         batch: this rank's survivors.
         ids: theirs, where the pool has ids.
+        gains: what each gained when it was picked, float32 on the CPU; NaN where nothing did (`selection.Selected`).
         pool_size: per rank.
         num_invalid: samples that could not be used, of this rank's pool or, with scope="global", of all ranks'.
         selection: the state after selection; None if the step did not select.
@@ -67,6 +69,7 @@ class Prepared:
     step: int
     batch: dict[str, Any]
     ids: Tensor | None
+    gains: Tensor
     pool_size: int
     num_invalid: int
     selection: SelectionState | None
@@ -92,6 +95,7 @@ class Chosen:
     """Survivors of a pool, and what they leave behind; arguments as in `Prepared`."""
 
     index: Tensor
+    gain: Tensor
     num_invalid: int
     selection: SelectionState | None = None
     survivors: Pool | None = None
@@ -183,13 +187,15 @@ class Preparation:
         if embed_ms is not None:
             figures["embed_ms"] = embed_ms()
         ids = rows.pop("id", None)
+        gains = chosen.gain if shares is None else chosen.gain[shares.of_rank(dist.get_global_rank())]
         left = (chosen.num_invalid, chosen.selection, chosen.survivors)
-        return Prepared(ticket.step, rows, ids, pool_size, *left, shares, figures)
+        return Prepared(ticket.step, rows, ids, gains, pool_size, *left, shares, figures)
 
     def _at_random(self, valid: Tensor, num_chosen: int, step: int) -> Chosen:
         rank = dist.get_global_rank() if self.scope == "local" else 0
         generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
-        return Chosen(random_survivors(valid, num_chosen, generator), int((~valid).sum()))
+        index = random_survivors(valid, num_chosen, generator)
+        return Chosen(index, torch.full((num_chosen,), math.nan), int((~valid).sum()))
 
     def _select(self, pool: Pool, num_chosen: int, ticket: Ticket, before: SelectionState | None) -> Chosen:
         if before is None:
@@ -202,13 +208,14 @@ class Preparation:
             state = with_lag(state, ticket.lag)
         with Stopwatch(self.state) as watch:
             all_reduce = all_reduce_of(self.scope, self.group)
-            after, index, report = self.selecting(state, pool, num_chosen, self.function, all_reduce)
+            after, index, report, gain = self.selecting(state, pool, num_chosen, self.function, all_reduce)
         # Read together: each by itself would wait for the device.
-        values = torch.stack([value.float() for value in report.values()]).tolist()
-        figures = dict(zip(report, values, strict=True))
+        values = torch.cat([torch.stack([value.float() for value in report.values()]), gain.float()]).cpu()
+        figures = dict(zip(report, values.tolist(), strict=False))
+        gain = values[len(report) :].clone()
         num_invalid = int(figures.pop("num_invalid"))
         figures["select_ms"] = watch.milliseconds()
-        return Chosen(index, num_invalid, after, survivors_of(pool, index) if self.uses_lag else None, figures)
+        return Chosen(index, gain, num_invalid, after, survivors_of(pool, index) if self.uses_lag else None, figures)
 
     def _rows(
         self, batch: Mapping[str, Any], index: Tensor, placement: Placement | None, pool_size: int

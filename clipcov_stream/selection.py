@@ -1,6 +1,6 @@
 """Selection: from a candidate pool to the survivors that training sees.
 
-The core is a pure function, `select(state, pool, num_survivors) -> (state', survivors, report)`. The state is the
+The core is a pure function, `select(state, pool, num_survivors) -> (state', survivors, report, gain)`. The state is the
 sketches, the lag and the step counter; everything random derives from (seed, step, rank), never from a global
 generator. That is what makes a resumed run equal a straight one. After the survivors' training pass `learn(state,
 survivors) -> state'` notes what the model made of them; it comes before the next `select`.
@@ -22,8 +22,9 @@ Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,9 +70,10 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
 
 @dataclass(frozen=True)
 class Choice:
-    """What `clipcov` chose, the target it then knows, and figures of how; 0-dim tensors."""
+    """What `clipcov` chose, what each gained when picked, the target it then knows, and figures of how; 0-dim."""
 
     survivors: Int64[Tensor, " survivors"]
+    gain: Float[Tensor, " survivors"]
     opened: CrossCovSketch
     figures: dict[str, Tensor]
 
@@ -98,7 +100,7 @@ def choose(
         "aim_residual_bound": herding.bound(picks.slack) / aimed.size,
     }
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
-    return Choice(survivors, aimed.opened, figures)
+    return Choice(survivors, picks.gain, aimed.opened, figures)
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,30 @@ SELECTORS: dict[str, SelectorFn] = {"clipcov": clipcov, **RIVALS}
 """Every selector by name. To add one, add a function here or in `rivals`."""
 
 
+class Selected(NamedTuple):
+    """What `select` returns.
+
+    Args:
+        state: the next one.
+        survivors: distinct indices into the pool, in the order chosen.
+        report: the step's figures, 0-dim tensors.
+        gain: of each survivor when it was picked, `clipcov`'s objective (`Herding`); NaN for every other selector,
+            whose rules have no such figure.
+    """
+
+    state: SelectionState
+    survivors: Int64[Tensor, " survivors"]
+    report: dict[str, Tensor]
+    gain: Float[Tensor, " survivors"]
+
+
 def select(
     state: SelectionState,
     pool: Pool,
     num_survivors: int,
     selector: SelectorFn = clipcov,
     all_reduce: AllReduce | None = None,
-) -> tuple[SelectionState, Int64[Tensor, " survivors"], dict[str, Tensor]]:
+) -> Selected:
     """Choose the survivors of one pool and remember it.
 
     Args:
@@ -194,9 +213,9 @@ def select(
         selector: one of SELECTORS, or any function of that signature.
         all_reduce: sums over ranks in place, so that every rank's sketches hold every rank's pairs.
 
-    Returns: the next state; distinct indices into the pool in the order chosen; a report of 0-dim tensors. Samples with
-        a non-finite embedding, or `valid` False, are never chosen and never enter a sketch; `num_invalid` counts them.
-        If fewer than num_survivors are left, the indices are worth nothing: `Selector` and `ClipCov` raise then.
+    Returns: see `Selected`. Samples with a non-finite embedding, or `valid` False, are never chosen and never enter a
+        sketch; the report's `num_invalid` counts them. If fewer than num_survivors are left, the indices are worth
+        nothing: `Selector` and `ClipCov` raise then.
 
     Raises:
         ValueError: num_survivors outside [1, pool], or widths that differ from the state's.
@@ -217,17 +236,19 @@ def select(
     figures: dict[str, Tensor] = {}
     if plain(selector) is clipcov:
         choice = choose(pool, num_survivors, seen, all_reduce, elapsed)
-        survivors, figures = choice.survivors, choice.figures
+        survivors, gain, figures = choice.survivors, choice.gain, choice.figures
         seen = replace(seen, opened=choice.opened)
     else:
         survivors = selector(pool, num_survivors, seen)
+        gain = torch.full((num_survivors,), math.nan, device=pool.image.device)
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     trained_on = kept.update(image, text, counted, all_reduce, elapsed)
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, own=own)
-    return after, survivors, {**certificate(pool, survivors, after, streamed, trained_on), **figures}
+    report = {**certificate(pool, survivors, after, streamed, trained_on), **figures}
+    return Selected(after, survivors, report, gain)
 
 
 def learn(state: SelectionState, survivors: Pool, all_reduce: AllReduce | None = None) -> SelectionState:

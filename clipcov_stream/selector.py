@@ -56,26 +56,28 @@ class Selector:
         self.all_reduce = all_reduce
         self.state: SelectionState | None = None
         self.report: dict[str, Tensor] = {}
+        self.gain: Tensor | None = None
         self._select = GraphedSelect()
         self._survivors: Pool | None = None
         self._pending: dict[str, Any] | None = None
 
     def __call__(self, pool: Pool, num_survivors: int) -> Int64[Tensor, " survivors"]:
-        """Indices of the survivors, in the order chosen; `report` then holds the step's figures.
+        """Indices of the survivors, in the order chosen; `report` then holds the step's figures, `gain` what each
+        survivor gained when it was picked (`selection.Selected`).
 
         Raises:
             ValueError: as `select`.
             RuntimeError: fewer valid candidates than survivors.
         """
         before = self._state_for(pool)
-        state, survivors, report = self._select(before, pool, num_survivors, self.function, self.all_reduce)
+        state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         if num_valid < num_survivors:
             raise RuntimeError(
                 f"only {num_valid} of the pool's {len(pool)} samples can be used, {num_survivors} are needed: "
                 f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding"
             )
-        self.state, self.report = state, report
+        self.state, self.report, self.gain = state, report, gain
         self._survivors = survivors_of(pool, survivors) if reads_lag(self.function, self.settings) else None
         return survivors
 

@@ -17,7 +17,7 @@ import select_offline
 from corpora import draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
 from streaming.base.format import reader_from_json
-from test_ledger import written
+from test_ledger import gain_of, written
 
 from clipcov_stream.config import load_config
 from clipcov_stream.ledger import index_hash, read_ledger
@@ -157,16 +157,18 @@ def test_a_table_of_what_was_trained_when(
     out = tmp_path / f"table.{kind}"
     run(capsys, "table", ledger, folder, out)
     steps, _ = oracle()
-    wanted = [[i, uid_of(i), len(steps[i]), min(steps[i]), max(steps[i])] for i in sorted(steps)]
-    names = ["id", "uid", "times", "first_step", "last_step"]
+    gains = {i: sum(gain_of(i, step) for step in steps[i]) / len(steps[i]) for i in steps}
+    wanted = [[i, uid_of(i), len(steps[i]), min(steps[i]), max(steps[i]), gains[i]] for i in sorted(steps)]
+    names = ["id", "uid", "times", "first_step", "last_step", "mean_gain"]
     if kind == "csv":
         rows = list(csv.reader(io.StringIO(out.read_text(encoding="utf-8"))))
-        assert rows == [names, *[[str(value) for value in row] for row in wanted]]
+        assert rows == [names, *[["" if value != value else str(value) for value in row] for row in wanted]]
+        assert [row[0] for row in rows if row[-1] == ""] == ["9"]
     else:
         parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow writes .parquet, and is optional")
         found = parquet.read_table(out)
         assert found.column_names == names
-        assert [list(row.values()) for row in found.to_pylist()] == wanted
+        np.testing.assert_equal([list(row.values()) for row in found.to_pylist()], wanted)
 
 
 def test_without_pyarrow_parquet_is_an_error(
@@ -292,5 +294,5 @@ def test_a_torn_step_is_left_out_and_said(
     path.write_bytes(path.read_bytes()[:-5])
     assert export.main(["table", str(ledger), str(folder), str(tmp_path / "table.csv")]) == 0
     said = capsys.readouterr().out
-    assert "torn: 35 bytes of a step that was not written in full" in said
+    assert "torn: 47 bytes of a step that was not written in full" in said
     assert json.loads(said.splitlines()[-1])["records"] == 15

@@ -80,7 +80,7 @@ def test_a_graph_replays_select_bit_for_bit(with_valid: bool) -> None:
         pool = pool_of(640, 64, step, "cuda")
         if with_valid:
             pool = replace(pool, valid=torch.arange(640, device="cuda") % 7 != step % 7)
-        states[0], expected, report = select(states[0], pool, 128)
+        states[0], expected, report, _ = select(states[0], pool, 128)
         states[1], survivors, figures = run(states[1], pool, 128)
         assert torch.equal(survivors, expected)
         for name, value in report.items():
@@ -113,7 +113,7 @@ def test_a_gpu_and_a_cpu_choose_alike() -> None:
     for seed in range(3):
         chosen = {}
         for device in states:
-            states[device], survivors, report = select(states[device], pool_of(640, 64, seed, device), 128)
+            states[device], survivors, report, _ = select(states[device], pool_of(640, 64, seed, device), 128)
             chosen[device] = set(survivors.tolist()), float(report["residual"])
         assert len(chosen["cpu"][0] & chosen["cuda"][0]) >= 124
         assert chosen["cpu"][1] == pytest.approx(chosen["cuda"][1], rel=1e-2)

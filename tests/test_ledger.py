@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import subprocess
@@ -19,12 +20,14 @@ from composer import Callback, Trainer
 from corpora import draw_corpus, recipe, write_recipe
 from streaming import MDSWriter, StreamingDataset
 
+from clipcov_stream import Pool, Selector
 from clipcov_stream.config import load_config
-from clipcov_stream.ledger import Ledger, Record, append, index_hash, read_file, read_ledger, rewind
+from clipcov_stream.ledger import Ledger, Record, append, index_hash, read_file, read_ledger, rewind, samples_of
+from clipcov_stream.objective import Settings
 from clipcov_stream.train import build_trainer
 
 SURVIVORS = 8
-BLOCK = 16 + 8 * SURVIVORS
+BLOCK = 16 + 12 * SURVIVORS
 
 
 @pytest.fixture(scope="module")
@@ -90,23 +93,26 @@ def test_the_ledger_is_what_was_trained_on(tmp_path: Path, corpus: Path) -> None
     index = (corpus / "train" / "index.json").read_bytes()
     wanted = {"run_name": "run", "folder": index_hash(index), "pool_size": 32, "num_samples": 192, "num_ranks": 1}
     assert wanted.items() <= record.header.items()
-    assert {"version": 1, "seed": 0, "selector": "clipcov", "filter_ratio": 0.75}.items() <= record.header.items()
+    assert {"version": 2, "seed": 0, "selector": "clipcov", "filter_ratio": 0.75}.items() <= record.header.items()
     size = (tmp_path / "ledger" / "rank00000.ledger").stat().st_size
     assert 9 * BLOCK < size < 9 * BLOCK + 1000
 
 
-def test_ids_stay_with_their_samples_where_selection_runs_on_columns(tmp_path: Path, corpus: Path) -> None:
+def with_columns(corpus: Path, folder: Path) -> Path:
+    """The corpus, with numbered captions and embeddings of no meaning."""
     rng, source = np.random.default_rng(0), StreamingDataset(local=str(corpus / "train"), batch_size=1)
     columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
-    with MDSWriter(out=str(tmp_path / "mds"), columns=columns) as writer:
+    with MDSWriter(out=str(folder), columns=columns) as writer:
         for number, sample in enumerate(source):
             image, text = rng.standard_normal((2, 4), np.float32)
             kept = {"image": sample["image"], "caption": f"number {number}"}
             writer.write({**kept, "image_embedding": image, "text_embedding": text})
-    seen = Seen()
-    tree = recorded(
-        corpus, tmp_path / "ledger", selection={"embed": "columns"}, stream={"local": str(tmp_path / "mds")}
-    )
+    return folder
+
+
+def test_ids_stay_with_their_samples_where_selection_runs_on_columns(tmp_path: Path, corpus: Path) -> None:
+    folder, seen = with_columns(corpus, tmp_path / "mds"), Seen()
+    tree = recorded(corpus, tmp_path / "ledger", selection={"embed": "columns"}, stream={"local": str(folder)})
     trainer = trainer_of(tmp_path, tree, seen)
     fit(trainer)
     record, tokenizer = only(tmp_path / "ledger"), trainer.state.train_dataloader.dataset.tokenizer
@@ -114,6 +120,34 @@ def test_ids_stay_with_their_samples_where_selection_runs_on_columns(tmp_path: P
     for step, batch in enumerate(seen.batches):
         captions = [tokenizer(f"number {i}") for i in record.sample[record.step == step]]
         assert torch.equal(batch["text"], torch.stack(captions)), step
+
+
+@pytest.mark.parametrize("selector", ["clipcov", "clip_score"])
+def test_gains_are_those_of_a_selector_that_is_given_the_same_pools(
+    tmp_path: Path, corpus: Path, selector: str
+) -> None:
+    folder = with_columns(corpus, tmp_path / "mds")
+    # Without a learner's lag, which a selector outside of training does not know.
+    knobs = {"embed": "columns", "selector": selector, "learnability": 0.0, "warmup": "2ba"}
+    sections = {"selection": knobs, "stream": {"local": str(folder)}}
+    tree = {**recorded(corpus, tmp_path / "ledger", **sections), "max_duration": "4ba"}
+    fit(trainer_of(tmp_path, tree))
+    record = only(tmp_path / "ledger")
+    assert record.sample.shape == record.gain.shape == (4 * SURVIVORS,)
+    chosen = record.step >= 2
+    assert np.isnan(record.gain[~chosen]).all()
+    if selector == "clip_score":
+        assert np.isnan(record.gain).all()
+        return
+    assert np.isfinite(record.gain[chosen]).all() and len(set(record.gain[chosen].tolist())) > SURVIVORS
+    selecting = Selector(selector, seed=tree.get("seed", 0), settings=Settings(learnability=0.0))
+    pools = list(trainer_of(tmp_path, {**tree, "ledger": None}).state.train_dataloader)
+    for step in (2, 3):
+        rows = [torch.nn.functional.normalize(pools[step][f"{name}_embedding"].float()) for name in ("image", "text")]
+        survivors = selecting(Pool(*rows, 100.0), SURVIVORS)
+        assert pools[step]["id"][survivors].tolist() == record.sample[record.step == step].tolist()
+        assert selecting.gain is not None
+        np.testing.assert_allclose(selecting.gain, record.gain[record.step == step], rtol=1e-4, atol=1e-5)
 
 
 def test_no_ledger_unless_asked_for(tmp_path: Path, corpus: Path) -> None:
@@ -158,6 +192,10 @@ leave_group()
 """
 
 
+def columns_of(record: Record) -> list[np.ndarray]:
+    return [record.sample, record.step, record.gain]
+
+
 def test_two_ranks_killed_and_resumed_equal_straight(tmp_path: Path, corpus: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
@@ -185,17 +223,28 @@ def test_two_ranks_killed_and_resumed_equal_straight(tmp_path: Path, corpus: Pat
     for step in range(9):
         ids = np.concatenate([record.sample[record.step == step] for record in records])
         assert len(set(ids.tolist())) == len(ids) == SURVIVORS
+    # One rank that chooses from the same pools: every sample's gain has travelled to the rank that trained it.
+    fit(build_trainer(load_config(path, [f"ledger={tmp_path / 'one'}", "autoresume=false", "save_folder=null"])))
+    one, two = only(tmp_path / "one"), [np.concatenate(parts) for parts in zip(*map(columns_of, records), strict=True)]
+    by_step, by_step_too = np.lexsort(columns_of(one)[:2]), np.lexsort(two[:2])
+    for ours, theirs in zip(columns_of(one), two, strict=True):
+        np.testing.assert_allclose(ours[by_step], theirs[by_step_too], rtol=1e-3, atol=1e-3)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
+def gain_of(sample: int, step: int) -> float:
+    """Any number that float32 holds, and now and then none."""
+    return math.nan if sample == 9 else sample / 8 - step
+
+
 def written(place: Path, blocks: list[list[int]], rank: int = 0, **header: Any) -> Path:
     """A ledger by the format's description, with none of the package's own code."""
-    text = json.dumps({"version": 1, "rank": rank, "num_ranks": 1, **header}).encode()
-    data = b"CLEDGER1" + struct.pack("<II", len(text), zlib.crc32(text)) + text
+    text = json.dumps({"version": 2, "rank": rank, "num_ranks": 1, **header}).encode()
+    data = b"CLEDGER2" + struct.pack("<II", len(text), zlib.crc32(text)) + text
     for step, ids in enumerate(blocks):
-        body = struct.pack(f"<{len(ids)}Q", *ids)
+        body = b"".join(struct.pack("<Qf", i, gain_of(i, step)) for i in ids)
         head = struct.pack("<QI", step, len(ids))
         data += head + struct.pack("<I", zlib.crc32(head + body)) + body
     place.mkdir(exist_ok=True)
@@ -212,16 +261,19 @@ def test_the_format_is_as_described(tmp_path: Path) -> None:
     record = read_file(path)
     assert record.sample.tolist() == [i for ids in STEPS for i in ids]
     assert record.step.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    assert record.header["seed"] == 3
+    wanted = [gain_of(i, step) for step, ids in enumerate(STEPS) for i in ids]
+    np.testing.assert_array_equal(record.gain, np.array(wanted, np.float32))
+    assert np.isnan(record.gain).sum() == 1 and record.header["seed"] == 3
     ours = io.BytesIO()
     for step, ids in enumerate(STEPS):
-        append(ours, step, np.array(ids))
+        gains = torch.tensor([gain_of(i, step) for i in ids])
+        append(ours, step, samples_of(torch.tensor(ids), gains))
     assert path.read_bytes().endswith(ours.getvalue())
 
 
 def test_a_file_cut_anywhere_keeps_its_whole_steps(tmp_path: Path) -> None:
     path = written(tmp_path / "a", STEPS)
-    whole, block = path.read_bytes(), 16 + 3 * 8
+    whole, block = path.read_bytes(), 16 + 3 * 12
     for cut in range(1, 2 * block + 1):
         path.write_bytes(whole[:-cut])
         record = read_file(path)
@@ -235,11 +287,11 @@ def test_a_file_cut_anywhere_keeps_its_whole_steps(tmp_path: Path) -> None:
 
 def test_damage_elsewhere_than_at_the_end_is_an_error(tmp_path: Path) -> None:
     path = written(tmp_path / "a", [*STEPS, *STEPS])
-    whole, start = path.read_bytes(), len(path.read_bytes()) - 8 * 40
+    whole, start = path.read_bytes(), len(path.read_bytes()) - 8 * 52
     path.write_bytes(whole[: start + 60] + b"\xff" + whole[start + 61 :])
-    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 40}: {7 * 40} bytes follow"):
+    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 52}: {7 * 52} bytes follow"):
         read_file(path)
-    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 40}"):
+    with pytest.raises(ValueError, match=rf"is damaged at byte {start + 52}"):
         rewind(path, 7)
     path.write_bytes(whole[:20] + b"\xff" + whole[21:])
     with pytest.raises(ValueError, match="is damaged in its header"):
@@ -252,10 +304,10 @@ def test_damage_elsewhere_than_at_the_end_is_an_error(tmp_path: Path) -> None:
 def test_damage_in_the_first_block_is_an_error(tmp_path: Path) -> None:
     """There the header says how large a block can be."""
     path = written(tmp_path / "a", STEPS, pool_size=3)
-    whole, start = path.read_bytes(), len(path.read_bytes()) - 4 * 40
+    whole, start = path.read_bytes(), len(path.read_bytes()) - 4 * 52
     path.write_bytes(whole[: start + 20] + b"\xff" + whole[start + 21 :])
     for read in (read_file, lambda damaged: rewind(damaged, 4)):
-        with pytest.raises(ValueError, match=rf"is damaged at byte {start}: {4 * 40} bytes follow"):
+        with pytest.raises(ValueError, match=rf"is damaged at byte {start}: {4 * 52} bytes follow"):
             read(path)
     path.write_bytes(whole[: start + 20])
     assert read_file(path).torn_bytes == 20 and rewind(path, 4) == -1

@@ -73,7 +73,7 @@ def test_sem_dedup_takes_one_of_each_and_remembers() -> None:
     basis = torch.eye(8)
     pool = Pool(basis.repeat(3, 1), basis.repeat(3, 1))
     state = SelectionState.initial(8, Settings())
-    state, survivors, _ = select(state, pool, 8, sem_dedup)
+    state, survivors, *_ = select(state, pool, 8, sem_dedup)
     assert sorted(survivors.tolist()) == list(range(8))
     assert sorted(state.own["recent"].argmax(1).tolist()) == list(range(8))
     # All eight are known now, so of a pool that adds eight others, these are taken.
@@ -224,7 +224,7 @@ def test_concept_balance_equals_its_rule_step_by_step() -> None:
 
 def test_concept_balance_counts_the_stream_and_evens_out_a_long_tail() -> None:
     concepts = torch.tensor([0] * 16 + [1] * 4 + [2] * 4)[:, None]
-    state, survivors, _ = select(
+    state, survivors, *_ = select(
         SelectionState.initial(5, Settings()), draw(24, concepts=concepts), 9, RIVALS["concept_balance"]
     )
     assert Counter(concepts[survivors, 0].tolist()) == {0: 3, 1: 3, 2: 3}

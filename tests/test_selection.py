@@ -227,7 +227,7 @@ def test_the_bound_in_numbers():
 def test_a_pool_whose_covariance_rows_are_all_invalid_has_distinct_survivors():
     """Covariances come from every seventh row here; without one there is nothing to whiten by, yet."""
     pool = replace(draw(1000, 32), valid=torch.arange(1000) % 7 != 0)
-    state, survivors, report = select(SelectionState.initial(32, Settings()), pool, 200)
+    state, survivors, report, _ = select(SelectionState.initial(32, Settings()), pool, 200)
     assert len(set(survivors.tolist())) == 200 and bool(pool.valid[survivors].all())
     assert all(bool(value.isfinite()) for value in report.values())
     assert not state.stream.image_cov.any()
@@ -447,7 +447,7 @@ def test_residual_total_is_that_of_all_survivors_so_far():
     streamed, kept = [], []
     for seed in range(4):
         pool = draw(16, 3, seed)
-        state, survivors, report = select(state, pool, 4)
+        state, survivors, report, _ = select(state, pool, 4)
         rows = oracle.unit(pool.image), oracle.unit(pool.text)
         streamed.append(rows)
         kept.append([part[survivors.numpy()] for part in rows])
@@ -463,7 +463,7 @@ def test_survivors_are_forgotten_on_the_streams_clock():
     state, kept = SelectionState.initial(3, Settings(half_life=20.0)), []
     for seed in range(4):
         pool = draw(16, 3, seed)
-        state, survivors, _ = select(state, pool, 4)
+        state, survivors, *_ = select(state, pool, 4)
         kept.append([oracle.unit(rows)[survivors.numpy()] for rows in (pool.image, pool.text)])
     weights = oracle.half_life_weights([4] * 4, 20.0, clock=[16] * 4)
     expected = oracle.moments(*(np.concatenate(parts) for parts in zip(*kept, strict=True)), weights)
@@ -477,7 +477,7 @@ def test_random_survivors_measure_what_the_certificate_expects(half_life):
     for seed in range(40):
         state = SelectionState.initial(4, Settings(half_life=half_life, seed=seed))
         for step in range(6):
-            state, _, report = select(state, draw(48, 4, 100 * seed + step, learner=False), 12, SELECTORS["random"])
+            state, _, report, _ = select(state, draw(48, 4, 100 * seed + step, learner=False), 12, SELECTORS["random"])
         measured.append(float(report["residual_total"]) ** 2)
         expected.append(float(report["residual_total_random"]) ** 2)
     # 40 runs of some 16 degrees of freedom each: the ratio scatters by a few percent.
@@ -524,7 +524,7 @@ def test_duplicates_are_not_both_taken_while_an_equal_alternative_exists(dim):
     basis = torch.eye(dim).repeat(2, 1)
     state = SelectionState.initial(dim, Settings(coverage=100.0, gate=math.inf))
     for _ in range(3):
-        state, survivors, _ = select(state, Pool(basis, basis), dim)
+        state, survivors, *_ = select(state, Pool(basis, basis), dim)
         assert sorted((survivors % dim).tolist()) == list(range(dim))
 
 

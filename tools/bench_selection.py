@@ -102,7 +102,7 @@ def warm_state(pools: list[Pool], num_survivors: int) -> SelectionState:
     """The state after three pools and what a learner made of them, so that nothing is skipped for being empty."""
     state = SelectionState.initial(pools[0].image.shape[1], Settings(), device=pools[0].image.device)
     for pool in (pools * 3)[:3]:
-        state, survivors, _ = select(state, pool, num_survivors)
+        state, survivors, *_ = select(state, pool, num_survivors)
         image, text = (rows.index_select(0, survivors) for rows in (pool.learner_image, pool.learner_text))  # pyright: ignore
         state = learn(state, with_learner(survivors_of(pool, survivors), image, text, 10.0))
     return state

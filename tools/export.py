@@ -2,7 +2,8 @@
 
     python tools/export.py mds SOURCE FOLDER OUT          a curated MDS folder, each sample once, byte for byte
     python tools/export.py datacomp SOURCE FOLDER OUT.npy      a DataComp subset file: sorted uids, dtype u8,u8
-    python tools/export.py table SOURCE FOLDER OUT.csv         or OUT.parquet: id, uid, times, first_step, last_step
+    python tools/export.py table SOURCE FOLDER OUT.csv         or OUT.parquet: id, uid, times, first_step, last_step,
+                                                               mean_gain
 
 SOURCE is a run's ledger folder (`ledger` in its recipe), several where ranks shared no disk, or the output of
 tools/select_offline.py. FOLDER is the MDS folder that it chose from. FOLDER and OUT may be URLs.
@@ -37,6 +38,8 @@ from clipcov_stream.remote import is_remote, read_remote
 BESIDE = ("embedder.json",)
 """Files of an MDS folder that say what its columns are."""
 DATACOMP = np.dtype("u8,u8")
+FIGURES = ("times", "first_step", "last_step", "mean_gain")
+"""Of a sample, in a table (`TrainedOn`)."""
 
 
 def write_mds(pairs: PairFolder, found: TrainedOn, folder: Path, in_order: bool) -> None:
@@ -99,14 +102,15 @@ def table_of(found: TrainedOn, uids: Sequence[str] | None) -> dict[str, Any]:
     table: dict[str, Any] = {"id": found.id.tolist()}
     if uids is not None:
         table["uid"] = list(uids)
-    return {**table, **{name: getattr(found, name).tolist() for name in ("times", "first_step", "last_step")}}
+    return {**table, **{name: getattr(found, name).tolist() for name in FIGURES}}
 
 
 def write_csv(table: dict[str, Any], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(table)
-        rows.writerows(zip(*table.values(), strict=True))
+        # No gain is an empty field, as spreadsheets and pandas read it.
+        rows.writerows(["" if value != value else value for value in row] for row in zip(*table.values(), strict=True))
 
 
 def write_parquet(table: dict[str, Any], path: Path) -> None:
