@@ -142,6 +142,26 @@ def defers(config: StreamConfig, selection: ClipCov) -> bool:
     return not selection.needs_pixels if config.deferred is None else config.deferred
 
 
+def decode_device_of(name: str, deferred: bool) -> torch.device | None:
+    """The GPU that decodes this rank's JPEGs; None if its CPUs do.
+
+    Raises:
+        ValueError: another name, a machine without a GPU, or a stream whose workers decode every candidate.
+    """
+    if name == "cpu":
+        return None
+    if name != "gpu":
+        raise ValueError(f"stream.decode_device={name!r} must be 'cpu' or 'gpu'")
+    if not deferred:
+        raise ValueError(
+            "stream.decode_device='gpu' decodes survivors, but this stream's workers decode every candidate; use "
+            "selection.embed='columns', or stream.decode_device='cpu'"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("stream.decode_device='gpu' needs a CUDA device, and there is none; use 'cpu'")
+    return torch.device("cuda", dist.get_local_rank())
+
+
 def build_stream(
     config: StreamConfig,
     towers: nn.Module,
@@ -185,6 +205,7 @@ def build_stream(
         raise
     options = {name: getattr(config, name) for name in ("decode_threads", "range_cache")}
     options["timeout"] = config.worker_timeout
+    options["decode_device"] = decode_device_of(config.decode_device, deferred)
     return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
 
 

@@ -67,8 +67,9 @@ class StreamConfig:
     `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
     `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`. `deferred` leaves
     candidates encoded, and decodes survivors alone, in `decode_threads` threads; it is on wherever selection reads no
-    pixels, unless given. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges; of what
-    it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
+    pixels, unless given. With `decode_device: gpu` survivors' JPEGs are decoded and cropped by each rank's GPU
+    instead; see `device_decode`. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges;
+    of what it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
     """
 
     global_pool_size: int
@@ -87,6 +88,7 @@ class StreamConfig:
     worker_timeout: float = 0
     deferred: bool | None = None
     decode_threads: int | None = None
+    decode_device: str = "cpu"
     num_canonical_nodes: int = 1
     predownload: int | None = None
     cache_limit: str | int | None = None

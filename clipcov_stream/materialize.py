@@ -12,7 +12,7 @@ import copy
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import v2
+
+from clipcov_stream.device_decode import decode_on
 
 OPENAI_MEAN = open_clip.OPENAI_DATASET_MEAN
 OPENAI_STD = open_clip.OPENAI_DATASET_STD
@@ -92,18 +94,19 @@ class ImageTransform:
         """One image -> (3, size, size) uint8, without augmentation."""
         return v2.Compose([v2.Resize(self.size, interpolation=BICUBIC), v2.CenterCrop(self.size), v2.PILToTensor()])
 
-    def augmented(self, image: Image.Image, seed: int) -> Tensor:
-        """One image -> (3, size, size) uint8 of a random crop, which the seed alone decides.
+    def augmented(self, image: Image.Image | Tensor, seed: int) -> Tensor:
+        """One image, or its (3, height, width) uint8, -> (3, size, size) uint8 of a random crop, which the seed alone
+        decides.
 
         The pixels that torchvision's RandomResizedCrop gives with this seed of the global generator; but that one is
         shared by all threads, and stays as it is here.
         """
         generator = torch.Generator().manual_seed(seed)
-        box = crop_box(image.height, image.width, (self.min_scale, 1.0), generator)
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
+        box = crop_box(height, width, (self.min_scale, 1.0), generator)
         picture: Any = image  # torchvision's annotation names tensors alone
-        return v2.functional.pil_to_tensor(
-            v2.functional.resized_crop(picture, *box, size=[self.size, self.size], interpolation=BICUBIC)
-        )
+        crop = v2.functional.resized_crop(picture, *box, size=[self.size, self.size], interpolation=BICUBIC)
+        return crop if isinstance(crop, Tensor) else v2.functional.pil_to_tensor(crop)
 
     def small(self, side: int) -> ImageTransform:
         """The same at another size, without augmentation."""
@@ -153,6 +156,11 @@ class Fetch(Protocol):
     def close(self) -> None: ...
 
 
+def bytes_of(encoded: Any) -> Any:
+    """What an image is stored as, once it has come."""
+    return encoded.result() if isinstance(encoded, Future) else encoded
+
+
 class Materializer:
     """Encoded rows of a pool -> tensors; images are decoded and cropped by threads, captions read one after another.
 
@@ -164,6 +172,8 @@ class Materializer:
         tokenizer: str -> (context,) token ids; None reads no captions.
         num_threads: that decode; None is the number of CPUs, at most 8.
         fetch: gets the images that rows have only a mention of; each is decoded when it has come.
+        device: that decodes and crops JPEGs, a GPU (`device_decode`); `image` is then there. None leaves them to the
+            threads.
 
     Raises:
         ValueError: fewer than one thread.
@@ -175,6 +185,7 @@ class Materializer:
         tokenizer: Tokenizer | None,
         num_threads: int | None = None,
         fetch: Fetch | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"stream.decode_threads={num_threads} must be at least 1, or null")
@@ -183,15 +194,37 @@ class Materializer:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
         self.fetch = fetch
+        self.device = device
         self._threads: ThreadPoolExecutor | None = None
 
     def pixels(self, encoded: Any, seed: int) -> Tensor | None:
         """(3, size, size) uint8 of an encoded image, None if there is none in it; the seed decides its augmentation."""
         try:
-            image = decode_image(encoded.result() if isinstance(encoded, Future) else encoded)
+            image = decode_image(bytes_of(encoded))
         except UndecodableImage:
             return None
+        return self._cropped(image, seed)
+
+    def _cropped(self, image: Any, seed: int) -> Tensor:
         return self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
+
+    def _images(self, encoded: Sequence[Any], seeds: Sequence[int]) -> Iterable[Tensor | None]:
+        """`pixels` of every image, on the device if there is one."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.num_threads, "decode")
+        if self.device is None:
+            return self._threads.map(self.pixels, encoded, seeds)
+        fetched = [bytes_of(image) for image in encoded]
+        decoded = decode_on(self.device, fetched)
+        left = [
+            None if image is not None else self._threads.submit(self.pixels, *args)
+            for image, *args in zip(decoded, fetched, seeds, strict=True)
+        ]
+        images = []
+        for image, seed, other in zip(decoded, seeds, left, strict=True):
+            found = self._cropped(image, seed) if other is None else other.result()
+            images.append(None if found is None else found.to(self.device))
+        return images
 
     def __call__(self, rows: Mapping[str, Any], made: Made) -> tuple[dict[str, Tensor], Tensor]:
         """`image` and, where there are captions, `text` as `PoolCollate` would make them, and which were undecodable.
@@ -203,20 +236,18 @@ class Materializer:
         """
         ids = rows["id"].tolist()
         new = [row for row, sample in enumerate(ids) if sample not in made]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.num_threads, "decode")
         seeds = rows["augmentation"].tolist()
         encoded = [rows["image"][row] for row in new]
         encoded = encoded if self.fetch is None else self.fetch(encoded)
-        images = self._threads.map(self.pixels, encoded, (seeds[row] for row in new))
+        images = self._images(encoded, [seeds[row] for row in new])
         captions = None if isinstance(rows.get("text"), Tensor) else rows.get("text")
         texts = [None if captions is None or self.tokenizer is None else self.tokenizer(captions[row]) for row in new]
         made.update(zip([ids[row] for row in new], zip(images, texts, strict=True), strict=True))
-        blank = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
+        blank = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8, device=self.device)
         found = [made[sample] for sample in ids]
         failed = torch.tensor([image is None for image, _ in found], dtype=torch.bool)
         stacked = torch.stack([blank if image is None else image for image, _ in found])
-        tensors = {"image": self.normalize(stacked) * ~failed[:, None, None, None]}
+        tensors = {"image": self.normalize(stacked) * ~failed[:, None, None, None].to(stacked.device)}
         if captions is not None and self.tokenizer is not None:
             tensors["text"] = torch.stack([text for _, text in found if text is not None])
         return tensors, failed

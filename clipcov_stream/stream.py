@@ -352,6 +352,7 @@ def pool_loader(
     timeout: float = 0,
     decode_threads: int | None = None,
     range_cache: int | str | None = None,
+    decode_device: torch.device | None = None,
 ) -> PoolLoader:
     """Batches of `pool_size` samples of this rank.
 
@@ -361,6 +362,7 @@ def pool_loader(
         decode_threads: that decode a deferred pool's survivors; None is the number of CPUs, at most 8.
         range_cache: bytes of images read by ranges that are kept on this machine's disk, a number or "20gb"; None keeps
             none.
+        decode_device: a CUDA device that decodes a deferred pool's JPEGs; None leaves them to the threads.
 
     Raises:
         ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank; a cache of
@@ -381,9 +383,12 @@ def pool_loader(
     ranges = None
     if source is not None:
         ranges = Ranges(source, timeout=dataset.streams[0].download_timeout, cache=source.cache(range_cache))
+    materialize = None
+    if dataset.deferred:
+        materialize = Materializer(transform, tokenizer, decode_threads, ranges, decode_device)
     return PoolLoader(
         dataset,
-        materialize=Materializer(transform, tokenizer, decode_threads, ranges) if dataset.deferred else None,
+        materialize=materialize,
         batch_size=pool_size,
         num_workers=num_workers,
         collate_fn=PoolCollate(transform),

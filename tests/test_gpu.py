@@ -61,7 +61,7 @@ def test_selection_never_waits_for_the_device(dtype: torch.dtype) -> None:
         state = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
 
         def step(state: SelectionState, pool: Pool) -> tuple[SelectionState, torch.Tensor]:
-            state, survivors, _ = run(state, pool, 128)  # noqa: B023
+            state, survivors, *_ = run(state, pool, 128)  # noqa: B023
             return learn(state, with_learner(survivors_of(pool, survivors), learner, learner, scale)), survivors
 
         for _ in range(WARMUP + 1):  # functions compile, libraries make their handles, the graph is recorded
@@ -80,9 +80,9 @@ def test_a_graph_replays_select_bit_for_bit(with_valid: bool) -> None:
         pool = pool_of(640, 64, step, "cuda")
         if with_valid:
             pool = replace(pool, valid=torch.arange(640, device="cuda") % 7 != step % 7)
-        states[0], expected, report, _ = select(states[0], pool, 128)
-        states[1], survivors, figures = run(states[1], pool, 128)
-        assert torch.equal(survivors, expected)
+        states[0], expected, report, gained = select(states[0], pool, 128)
+        states[1], survivors, figures, gain = run(states[1], pool, 128)
+        assert torch.equal(survivors, expected) and torch.equal(gain, gained)
         for name, value in report.items():
             torch.testing.assert_close(figures[name], value.float(), rtol=0, atol=0, equal_nan=True)
         assert all(map(torch.equal, of_state(states[1]), of_state(states[0])))
