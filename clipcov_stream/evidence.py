@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import row_dots
-from clipcov_stream.pool import Pool, valid_of
+from clipcov_stream.pool import Pool, exp_below, log_sum_exp, valid_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -100,10 +100,10 @@ def beside(
     of the sum of the logits' exponentials, of every row."""
     table = torch.addmm(closed - half, rows, refs.T)
     hide_own(table, start, index, -torch.inf)
-    top_logit = table.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    top_logit = table.amax(1, keepdim=True)
     shift = half.amax()
     # A product instead of a sum puts back what was taken off, without a pass over the table.
-    total = (table - top_logit).exp_() @ (half - shift).exp()
+    total = exp_below(table, top_logit) @ (half - shift).exp()
     return table, (total.log() + top_logit.squeeze(1) + shift).nan_to_num(neginf=0.0)
 
 
@@ -156,7 +156,7 @@ def matching(pool: Pool, most: int) -> Matching:
         """Of references: log of what the others' exponentials sum to."""
         table = torch.addmm(closed, rows.index_select(0, index), refs.T)
         table.fill_diagonal_(-torch.inf)
-        return (table.logsumexp(1) + to_pool.index_select(0, index)).nan_to_num(neginf=0.0)
+        return (log_sum_exp(table, 1) + to_pool.index_select(0, index)).nan_to_num(neginf=0.0)
 
     # What any caption, any image gets beside the references'; half of it comes off every margin.
     half_by_image, half_by_text = 0.5 * totals(pool.image, ref_text), 0.5 * totals(pool.text, ref_image)

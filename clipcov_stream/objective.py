@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import row_dots, row_squares, top
-from clipcov_stream.pool import Pool, valid_of
+from clipcov_stream.pool import Pool, log_sum_exp, valid_of
 from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def contrastive_margin(
     """`margin`, of any two towers; 0 for samples that are not valid, which are nobody's negatives."""
     logits = scale * image @ text.T
     invalid = ~valid
-    by_image = logits.masked_fill(invalid[None, :], -torch.inf).logsumexp(1)
-    by_text = logits.masked_fill(invalid[:, None], -torch.inf).logsumexp(0)
+    by_image = log_sum_exp(logits.masked_fill(invalid[None, :], -torch.inf), 1)
+    by_text = log_sum_exp(logits.masked_fill(invalid[:, None], -torch.inf), 0)
     return (logits.diagonal() - 0.5 * by_image - 0.5 * by_text).masked_fill(invalid, 0.0)
 
 

@@ -24,7 +24,7 @@ from clipcov_stream.objective import (
     margin,
     random_survivors,
 )
-from clipcov_stream.pool import Pool, valid_of
+from clipcov_stream.pool import Pool, log_sum_exp, valid_of
 from clipcov_stream.sketch import AllReduce
 
 if TYPE_CHECKING:
@@ -254,8 +254,8 @@ def joint(
 def loss_given(logits: Float[Tensor, "pool pool"], chosen: Int64[Tensor, " m"]) -> Float[Tensor, " pool"]:
     """Contrastive loss of every sample with the chosen ones as its only negatives, both ways averaged."""
     own = logits.diagonal()
-    by_image = torch.cat([own[:, None], logits[:, chosen]], 1).logsumexp(1)
-    by_text = torch.cat([own[None, :], logits[chosen]], 0).logsumexp(0)
+    by_image = log_sum_exp(torch.cat([own[:, None], logits[:, chosen]], 1), 1)
+    by_text = log_sum_exp(torch.cat([own[None, :], logits[chosen]], 0), 0)
     return 0.5 * (by_image + by_text) - own
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipcov_stream import evidence
 from clipcov_stream.evidence import log_density, matching, references
-from clipcov_stream.pool import Pool, prepared
+from clipcov_stream.pool import Pool, log_sum_exp, prepared
 
 
 def draw(n, dim, matched, seed=0, noise=0.3, scale=20.0):
@@ -151,3 +151,20 @@ def test_references_find_the_share_of_matches_too():
     pool = draw(2000, 16, 0.5)
     assert float(matching(pool, 100).share) == pytest.approx(0.5, abs=0.12)
     assert float(torch.corrcoef(torch.stack([matching(pool, 100).score, matching(pool, 2000).score]))[0, 1]) > 0.95
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.sampled_from([1.0, 30.0, 100.0, 1e4]),
+    st.integers(0, 1),
+    st.integers(0, 999),
+)
+def test_log_sum_exp_is_the_oracles_at_any_range(rows: int, columns: int, scale: float, dim: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = (scale * rng.standard_normal((rows, columns))).astype(np.float32)
+    table[rng.random(table.shape) < 0.2] = -np.inf
+    with np.errstate(divide="ignore"):
+        wanted = np.logaddexp.reduce(table.astype(np.float64), axis=dim)
+    found = log_sum_exp(torch.from_numpy(table), dim).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
