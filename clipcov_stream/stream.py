@@ -32,6 +32,7 @@ from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer
 from clipcov_stream.mds_index import checked_index, pickled_columns, read_index
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
+from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_remote
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
@@ -208,7 +209,7 @@ class PairDataset(StreamingDataset):
                     f"{dict(zip(shard.column_names, shard.column_encodings, strict=True))}, the first one has "
                     f"{dict(zip(names, kinds, strict=True))}; one folder needs one set of columns"
                 )
-        for shard in shards:
+        for shard in map(bounded, shards):
             shard.column_encodings = encodings
 
     def _image(self, sample: dict[str, Any]) -> Any:

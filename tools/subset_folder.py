@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipcov_stream.mds_index import PICKLED, checked_index, read_index
+from clipcov_stream.reader import bounded
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +53,7 @@ class PairFolder:
             raise ValueError(f"FOLDER={folder!r} has no index.json (checked {index}); {hint}")
         try:
             shards = checked_index(read_index(index), repr(folder), allow_pickle=None)
-            self._shards: list[Any] = [reader_from_json(str(self.path), None, shard) for shard in shards]
+            self._shards: list[Any] = [bounded(reader_from_json(str(self.path), None, shard)) for shard in shards]
             columns = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in self._shards]
         except Exception as error:  # whatever another kind of index makes Streaming say
             raise ValueError(f"{index} is not the index of an MDS folder: {error!r}") from error
