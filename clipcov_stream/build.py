@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.batch import count_survivors
+from clipcov_stream.captions import caption_of, first_of
 from clipcov_stream.config import (
     EvalConfig,
     ModelConfig,
@@ -81,12 +82,7 @@ def tokenizer_of(towers: Any, config: ModelConfig | ProxyConfig) -> Tokenizer:
     own_size = getattr(tokenizer, "vocab_size", None)
     if isinstance(vocab_size, int) and isinstance(own_size, int) and vocab_size < own_size:
         raise ValueError(f"model text_cfg.vocab_size={vocab_size} is smaller than the tokenizer's, {own_size}")
-    return partial(first_of, tokenizer)
-
-
-def first_of(tokenizer: Callable[[str], Tensor], caption: str) -> Tensor:
-    # A function of the module, not a lambda: worker processes may have to pickle it.
-    return tokenizer(caption)[0]
+    return partial(first_of, tokenizer, context)
 
 
 def transform_of(towers: nn.Module, min_scale: float = 1.0) -> ImageTransform:
@@ -198,6 +194,8 @@ def build_stream(
             deferred=deferred,
             scoring_size=scoring_size if deferred else None,
             range_reads=config.range_reads,
+            allow_pickle=config.allow_pickle,
+            max_pixels=config.max_pixels,
         )
     except (ValueError, FileNotFoundError) as error:
         if config.how_to_get:
@@ -244,7 +242,7 @@ def build_evaluators(
                     "templates; tools/make_mds.py classes writes it"
                 )
             prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
-        if retrieval and not str(StreamingDataset.get_item(dataset, 0)[config.columns.caption]).strip():
+        if retrieval and not caption_of(StreamingDataset.get_item(dataset, 0)[config.columns.caption]).strip():
             raise ValueError(
                 f"eval.{label}.tasks has retrieval, but captions in {config.remote or config.local} are empty; "
                 "retrieval needs pairs (tools/make_mds.py pairs), zero-shot needs labels (tools/make_mds.py classes)"

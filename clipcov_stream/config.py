@@ -13,10 +13,15 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from clipcov_stream.decode import MAX_PIXELS
+from clipcov_stream.plain_yaml import check_plain, check_yaml
+from clipcov_stream.redact import check_tree, redacted
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class StreamConfig:
     pixels, unless given. With `decode_device: gpu` survivors' JPEGs are decoded and cropped by each rank's GPU
     instead; see `device_decode`. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges;
     of what it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
+    `allow_pickle` names the pickled columns that may be there, which are refused otherwise: to load them runs code of
+    whoever wrote them. An image of more than `max_pixels` counts as undecodable; see `decode`.
     """
 
     global_pool_size: int
@@ -95,6 +102,8 @@ class StreamConfig:
     download_retry: int = 2
     download_timeout: float = 60
     validate_hash: str | None = None
+    allow_pickle: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
     how_to_get: str = ""
 
 
@@ -209,25 +218,32 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """The recipe in a YAML file, with overrides of the form `key.sub=value`.
 
     Raises:
-        ValueError: not YAML, an unknown key (with a suggestion), a value of another type, a key that is missing.
+        ValueError: not YAML, or larger or deeper than a recipe is; an unknown key (with a suggestion), a value of
+            another type, a key that is missing; an interpolation, or credentials in a URL.
     """
     for item in overrides:
         if "=" not in item:
-            raise ValueError(f"override {item!r} is not of the form key.sub=value")
+            raise ValueError(redacted(f"override {item!r} is not of the form key.sub=value"))
     try:
+        check_yaml(Path(path).read_text(encoding="utf-8"), f"recipe {path!r}")
+        for item in overrides:
+            check_yaml(item.partition("=")[2], f"override {item[:80]!r}")
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         tree = OmegaConf.to_container(merged, resolve=False)
     except FileNotFoundError as error:
         raise ValueError(f"no recipe at {path!r}") from error
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, OSError) as error:
-        raise ValueError(f"cannot read recipe {path!r} with overrides {list(overrides)}: {error}") from error
+        text = f"cannot read recipe {path!r} with overrides {list(overrides)}: {error}"
+        raise ValueError(redacted(text)) from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"recipe {path!r} is not YAML: {error}") from error
+            raise ValueError(redacted(f"recipe {path!r} is not YAML: {error}")) from error
         raise
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {path!r} is not a mapping of keys to values")
     tree.pop("launch", None)  # the line that lets `composer recipe.yaml` run the file as Python
+    check_plain(tree)
+    check_tree(tree)
     return filled(parse(TrainConfig, tree, ""))
 
 
@@ -260,10 +276,10 @@ def filled(config: TrainConfig) -> TrainConfig:
 
 
 def put(text: str | None, values: Mapping[str, str]) -> str | None:
-    """Every `{name}` replaced by its value; `${name}`, which would be an interpolation, stays as it is."""
+    """Every `{name}` replaced by its value."""
     if text is None:
         return None
-    return re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:

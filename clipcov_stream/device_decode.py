@@ -8,16 +8,15 @@ the resize are other ones), so weights are not those of decoding on CPUs, bit fo
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
+
+from clipcov_stream.decode import MAX_ASPECT, MAX_PIXELS, opened
 
 BATCH_PIXELS = 2**26
 """Decoded at once, at most, unless one image has more: 200 MB."""
@@ -25,30 +24,31 @@ END = b"\xff\xd9"
 """Of a JPEG that is not truncated. Files with bytes after it are Pillow's."""
 
 
-def pixels_of(data: Any) -> int | None:
+def pixels_of(data: Any, max_pixels: int = MAX_PIXELS) -> int | None:
     """Pixels of an image that the device may decode, from its header; None for all others."""
     if not (isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff") and data.endswith(END)):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                return image.width * image.height if image.mode in ("RGB", "L") else None
+        with opened(data, max_pixels) as image:
+            width, height, mode = *image.size, image.mode
     except Exception:  # Pillow raises nearly anything on bad bytes, and will say what when it is asked to decode them
         return None
+    alike = mode in ("RGB", "L") and max(width, height) <= MAX_ASPECT * min(width, height)
+    return width * height if alike and width * height <= max_pixels else None
 
 
-def decode_on(device: torch.device, encoded: Sequence[Any]) -> list[Tensor | None]:
+def decode_on(device: torch.device, encoded: Sequence[Any], max_pixels: int = MAX_PIXELS) -> list[Tensor | None]:
     """(3, height, width) uint8 of every image on the device; None for those that are left to Pillow.
 
     Args:
         device: a CUDA device; on a CPU, libjpeg decodes.
-        encoded: bytes of images of any kind, or images.
+        encoded: bytes of images of any kind, or anything else.
+        max_pixels: as in `decode_image`.
 
     Costs: 3 bytes a pixel, on the device.
     """
     found: list[Tensor | None] = [None] * len(encoded)
-    sizes = [pixels_of(data) for data in encoded]
+    sizes = [pixels_of(data, max_pixels) for data in encoded]
     batch: list[int] = []
     total = 0
     for place, size in enumerate(sizes):

@@ -9,7 +9,6 @@ alone (`Materializer`).
 from __future__ import annotations
 
 import copy
-import io
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 
+from clipcov_stream.decode import MAX_PIXELS, UndecodableImage, decode_image
 from clipcov_stream.device_decode import decode_on
 
 OPENAI_MEAN = open_clip.OPENAI_DATASET_MEAN
@@ -34,40 +32,6 @@ ASPECTS = (3 / 4, 4 / 3)
 """Width by height of random crops, torchvision's default."""
 
 Tokenizer = Callable[[str], Tensor]
-
-
-class UndecodableImage(ValueError):
-    """Bytes that no image comes out of; the message says why."""
-
-
-def decode_image(data: Any, at_least: int | None = None) -> Image.Image:
-    """RGB image from encoded bytes or a PIL image; transparency is laid on white.
-
-    Args:
-        at_least: side in pixels; a JPEG that is at least twice as large is decoded at half, a quarter or an eighth of
-            its size, which takes a fraction of the time. None: whole.
-
-    Raises:
-        UndecodableImage: truncated, empty, not an image, or larger than Pillow's decompression-bomb limit.
-    """
-    try:
-        image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            # Pillow itself only warns up to twice its limit. Nothing is decoded yet.
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
-        if at_least is not None and isinstance(image, JpegImageFile):
-            image.draft("RGB", (at_least, at_least))
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit greys at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
-        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -161,6 +125,14 @@ def bytes_of(encoded: Any) -> Any:
     return encoded.result() if isinstance(encoded, Future) else encoded
 
 
+def arrived(encoded: Any) -> Any:
+    """`bytes_of`; None of what turned out to be no image."""
+    try:
+        return bytes_of(encoded)
+    except UndecodableImage:
+        return None
+
+
 class Materializer:
     """Encoded rows of a pool -> tensors; images are decoded and cropped by threads, captions read one after another.
 
@@ -172,6 +144,7 @@ class Materializer:
         tokenizer: str -> (context,) token ids; None reads no captions.
         num_threads: that decode; None is the number of CPUs, at most 8.
         fetch: gets the images that rows have only a mention of; each is decoded when it has come.
+        max_pixels: of an image; see `decode_image`.
         device: that decodes and crops JPEGs, a GPU (`device_decode`); `image` is then there. None leaves them to the
             threads.
 
@@ -185,6 +158,7 @@ class Materializer:
         tokenizer: Tokenizer | None,
         num_threads: int | None = None,
         fetch: Fetch | None = None,
+        max_pixels: int = MAX_PIXELS,
         device: torch.device | None = None,
     ) -> None:
         if num_threads is not None and num_threads < 1:
@@ -194,13 +168,14 @@ class Materializer:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
         self.fetch = fetch
+        self.max_pixels = max_pixels
         self.device = device
         self._threads: ThreadPoolExecutor | None = None
 
     def pixels(self, encoded: Any, seed: int) -> Tensor | None:
         """(3, size, size) uint8 of an encoded image, None if there is none in it; the seed decides its augmentation."""
         try:
-            image = decode_image(bytes_of(encoded))
+            image = decode_image(bytes_of(encoded), max_pixels=self.max_pixels)
         except UndecodableImage:
             return None
         return self._cropped(image, seed)
@@ -214,11 +189,10 @@ class Materializer:
             self._threads = ThreadPoolExecutor(self.num_threads, "decode")
         if self.device is None:
             return self._threads.map(self.pixels, encoded, seeds)
-        fetched = [bytes_of(image) for image in encoded]
-        decoded = decode_on(self.device, fetched)
+        decoded = decode_on(self.device, [arrived(image) for image in encoded], self.max_pixels)
         left = [
             None if image is not None else self._threads.submit(self.pixels, *args)
-            for image, *args in zip(decoded, fetched, seeds, strict=True)
+            for image, *args in zip(decoded, encoded, seeds, strict=True)
         ]
         images = []
         for image, seed, other in zip(decoded, seeds, left, strict=True):

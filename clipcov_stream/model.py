@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
+from clipcov_stream.weights import load_inert
+
 MAX_LOG_SCALE = math.log(100)
 LOSSES = ("clip", "siglip")
 
@@ -86,27 +88,8 @@ def load_towers(towers: nn.Module, path: str) -> None:
     Raises:
         ValueError: no such file, weights of another model, or a file that holds anything but data.
     """
-
-    class Inert:
-        """Stands for what Composer keeps beside the weights; takes any arguments and keeps none."""
-
-        def __init__(self, *args: Any) -> None: ...
-
-        def __setstate__(self, state: Any) -> None: ...
-
-    # The generators' states, the version of torch and the clock. Their own types are not needed to read weights, and
-    # NumPy's trust what they are given. NumPy 2 renamed its core.
-    beside = [
-        "datetime.timedelta",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "torch.torch_version.TorchVersion",
-    ]
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in beside]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_inert(path)
         if "state" in saved:
             weights = {
                 key.removeprefix("module.").removeprefix("towers."): value

@@ -74,7 +74,11 @@ def check_pair(image: Tensor, text: Tensor, what: str) -> None:
 
 
 def prepared(pool: Pool) -> Pool:
-    """The pool with unit-norm float32 rows, zeros where a row is not valid, and `valid` set."""
+    """The pool with unit-norm float32 rows, zeros where a row is not valid, and `valid` set.
+
+    A row with NaN, inf or a norm beyond float32's is not valid. A row of zeros has no direction, but is valid and stays
+    zeros: it matches nothing. Below a norm of 1e-12 rows come out shorter than 1.
+    """
     pairs = [(pool.image, pool.text)]
     if pool.learner_image is not None and pool.learner_text is not None:
         pairs.append((pool.learner_image, pool.learner_text))
@@ -97,8 +101,9 @@ def prepared(pool: Pool) -> Pool:
 
 @fused
 def finite_rows(rows: Tensor) -> Tensor:
-    """Which rows have no NaN and no inf: the largest and smallest of a row show any, without a copy of the rows."""
-    return (rows.amax(1) - rows.amin(1)).isfinite()
+    """Which rows have a norm that float32 can hold: NaN and inf show in it, and so do what would overflow later, a row
+    beyond 1e19 or in float64 beyond float32. No copy of float32 rows."""
+    return torch.linalg.vector_norm(rows if rows.dtype == torch.float32 else rows.float(), dim=1).isfinite()
 
 
 @fused

@@ -15,20 +15,19 @@ right number goes to the image decoder, which refuses most, and not all, of what
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.util import bytes_to_int
 
-from clipcov_stream.materialize import UndecodableImage
+from clipcov_stream.decode import MAX_PIXELS, UndecodableImage, raw_image
+from clipcov_stream.mds_index import checked_index
 from clipcov_stream.range_cache import RangeCache
 from clipcov_stream.remote import RangeReader, is_missing, is_remote
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
@@ -120,14 +119,22 @@ class Source:
     index: bytes
 
     @classmethod
-    def of(cls, index: bytes, local: str | None, remote: str | None, split: str | None, image: str) -> Source:
-        """From what a stream's section says.
+    def of(
+        cls,
+        index: bytes,
+        local: str | None,
+        remote: str | None,
+        split: str | None,
+        image: str,
+        allow_pickle: Collection[str] = (),
+    ) -> Source:
+        """From what a stream's section says. Of pickled columns nothing is ever loaded here.
 
         Raises:
             ValueError: no shards, compressed ones, or no column of that name.
         """
-        shards = json.loads(index)["shards"]
         where = remote or local
+        shards = checked_index(index, where, allow_pickle)
         if not shards:
             raise ValueError(f"stream {where!r} is an MDS folder without samples")
         kinds = {shard["compression"] for shard in shards} - {None}
@@ -219,6 +226,7 @@ class Ranges:
         connections: requests at a time.
         timeout: seconds to wait for an answer, where the back end has such a limit.
         cache: of what was fetched earlier, if any.
+        max_pixels: of an image that is stored as raw pixels.
 
     Raises:
         ValueError: a URL whose ranges nothing here can read.
@@ -228,8 +236,14 @@ class Ranges:
     """
 
     def __init__(
-        self, source: Source, connections: int = CONNECTIONS, timeout: float = 60, cache: RangeCache | None = None
+        self,
+        source: Source,
+        connections: int = CONNECTIONS,
+        timeout: float = 60,
+        cache: RangeCache | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.max_pixels = max_pixels
         self.source, self.cache, self.connections = source, cache, connections
         self.reader = None if source.remote is None else RangeReader(source.remote, connections, timeout)
         self.num_bytes = 0
@@ -245,14 +259,17 @@ class Ranges:
         is no image in it.
         """
         images: dict[Span, Future[Any]] = {span: Future() for span in spans}
-        kept = {} if self.cache is None else self.cache.get(list(images))
+        outside = {span for span in images if not self._is_inside(span)}
+        for span in outside:
+            images[span].set_exception(UndecodableImage(f"the sidecar says that an image lies at {tuple(span)}"))
+        kept = {} if self.cache is None else self.cache.get([span for span in images if span not in outside])
         for span, image in images.items():
-            if span.length == 0 or span in kept:
+            if span not in outside and (span.length == 0 or span in kept):
                 self._give(image, kept.get(span, b""))
         if self._threads is None:
             self._closing.clear()
             self._threads = ThreadPoolExecutor(self.connections, "ranges")
-        for request in coalesce(span for span in images if span not in kept):
+        for request in coalesce(span for span in images if span not in kept and span not in outside):
             self._threads.submit(self._fetch, request, images)
         return [images[span] for span in spans]
 
@@ -276,9 +293,9 @@ class Ranges:
     def _give(self, image: Future[Any], data: bytes) -> None:
         try:
             # Streaming's `pil` is no file that Pillow could open.
-            image.set_result(mds_decode("pil", data) if self.source.encoding == "pil" else data)
-        except Exception as error:  # whatever broken bytes make Streaming or Pillow say
-            image.set_exception(UndecodableImage(f"{type(error).__name__}: {error}"))
+            image.set_result(raw_image(data, self.max_pixels) if self.source.encoding == "pil" else data)
+        except UndecodableImage as error:
+            image.set_exception(error)
 
     def _answer(self, request: Request) -> bytes:
         """The bytes of a request.
@@ -318,6 +335,12 @@ class Ranges:
         with (self.source.local / name).open("rb") as file:
             file.seek(begin)
             return file.read(length)
+
+    def _is_inside(self, span: Span) -> bool:
+        """Whether a span lies in a shard that there is."""
+        sizes = self.source.sizes
+        is_shard = 0 <= span.shard < len(sizes) and span.offset >= 0 and span.length >= 0
+        return is_shard and span.offset + span.length <= sizes[span.shard]
 
     def _is_local(self, shard: int) -> bool:
         """Whether the shard's file lies here with all its bytes."""

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from streaming.base.storage import CloudDownloader
 
+from clipcov_stream.redact import check_url, redacted
+
 MISSING = (404, "404", "NoSuchKey", "NoSuchBucket")
 
 
@@ -29,9 +31,11 @@ def read_remote(url: str, timeout: float = 60) -> bytes:
         timeout: seconds to wait for an answer, where the back end has such a limit.
 
     Raises:
+        ValueError: a URL with credentials in it.
         FileNotFoundError: the store says that there is no such object, or no such bucket.
         OSError: it cannot be read for any other reason, the back end's own.
     """
+    check_url(url, "the URL")
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch, "object")
         try:
@@ -39,7 +43,7 @@ def read_remote(url: str, timeout: float = 60) -> bytes:
             return target.read_bytes()
         except Exception as error:  # every back end has kinds of its own
             kind = FileNotFoundError if is_missing(error) else OSError
-            raise kind(f"{type(error).__name__}: {error}") from error
+            raise kind(redacted(f"{type(error).__name__}: {error}")) from error
 
 
 def is_missing(error: Exception) -> bool:
@@ -70,10 +74,11 @@ class RangeReader:
         timeout: seconds to wait for an answer, where the back end has such a limit.
 
     Raises:
-        ValueError: a scheme that nothing here reads.
+        ValueError: a scheme that nothing here reads, or a URL with credentials in it.
     """
 
     def __init__(self, folder: str, connections: int, timeout: float = 60) -> None:
+        check_url(folder, "stream.remote")
         self.folder, self.connections, self.timeout = folder.rstrip("/"), connections, timeout
         self._lock = threading.Lock()
         self._client: Any = None
@@ -84,7 +89,7 @@ class RangeReader:
             try:
                 self._client = fsspec.url_to_fs(self.folder)[0]
             except Exception as error:  # every back end has kinds of its own
-                raise ValueError(f"stream.range_reads=true cannot read {self.folder}: {error}") from error
+                raise ValueError(redacted(f"stream.range_reads=true cannot read {self.folder}: {error}")) from error
 
     def read(self, name: str, begin: int, length: int) -> bytes:
         """Bytes [begin, begin + length) of a file, as many of them as the store sent.

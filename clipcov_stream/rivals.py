@@ -41,6 +41,8 @@ Remember = Callable[[SelectionState, Pool, Tensor, AllReduce | None], dict[str, 
 
 MEMORY = 4096
 """Survivors whose image embeddings `sem_dedup` keeps."""
+MAX_CONCEPTS = 1 << 20
+"""Of `concept_balance`: a pool's table has a number for each concept and sample."""
 HISTORY_DECAY = 0.9
 """Weight of the old score in `dissect` (beta of the released code)."""
 
@@ -302,8 +304,14 @@ def history_of(state: SelectionState, pool: Pool) -> tuple[Tensor, Tensor]:
 
 
 def one_hot(concepts: Int64[Tensor, "pool width"], num_concepts: int) -> Float[Tensor, "pool concepts"]:
-    """Rows of concept indices, padded with -1, as zeros and ones."""
+    """Rows of concept indices, padded with -1, as zeros and ones.
+
+    Raises:
+        ValueError: an index beyond MAX_CONCEPTS, whose table would not fit in memory.
+    """
     size = max(num_concepts, int(concepts.max()) + 1, 1)
+    if size > MAX_CONCEPTS:
+        raise ValueError(f"concept {size - 1} is too large an index; number concepts from 0 to {MAX_CONCEPTS - 1}")
     tags = torch.zeros(len(concepts), size + 1, device=concepts.device)
     tags.scatter_(1, concepts.where(concepts >= 0, size), 1.0)
     return tags[:, :size]

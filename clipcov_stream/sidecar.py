@@ -27,6 +27,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 
+from clipcov_stream.mds_index import checked_index
 from clipcov_stream.remote import is_remote, read_remote
 
 EMBEDDER_FILE = "embedder.json"
@@ -54,15 +55,15 @@ class Sidecar:
         try:
             index = self._small_file("index.json")
             self.record: dict[str, Any] = json.loads(self._small_file(EMBEDDER_FILE))
-            shards = json.loads(index)["shards"]
+            name = f".sidecar-{hashlib.sha1(index).hexdigest()[:16]}"
+            self.folder = Path(cache) / name if self.is_remote else Path(self.where)
+            shards = checked_index(index, where, cache=self.folder if self.is_remote else None)
             if not shards:
                 raise ValueError("it has no samples")
             if not self.record.get("sidecar"):
                 raise ValueError(f"{EMBEDDER_FILE} does not say so; tools/embed_mds.py --sidecar writes one")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever other JSON leads to
+        except (OSError, ValueError, AttributeError, RecursionError) as error:  # whatever other JSON leads to
             raise ValueError(f"stream.sidecar {where!r} is not a sidecar: {error}") from error
-        name = hashlib.sha1(index).hexdigest()[:16]
-        self.folder = Path(cache) / f".sidecar-{name}" if self.is_remote else Path(self.where)
         self.shards: list[Any] = [reader_from_json(str(self.folder), None, shard) for shard in shards]
         self.ends = list(accumulate(len(shard) for shard in self.shards))
         first = self.shards[0]
@@ -82,10 +83,20 @@ class Sidecar:
             )
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        """A sample's values; arrays are read-only views of the shard."""
+        """A sample's values; arrays are read-only views of the shard.
+
+        Raises:
+            ValueError: a shard whose bytes are no such sample.
+        """
         number = bisect_right(self.ends, sample_id)
         shard, data = self.shards[number], self._map(number)
-        at = sample_id - self.ends[number] + len(shard)
+        try:
+            return self._row(shard, data, sample_id - self.ends[number] + len(shard))
+        except Exception as error:  # whatever broken bytes make a decoder say
+            name = shard.raw_data.basename
+            raise ValueError(f"sample {sample_id} of stream.sidecar {self.where!r}, {name}: {error!r}") from error
+
+    def _row(self, shard: Any, data: mmap.mmap, at: int) -> dict[str, Any]:
         (begin,) = struct.unpack_from("<I", data, 4 * (1 + at))
         # As MDS lays a sample out: the sizes of its columns of variable size, then all columns.
         num_sizes = shard.column_sizes.count(None)

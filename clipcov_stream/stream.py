@@ -11,7 +11,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from clipcov_stream.ahead import Ahead
-from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
+from clipcov_stream.captions import caption_of
+from clipcov_stream.decode import MAX_PIXELS, MOST_PIXELS, UndecodableImage, decode_image, raw_image
+from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer
+from clipcov_stream.mds_index import checked_index, pickled_columns, read_index
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
+from clipcov_stream.reader import bounded
+from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_remote
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
@@ -88,7 +93,9 @@ class PairDataset(StreamingDataset):
             Streaming's `pil` encoding, which is not compressed, is read all the same.
         range_reads: iterate the sidecar instead of the folder, and leave in place of images their spans, for the
             loader to fetch survivors' alone; implies `deferred`. See `ranges`.
-        allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
+        allow_pickle: names of pickled columns (`pkl`) that the folder may have. One that is read runs code of whoever
+            wrote the shard; all others stay bytes.
+        max_pixels: an image of more counts as undecodable.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
     Raises:
@@ -110,26 +117,37 @@ class PairDataset(StreamingDataset):
         deferred: bool = False,
         scoring_size: int | None = None,
         range_reads: bool = False,
-        allow_unsafe_types: bool = False,
+        allow_pickle: Collection[str] = (),
+        max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
+        if not 1 <= max_pixels <= MOST_PIXELS:
+            raise ValueError(f"stream.max_pixels={max_pixels} must be from 1 to {MOST_PIXELS}")
         index = folder_index(local, remote, split, kwargs.get("download_timeout", 60))
+        cache = Path(local, split or "") if local and remote else None
+        pickled = pickled_columns(checked_index(index, repr(remote or local), allow_pickle, cache))
         where: dict[str, Any] = {"local": local, "remote": remote, "split": split}
         self.source = None
         if range_reads:
-            self.source = Source.of(index, local, remote, split, columns.image)
+            self.source = Source.of(index, local, remote, split, columns.image, allow_pickle)
             where = sidecar_of(self.source, sidecar, local, columns.image)
             if where["remote"] is None:
                 kwargs.pop("cache_limit", None)  # Streaming would evict the sidecar itself
-        open_ = partial(super().__init__, **where, allow_unsafe_types=allow_unsafe_types, **kwargs)
+        open_ = partial(super().__init__, **where, allow_unsafe_types=bool(pickled) and not range_reads, **kwargs)
         try:
             opened(open_)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
+        for stream in self.streams:
+            # What Streaming has read, should a store have told it another index than us. Nothing was fetched by it yet.
+            read = Path(stream.local, stream.split or "", "index.json").read_bytes()
+            if read != index:
+                checked_index(read, repr(stream.local), allow_pickle, Path(stream.local, stream.split or ""))
         self.columns = columns
         self.transform = transform
+        self.max_pixels = max_pixels
         self.crop = transform.crop()
         self.tokenizer = tokenizer
         self.seed = seed
@@ -156,11 +174,7 @@ class PairDataset(StreamingDataset):
                 raise ValueError(
                     f"stream {where!r} has no column {name!r} (stream.columns.{role}); it has {sorted(present)}"
                 )
-        for shard in self.shards:
-            # Streaming decodes these two inside its reader, where one bad file would be an error of the whole epoch.
-            encodings = ["bytes" if e in ("jpeg", "png") else e for e in shard.column_encodings]  # pyright: ignore
-            shard.column_encodings = encodings  # pyright: ignore[reportAttributeAccessIssue]
-        encoding = present[self.columns.image]
+        encoding = self.image_encoding = present[self.columns.image]
         if encoding not in IMAGE_ENCODINGS:
             raise ValueError(
                 f"column {self.columns.image!r} of {where!r} is encoded as {encoding!r}; an image column is one of "
@@ -168,32 +182,66 @@ class PairDataset(StreamingDataset):
             )
         for role, kind in (("caption", "str"), ("image_embedding", "ndarray"), ("text_embedding", "ndarray")):
             name = getattr(self.columns, role)
-            if name is not None and not present[name].startswith(kind):
+            if name is not None and present[name].partition(":")[0] != kind:
                 raise ValueError(
                     f"column {name!r} of {where!r} (stream.columns.{role}) is encoded as {present[name]!r}; it must be "
                     f"{kind!r}"
                 )
+        self._leave_encoded(where)
+
+    def _leave_encoded(self, where: str) -> None:
+        """Have Streaming hand out as bytes what it need not decode: inside its reader a bad file or a caption that is
+        not UTF-8 would be an error of the whole epoch, and a pickled column that nobody asked for would run its code.
+
+        Raises:
+            ValueError: a shard whose columns are not the first one's.
+        """
+        first: Any = self.shards[0]
+        names, kinds = list(first.column_names), list(first.column_encodings)
+        read = {getattr(self.columns, role) for role in ("image_embedding", "text_embedding", "label", "concepts")}
+        read.add(SPAN_COLUMN)
+        encodings = [kind if name in read else "bytes" for name, kind in zip(names, kinds, strict=True)]
+        shards: list[Any] = self.shards
+        for number, shard in enumerate(shards):
+            if (shard.column_names, shard.column_encodings) != (names, kinds):
+                raise ValueError(
+                    f"shard {number} of {where!r} has the columns "
+                    f"{dict(zip(shard.column_names, shard.column_encodings, strict=True))}, the first one has "
+                    f"{dict(zip(names, kinds, strict=True))}; one folder needs one set of columns"
+                )
+        for shard in map(bounded, shards):
+            shard.column_encodings = encodings
+
+    def _image(self, sample: dict[str, Any]) -> Any:
+        """A sample's image as `decode_image` takes it; no bytes for raw pixels that are none."""
+        data = sample[self.columns.image]
+        if self.image_encoding != "pil":
+            return data
+        try:
+            return raw_image(data, self.max_pixels)
+        except UndecodableImage:
+            return b""
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)
         columns = self.columns
         item: dict[str, Any] = {"id": int(sample_id), "valid": True}
         seed = mix(self.seed, self.next_epoch, int(sample_id))
-        tokenizer, caption = self.tokenizer, None if columns.caption is None else sample[columns.caption]
+        tokenizer, caption = self.tokenizer, None if columns.caption is None else caption_of(sample[columns.caption])
         if self.deferred:
-            image = sample[columns.image] if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
+            image = self._image(sample) if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
             item |= {"image": image, "augmentation": seed}
             if tokenizer is not None and caption is not None:
                 item["text"] = caption if self.scoring_crop is None else tokenizer(caption)
             if self.scoring_crop is not None and self.scoring_size is not None:
                 try:
-                    item["scoring_image"] = self.scoring_crop(decode_image(image, self.scoring_size))
+                    item["scoring_image"] = self.scoring_crop(decode_image(image, self.scoring_size, self.max_pixels))
                 except UndecodableImage:
                     item["scoring_image"] = torch.zeros(3, *2 * [self.scoring_size], dtype=torch.uint8)
                     item["valid"] = False
         else:
             try:
-                image = decode_image(sample[columns.image])
+                image = decode_image(self._image(sample), max_pixels=self.max_pixels)
                 item["image"] = self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
             except UndecodableImage:
                 item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
@@ -236,18 +284,19 @@ def folder_index(local: str | None, remote: str | None, split: str | None, timeo
     where `local` has it already, because Streaming then works from that.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is none, or it cannot be read; a URL with credentials in it.
     """
     if not local and not remote:
         raise ValueError("stream: neither local nor remote is set; stream.local names an MDS folder")
     key = "remote" if remote else "local"
+    check_url(remote, "stream.remote")
     folder = os.path.join(remote or local or "", split or "").rstrip("/")
     index = f"{folder}/index.json"
     copy = os.path.join(local or "", split or "", "index.json")
     is_here = not is_remote(remote) or bool(local and os.path.isfile(copy))
     try:
         if is_here:
-            return Path(copy if is_remote(remote) else index).read_bytes()
+            return read_index(Path(copy if is_remote(remote) else index))
         return read_remote(index, timeout)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(
@@ -255,7 +304,7 @@ def folder_index(local: str | None, remote: str | None, split: str | None, timeo
             "writes one"
         ) from error
     except OSError as error:
-        raise ValueError(f"stream.{key} {folder!r}: cannot read {index}: {error}") from error
+        raise ValueError(redacted(f"stream.{key} {folder!r}: cannot read {index}: {error}")) from error
 
 
 class PoolCollate:
@@ -382,10 +431,11 @@ def pool_loader(
         raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")
     ranges = None
     if source is not None:
-        ranges = Ranges(source, timeout=dataset.streams[0].download_timeout, cache=source.cache(range_cache))
+        options = {"cache": source.cache(range_cache), "max_pixels": dataset.max_pixels}
+        ranges = Ranges(source, timeout=dataset.streams[0].download_timeout, **options)
     materialize = None
     if dataset.deferred:
-        materialize = Materializer(transform, tokenizer, decode_threads, ranges, decode_device)
+        materialize = Materializer(transform, tokenizer, decode_threads, ranges, dataset.max_pixels, decode_device)
     return PoolLoader(
         dataset,
         materialize=materialize,
@@ -408,5 +458,5 @@ def read_json_beside(local: str | None, remote: str | None, split: str | None, n
     where = f"{folder.rstrip('/')}/{name}"
     try:
         return json.loads(read_remote(where) if is_remote(remote) else Path(where).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {where}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(redacted(f"cannot read {where}: {error}")) from error

@@ -23,7 +23,9 @@ from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
+from clipcov_stream.redact import redacted
 from clipcov_stream.stream import PoolLoader
+from clipcov_stream.weights import VALIDATION, is_data
 from clipcov_stream.zeroshot import ZeroShotHead
 
 
@@ -102,6 +104,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         ValueError: whatever cannot work, named by its key.
     """
     check_duration(config.max_duration, "max_duration")
+    # Composer loads a checkpoint as any pickle; it asks first, unless the user has it ask someone else.
+    os.environ.setdefault(VALIDATION, f"{is_data.__module__}.{is_data.__name__}")
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)
@@ -182,13 +186,15 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         path = arguments.pop(0)
     # The last batch of an evaluation split is shorter than the others; Composer warns of it every time.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+    # Remarks on odd files; what cannot be decoded is counted.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         config = load_config(path, arguments)
         trainer = build_trainer(config)
     except ValueError as error:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {redacted(error)}") from error
     if config.eval_first and config.eval:
         trainer.eval()
     trainer.fit()

@@ -185,12 +185,14 @@ def test_the_launch_line_is_no_key(recipe: Any) -> None:
     assert recipe(f'launch: r"""\n{MINIMAL}# """; print()'.replace('r"""\n', 'r"""  # text\n')) == recipe(MINIMAL)
 
 
-def test_interpolations_stay_text(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["${oc.env:CLIPCOV_SECRET}", "${seed}", "a_${model.name}", "${oc.decode:x}"])
+def test_interpolations_are_refused_unread(recipe: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CLIPCOV_SECRET", "leaked")
-    text = "${oc.env:CLIPCOV_SECRET}"
-    assert recipe(MINIMAL, f"run_name={text}").run_name == text
-    assert recipe(f"{MINIMAL}run_name: {text}").run_name == text
-    assert recipe(f"{MINIMAL}run_name: {text}", "save_folder=${run_name}").save_folder == "${run_name}"
+    nested = f"{MINIMAL}callbacks: {{x: {{y: ['{text}']}}}}"
+    for make in ((MINIMAL, f"run_name={text}"), (f"{MINIMAL}run_name: {text}",), (nested,)):
+        with pytest.raises(ValueError, match="a recipe has none: write the value itself") as raised:
+            recipe(*make)
+        assert "leaked" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,10 @@ def test_nothing_discarded_is_decoded_or_tokenized(
     decoded, read = [], []
     decode = materialize_module.decode_image
 
-    def counted(data: Any, at_least: int | None = None) -> Any:
+    def counted(data: Any, at_least: int | None = None, **limits: Any) -> Any:
         assert at_least is None
         decoded.append(bytes(data))
-        return decode(data)
+        return decode(data, **limits)
 
     for module in (materialize_module, stream_module):
         monkeypatch.setattr(module, "decode_image", counted)

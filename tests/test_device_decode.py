@@ -16,6 +16,7 @@ from runs import columns_recipe, run, write_columns
 
 from clipcov_stream import build, device_decode
 from clipcov_stream.config import load_config
+from clipcov_stream.decode import UndecodableImage
 from clipcov_stream.device_decode import decode_on
 from clipcov_stream.materialize import ImageTransform, Materializer
 from clipcov_stream.train import build_trainer
@@ -149,9 +150,24 @@ def test_images_that_are_still_on_their_way() -> None:
     transform, rows = ImageTransform(16), rows_of([*READ_ALIKE.values(), *LEFT.values()])
     device = torch.device("cpu")
     (plain, failed), (fetched, failed_too) = (
-        Materializer(transform, None, 1, fetch, device)(rows, {}) for fetch in (None, Fetching())
+        Materializer(transform, None, 1, fetch, device=device)(rows, {}) for fetch in (None, Fetching())
     )
     assert torch.equal(plain["image"], fetched["image"]) and torch.equal(failed, failed_too)
+
+
+def test_an_image_that_never_comes_is_undecodable() -> None:
+    lost: Future[Any] = Future()
+    lost.set_exception(UndecodableImage("no image there"))
+    _, failed = Materializer(ImageTransform(8), None, 1, device=torch.device("cpu"))(rows_of([JPEG, lost]), {})
+    assert failed.tolist() == [False, True]
+
+
+def test_the_same_images_are_too_large_or_too_long() -> None:
+    long, large = encoded(picture(0, 400, 20)), encoded(picture(1, 60, 60))
+    assert decode_on(torch.device("cpu"), [long, large], 3599) == [None, None]
+    for device in (None, torch.device("cpu")):
+        materialize = Materializer(ImageTransform(8), None, 1, None, 3599, device)
+        assert materialize(rows_of([large]), {})[1].tolist() == [True]
 
 
 def test_the_recipes_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

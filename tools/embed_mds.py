@@ -37,17 +37,18 @@ import numpy as np
 import torch
 from composer.utils import dist, get_device
 from mds_folder import write_json
-from PIL import Image
-from streaming.base.format.mds.encodings import mds_decode, mds_encode
+from streaming.base.format.mds.encodings import mds_encode
 from subset_folder import PairFolder, VerbatimWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipcov_stream.build import tokenizer_of, transform_of
+from clipcov_stream.captions import caption_of
 from clipcov_stream.config import ProxyConfig, load_config
+from clipcov_stream.decode import UndecodableImage, decode_image, raw_image
 from clipcov_stream.embed import EMBED_PRECISIONS, embed_with_towers
 from clipcov_stream.identity import fingerprint
-from clipcov_stream.materialize import ImageTransform, UndecodableImage, decode_image
+from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import build_towers
 from clipcov_stream.sidecar import EMBEDDER_FILE, SPAN_COLUMN
 from clipcov_stream.stream import Tokenizer
@@ -117,20 +118,12 @@ class Decoder:
 
     def __call__(self, sample: dict[str, bytes]) -> tuple[Tensor, Tensor, bool]:
         """The image, zeros if it cannot be decoded; the tokens; whether it could."""
-        tokens = self.tokenizer(sample[self.caption].decode("utf-8"))
+        tokens = self.tokenizer(caption_of(sample[self.caption]))
         try:
-            return self.crop(self.decoded(sample[self.image])), tokens, True
+            data = sample[self.image]
+            return self.crop(decode_image(raw_image(data) if self.is_pil else data)), tokens, True
         except UndecodableImage:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), tokens, False
-
-    def decoded(self, data: bytes) -> Image.Image:
-        """Raises UndecodableImage."""
-        if not self.is_pil:
-            return decode_image(data)
-        try:
-            return decode_image(mds_decode("pil", data))
-        except Exception as error:  # whatever broken bytes make Streaming or Pillow say
-            raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 
 
 class Kept:

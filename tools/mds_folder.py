@@ -10,7 +10,6 @@ that looks like a data set. So splits are written inside of a `staged_folder`.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -34,8 +33,7 @@ from streaming.base.hashing import get_hashes, is_hash
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
-# Raster formats alone: Pillow would hand an EPS found on the web to Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+from clipcov_stream.decode import MAX_PIXELS, ImageTooLarge, check_size, opened
 
 
 class Rejection(NamedTuple):
@@ -285,11 +283,12 @@ def check_image(data: bytes) -> tuple[str, str] | None:
     if not data:
         return "image_empty", "0 bytes"
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with opened(data, MAX_PIXELS) as image:
+            check_size(*image.size, MAX_PIXELS)
             image.load()
             if image.mode != "RGB":
                 image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (ImageTooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return "image_too_large", str(error)
     except Exception as error:
         # The message of the commonest one ends in the address of a buffer, which says nothing.

@@ -8,7 +8,6 @@ write_subset      subset.csv, and the samples themselves, byte for byte
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import shutil
@@ -30,6 +29,9 @@ from streaming.base.format import reader_from_json
 from torch import Tensor
 from tqdm import tqdm
 
+from clipcov_stream.mds_index import PICKLED, checked_index, read_index
+from clipcov_stream.reader import bounded
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -50,8 +52,8 @@ class PairFolder:
             hint = f"did you mean one of its splits, {below}?" if below else "give a local MDS folder"
             raise ValueError(f"FOLDER={folder!r} has no index.json (checked {index}); {hint}")
         try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-            self._shards: list[Any] = [reader_from_json(str(self.path), None, shard) for shard in shards]
+            shards = checked_index(read_index(index), repr(folder), allow_pickle=None)
+            self._shards: list[Any] = [bounded(reader_from_json(str(self.path), None, shard)) for shard in shards]
             columns = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in self._shards]
         except Exception as error:  # whatever another kind of index makes Streaming say
             raise ValueError(f"{index} is not the index of an MDS folder: {error!r}") from error
@@ -86,6 +88,8 @@ class PairFolder:
     ) -> Iterator[dict[str, Any]]:
         """The same from one shard, `rows` counted from its first sample; all of them if not given."""
         shard, decode = self._shards[number], set(decode)
+        if pickled := sorted(name for name in decode if self.columns[name] == PICKLED):
+            raise ValueError(f"columns {pickled} of {self.path} are pickled; their bytes can be read, not their values")
         rows = range(len(shard)) if rows is None else rows
         name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
         with tempfile.TemporaryDirectory() as scratch:
