@@ -69,6 +69,10 @@ class StreamConfig:
     candidates encoded, and decodes survivors alone, in `decode_threads` threads; it is on wherever selection reads no
     pixels, unless given. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges; of what
     it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
+
+    A shard that does not match the index's hash and size is fetched again, `download_retry` times; if it stays bad,
+    `on_bad_shard` is `raise`, or `skip`: at most `max_bad_shards` are left out, counted as `num_invalid` and logged.
+    After `timeout` seconds without the next sample the run ends and names the shard; 0 waits for ever. See `guard`.
     """
 
     global_pool_size: int
@@ -84,13 +88,15 @@ class StreamConfig:
     shuffle_seed: int | None = None
     num_workers: int = 2
     prefetch_factor: int = 2
-    worker_timeout: float = 0
+    timeout: float = 600
+    on_bad_shard: str = "raise"
+    max_bad_shards: int = 10
     deferred: bool | None = None
     decode_threads: int | None = None
     num_canonical_nodes: int = 1
     predownload: int | None = None
     cache_limit: str | int | None = None
-    download_retry: int = 2
+    download_retry: int = 5
     download_timeout: float = 60
     validate_hash: str | None = None
     how_to_get: str = ""

@@ -19,6 +19,7 @@ import json
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,13 +31,12 @@ from streaming.base.util import bytes_to_int
 
 from clipcov_stream.materialize import UndecodableImage
 from clipcov_stream.range_cache import RangeCache
-from clipcov_stream.remote import RangeReader, is_missing, is_remote
+from clipcov_stream.remote import FIRST_PAUSE, RangeReader, is_missing, is_remote, within
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 CONNECTIONS = 16
 ATTEMPTS = 6
-FIRST_PAUSE = 0.25
-"""Seconds before the second attempt; twice as many before each later one, at most 8 s in all."""
+"""With pauses of at most 8 s in all."""
 MAX_GAP = 1 << 18
 """Bytes: about what a connection brings in the time that a request of its own would wait for its answer."""
 MAX_WASTE = 0.25
@@ -219,6 +219,7 @@ class Ranges:
         connections: requests at a time.
         timeout: seconds to wait for an answer, where the back end has such a limit.
         cache: of what was fetched earlier, if any.
+        patience: seconds for a request and all its attempts; 0 is for ever.
 
     Raises:
         ValueError: a URL whose ranges nothing here can read.
@@ -228,9 +229,14 @@ class Ranges:
     """
 
     def __init__(
-        self, source: Source, connections: int = CONNECTIONS, timeout: float = 60, cache: RangeCache | None = None
+        self,
+        source: Source,
+        connections: int = CONNECTIONS,
+        timeout: float = 60,
+        cache: RangeCache | None = None,
+        patience: float = 0,
     ) -> None:
-        self.source, self.cache, self.connections = source, cache, connections
+        self.source, self.cache, self.connections, self.patience = source, cache, connections, patience
         self.reader = None if source.remote is None else RangeReader(source.remote, connections, timeout)
         self.num_bytes = 0
         self._counting = threading.Lock()
@@ -287,18 +293,21 @@ class Ranges:
             OSError: none of the attempts brought them.
         """
         length, attempt = request.end - request.begin, 0
+        until = time.monotonic() + self.patience
         while True:
             attempt += 1
             try:
                 if self._closing.is_set():
                     raise OSError("the loader was closed")
-                data = self._read(request.shard, request.begin, length)
+                left = max(0.0, until - time.monotonic()) if self.patience else None
+                data = within(left, self._read, request.shard, request.begin, length)
                 if len(data) == length:
                     return data
                 error = OSError(f"{len(data)} bytes came instead of {length}")
             except Exception as raised:  # every back end has kinds of its own
                 error = raised
             is_last = attempt == ATTEMPTS or self.reader is None or is_missing(error)
+            is_last |= self.patience > 0 and time.monotonic() >= until
             # Spread out, lest all connections come back at once to a store that asked for less.
             pause = FIRST_PAUSE * 2 ** (attempt - 1) * self._pauses.uniform(0.5, 1)
             if is_last or self._closing.wait(pause):

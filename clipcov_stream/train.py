@@ -21,6 +21,7 @@ from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.stream import PoolLoader
@@ -147,6 +148,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
             ClampLogitScale(),
             CompleteEpochs(),
             EndThreads(),
+            SkippedShards(),
             ZeroShotHead(prompts),
             *callbacks,
         ],
