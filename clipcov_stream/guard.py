@@ -217,13 +217,13 @@ class GuardedDataset(StreamingDataset):
         for name in shards.keys() - self.bad_shards().keys():
             self.stream.note(name, shards[name])
 
-    def num_pools(self, pools_per_epoch: int) -> int:
-        """Pools that the next epoch must yield at least, if a whole one has so many: fewer where it is resumed."""
+    def promise(self, pools_per_epoch: int) -> tuple[int, int, int]:
+        """Number of the epoch that is iterated next, its pools, and how many of them a checkpoint has behind it."""
         epoch, sample = self.resumed
         if epoch < self.next_epoch:
-            return pools_per_epoch
+            return self.next_epoch, pools_per_epoch, 0
         global_pool_size = (self.batch_size or 1) * self._parallel_rank_world.num_ranks
-        return max(0, pools_per_epoch - -(-sample // global_pool_size))
+        return epoch, pools_per_epoch, -(-sample // global_pool_size)
 
 
 def check_guards(timeout: float, on_bad_shard: str, max_bad_shards: int) -> None:
@@ -249,20 +249,20 @@ def check_same_index(stream: CheckedStream) -> None:
         )
 
 
-def complete(pools: Iterable[Any], promised: int, where: str) -> Iterator[Any]:
-    """The pools of an epoch.
+def complete(pools: Iterable[Any], promise: tuple[int, int, int], where: str) -> Iterator[Any]:
+    """The pools of an epoch, of which `GuardedDataset.promise` says how many there are.
 
     Raises:
-        RuntimeError: there were fewer than promised.
+        RuntimeError: there were fewer.
     """
-    num_pools = 0
+    epoch, promised, num_pools = promise
     for pool in pools:
         yield pool
         num_pools += 1
     if num_pools < promised:
         raise RuntimeError(
-            f"the epoch ended after {num_pools} of {promised} pools of {where}: it was cut short, or the other ranks' "
-            "were; nothing in the log above may be ignored"
+            f"epoch {epoch} ended after {num_pools} of {promised} pools of {where}: it was cut short, on this rank or "
+            "another; see the log above"
         )
 
 

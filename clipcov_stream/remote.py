@@ -78,18 +78,21 @@ def read_remote(url: str, timeout: float = 60) -> bytes:
 def read_agreed(url: str, timeout: float = 60) -> bytes:
     """The content of one object that nothing else vouches for, an index: two answers in a row must be the same.
 
-    So a damaged or stale answer is not taken for the folder's. Another attempt follows a failed one, after a pause.
+    So a damaged or stale answer is not taken for the folder's; that there is none is an answer too. Another attempt
+    follows a failed one, after a pause.
 
     Raises:
         FileNotFoundError: the store says that there is no such object.
         OSError: it cannot be read, or no two answers agree.
     """
-    before, trouble = None, OSError(f"no two of {AGREEMENT_ATTEMPTS} answers agree")
+    before, trouble = None, OSError(f"no two of {AGREEMENT_ATTEMPTS} answers in a row agree")
     for attempt in range(AGREEMENT_ATTEMPTS):
         try:
             answer = within(2 * timeout, read_remote, url, timeout)
         except FileNotFoundError:
-            raise
+            answer = b""
+            if before == b"":
+                raise
         except OSError as error:
             before, trouble = None, error
             if attempt < AGREEMENT_ATTEMPTS - 1:

@@ -350,7 +350,7 @@ class PoolLoader(StreamingDataLoader):
         if self.run_ahead is not None:
             # Here, not in the thread: this may fork the workers.
             pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
-        return named(complete(pools, dataset.num_pools(len(self)), dataset.stream.where), dataset)
+        return named(complete(pools, dataset.promise(len(self)), dataset.stream.where), dataset)
 
     def _running_ahead(
         self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
