@@ -20,7 +20,6 @@ from composer.core import Evaluator, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from open_clip.tokenizer import HFTokenizer
-from streaming import StreamingDataset
 from torch import Tensor, nn
 
 from clipcov_stream.algorithm import ClipCov
@@ -37,6 +36,7 @@ from clipcov_stream.config import (
     given,
 )
 from clipcov_stream.embed import Proxy
+from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
 from clipcov_stream.sidecar import EMBEDDER_FILE
@@ -183,6 +183,7 @@ def build_stream(
             remote=config.remote,
             split=config.split,
             **{name: getattr(config, name) for name in ("download_retry", "download_timeout", "num_canonical_nodes")},
+            **{name: getattr(config, name) for name in ("timeout", "on_bad_shard", "max_bad_shards")},
             columns=columns,
             transform=transform_of(towers, config.min_scale),
             tokenizer=tokenizer,
@@ -202,7 +203,6 @@ def build_stream(
             raise ValueError(f"{error}\n{config.how_to_get.strip()}") from error
         raise
     options = {name: getattr(config, name) for name in ("decode_threads", "range_cache")}
-    options["timeout"] = config.worker_timeout
     options["decode_device"] = decode_device_of(config.decode_device, deferred)
     return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
 
@@ -242,7 +242,7 @@ def build_evaluators(
                     "templates; tools/make_mds.py classes writes it"
                 )
             prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
-        if retrieval and not caption_of(StreamingDataset.get_item(dataset, 0)[config.columns.caption]).strip():
+        if retrieval and not caption_of(GuardedDataset.get_item(dataset, 0)[config.columns.caption]).strip():
             raise ValueError(
                 f"eval.{label}.tasks has retrieval, but captions in {config.remote or config.local} are empty; "
                 "retrieval needs pairs (tools/make_mds.py pairs), zero-shot needs labels (tools/make_mds.py classes)"

@@ -75,6 +75,10 @@ class StreamConfig:
     pixels, unless given. With `decode_device: gpu` survivors' JPEGs are decoded and cropped by each rank's GPU
     instead; see `device_decode`. `range_reads` streams the sidecar alone and fetches survivors' images by byte ranges;
     of what it fetched from `remote`, `range_cache` bytes ("20gb") stay in a file in `local`; see `ranges`.
+
+    A shard that does not match the index's hash and size is fetched again, `download_retry` times; if it stays bad,
+    `on_bad_shard` is `raise`, or `skip`: at most `max_bad_shards` are left out, counted as `num_invalid` and logged.
+    After `timeout` seconds without the next sample the run ends and names the shard; 0 waits for ever. See `guard`.
     `allow_pickle` names the pickled columns that may be there, which are refused otherwise: to load them runs code of
     whoever wrote them. An image of more than `max_pixels` counts as undecodable; see `decode`.
     """
@@ -92,14 +96,16 @@ class StreamConfig:
     shuffle_seed: int | None = None
     num_workers: int = 2
     prefetch_factor: int = 2
-    worker_timeout: float = 0
+    timeout: float = 600
+    on_bad_shard: str = "raise"
+    max_bad_shards: int = 10
     deferred: bool | None = None
     decode_threads: int | None = None
     decode_device: str = "cpu"
     num_canonical_nodes: int = 1
     predownload: int | None = None
     cache_limit: str | int | None = None
-    download_retry: int = 2
+    download_retry: int = 5
     download_timeout: float = 60
     validate_hash: str | None = None
     allow_pickle: tuple[str, ...] = ()

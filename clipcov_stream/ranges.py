@@ -8,8 +8,9 @@ Ranges that lie close to each other are one request. A fixed distance would fetc
 the bytes in between that are bounded: the narrowest gaps are bridged, as long as together they are at most MAX_WASTE of
 the images' own bytes.
 
-What is not here: hashes. MDS has them of whole shards only, so a range that the store answers with wrong bytes of the
-right number goes to the image decoder, which refuses most, and not all, of what is no image.
+MDS has hashes of whole shards only, which say nothing of a range. So the sidecar has a checksum of each image (CRC-32,
+10 microseconds for 20 kB), and what does not match it is asked for again. Sidecars of earlier versions have none: of
+them wrong bytes of the right number go to the image decoder, which refuses most, and not all, of what is no image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import hashlib
 import random
 import tempfile
 import threading
+import time
+import zlib
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,13 +32,12 @@ from streaming.base.util import bytes_to_int
 from clipcov_stream.decode import MAX_PIXELS, UndecodableImage, raw_image
 from clipcov_stream.mds_index import checked_index
 from clipcov_stream.range_cache import RangeCache
-from clipcov_stream.remote import RangeReader, is_missing, is_remote
+from clipcov_stream.remote import FIRST_PAUSE, RangeReader, is_missing, is_remote, within
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 CONNECTIONS = 16
 ATTEMPTS = 6
-FIRST_PAUSE = 0.25
-"""Seconds before the second attempt; twice as many before each later one, at most 8 s in all."""
+"""With pauses of at most 8 s in all."""
 MAX_GAP = 1 << 18
 """Bytes: about what a connection brings in the time that a request of its own would wait for its answer."""
 MAX_WASTE = 0.25
@@ -44,11 +46,15 @@ MAX_REQUEST = 1 << 23
 
 
 class Span(NamedTuple):
-    """Where an image lies: the number of its shard in the source's index, and bytes in that shard's file."""
+    """Where an image lies: the number of its shard in the source's index, and bytes in that shard's file.
+
+    `crc` is their zlib.crc32; -1 is not known.
+    """
 
     shard: int
     offset: int
     length: int
+    crc: int = -1
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,12 @@ def coalesce(
             joined.append([span])
             end = span.offset + span.length
     return [Request(g[0].shard, g[0].offset, max(s.offset + s.length for s in g), tuple(g)) for g in joined]
+
+
+def damaged(data: bytes, request: Request) -> bool:
+    """Whether a request's bytes are not all that the checksums of its images promise."""
+    at = ((span, span.offset - request.begin) for span in request.spans if span.crc >= 0)
+    return any(zlib.crc32(memoryview(data)[begin : begin + span.length]) != span.crc for span, begin in at)
 
 
 @dataclass(frozen=True)
@@ -227,6 +239,7 @@ class Ranges:
         timeout: seconds to wait for an answer, where the back end has such a limit.
         cache: of what was fetched earlier, if any.
         max_pixels: of an image that is stored as raw pixels.
+        patience: seconds for a request and all its attempts; 0 is for ever.
 
     Raises:
         ValueError: a URL whose ranges nothing here can read.
@@ -242,8 +255,9 @@ class Ranges:
         timeout: float = 60,
         cache: RangeCache | None = None,
         max_pixels: int = MAX_PIXELS,
+        patience: float = 0,
     ) -> None:
-        self.max_pixels = max_pixels
+        self.max_pixels, self.patience = max_pixels, patience
         self.source, self.cache, self.connections = source, cache, connections
         self.reader = None if source.remote is None else RangeReader(source.remote, connections, timeout)
         self.num_bytes = 0
@@ -262,7 +276,10 @@ class Ranges:
         outside = {span for span in images if not self._is_inside(span)}
         for span in outside:
             images[span].set_exception(UndecodableImage(f"the sidecar says that an image lies at {tuple(span)}"))
-        kept = {} if self.cache is None else self.cache.get([span for span in images if span not in outside])
+        kept: dict[Span, bytes] = {}
+        if self.cache is not None:
+            by_place = self.cache.get([span[:3] for span in images if span not in outside])
+            kept = {span: by_place[span[:3]] for span in images if span[:3] in by_place}
         for span, image in images.items():
             if span not in outside and (span.length == 0 or span in kept):
                 self._give(image, kept.get(span, b""))
@@ -288,7 +305,7 @@ class Ranges:
             found[span] = data[at : at + span.length]
             self._give(images[span], found[span])
         if self.cache is not None and not self._is_local(request.shard):
-            self.cache.put(found)
+            self.cache.put({span[:3]: image for span, image in found.items()})
 
     def _give(self, image: Future[Any], data: bytes) -> None:
         try:
@@ -304,18 +321,22 @@ class Ranges:
             OSError: none of the attempts brought them.
         """
         length, attempt = request.end - request.begin, 0
+        until = time.monotonic() + self.patience
         while True:
             attempt += 1
             try:
                 if self._closing.is_set():
                     raise OSError("the loader was closed")
-                data = self._read(request.shard, request.begin, length)
-                if len(data) == length:
+                left = max(0.0, until - time.monotonic()) if self.patience else None
+                data = within(left, self._read, request.shard, request.begin, length, attempt == 1)
+                if len(data) == length and not damaged(data, request):
                     return data
-                error = OSError(f"{len(data)} bytes came instead of {length}")
+                wrong = f"{length}" if len(data) != length else "those the sidecar has a checksum of"
+                error = OSError(f"{len(data)} bytes came instead of {wrong}")
             except Exception as raised:  # every back end has kinds of its own
                 error = raised
             is_last = attempt == ATTEMPTS or self.reader is None or is_missing(error)
+            is_last |= self.patience > 0 and time.monotonic() >= until
             # Spread out, lest all connections come back at once to a store that asked for less.
             pause = FIRST_PAUSE * 2 ** (attempt - 1) * self._pauses.uniform(0.5, 1)
             if is_last or self._closing.wait(pause):
@@ -327,9 +348,9 @@ class Ranges:
             f"{type(error).__name__}: {error}"
         ) from error
 
-    def _read(self, shard: int, begin: int, length: int) -> bytes:
+    def _read(self, shard: int, begin: int, length: int, trusts_local: bool) -> bytes:
         name = self.source.names[shard]
-        if self.reader is not None and not self._is_local(shard):
+        if self.reader is not None and not (trusts_local and self._is_local(shard)):
             return self.reader.read(name, begin, length)
         assert self.source.local is not None
         with (self.source.local / name).open("rb") as file:

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import random
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from streaming.base.storage import CloudDownloader
 
 from clipcov_stream.redact import check_url, redacted
 
+Result = TypeVar("Result")
+
 MISSING = (404, "404", "NoSuchKey", "NoSuchBucket")
+FIRST_PAUSE = 0.25
+"""Seconds before a second attempt; twice as many before each later one."""
+AGREEMENT_ATTEMPTS = 6
+
+
+def within(seconds: float | None, work: Callable[..., Result], *arguments: Any) -> Result:
+    """What `work` returns or raises, in a thread of its own that is left behind once the time is up.
+
+    It is a daemon, so that no exit waits for it. A thread takes some 0.1 ms.
+
+    Raises:
+        TimeoutError: it took longer than `seconds`; None waits for ever.
+    """
+    done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work(*arguments))
+        except BaseException as error:  # it is raised in the caller's thread
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="within", daemon=True).start()
+    try:
+        return done.result(seconds)
+    except concurrent.futures.TimeoutError as error:  # not TimeoutError itself before Python 3.11
+        if done.done():
+            raise
+        raise TimeoutError(f"nothing came within {seconds:g} s") from error
 
 
 def is_remote(folder: str | None) -> bool:
@@ -44,6 +77,35 @@ def read_remote(url: str, timeout: float = 60) -> bytes:
         except Exception as error:  # every back end has kinds of its own
             kind = FileNotFoundError if is_missing(error) else OSError
             raise kind(redacted(f"{type(error).__name__}: {error}")) from error
+
+
+def read_agreed(url: str, timeout: float = 60) -> bytes:
+    """The content of one object that nothing else vouches for, an index: two answers in a row must be the same.
+
+    So a damaged or stale answer is not taken for the folder's; that there is none is an answer too. Another attempt
+    follows a failed one, after a pause.
+
+    Raises:
+        FileNotFoundError: the store says that there is no such object.
+        OSError: it cannot be read, or no two answers agree.
+    """
+    before, trouble = None, OSError(f"no two of {AGREEMENT_ATTEMPTS} answers in a row agree")
+    for attempt in range(AGREEMENT_ATTEMPTS):
+        try:
+            answer = within(2 * timeout, read_remote, url, timeout)
+        except FileNotFoundError:
+            answer = b""
+            if before == b"":
+                raise
+        except OSError as error:
+            before, trouble = None, error
+            if attempt < AGREEMENT_ATTEMPTS - 1:
+                time.sleep(FIRST_PAUSE * 2 ** min(attempt, 3) * random.uniform(0.5, 1))
+            continue
+        if answer == before:
+            return answer
+        before = answer
+    raise trouble
 
 
 def is_missing(error: Exception) -> bool:

@@ -13,7 +13,9 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import struct
+import time
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -25,16 +27,18 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
-from streaming.base.util import retry
 
 from clipcov_stream.mds_index import checked_index
-from clipcov_stream.remote import is_remote, read_remote
+from clipcov_stream.remote import FIRST_PAUSE, is_remote, read_agreed, within
 
 EMBEDDER_FILE = "embedder.json"
 """In a folder with embedding columns: what made them. `tools/embed_mds.py` writes it."""
 SPAN_COLUMN = "image_span"
-"""In a sidecar of uncompressed shards: where the sample's image lies, (3,) int64 shard number, offset and length."""
-DOWNLOAD_ATTEMPTS = 3
+"""In a sidecar of uncompressed shards: where the sample's image lies, (4,) int64 shard number, offset, length and its
+bytes' CRC-32; (3,), without the last, of earlier versions."""
+DOWNLOAD_ATTEMPTS = 6
+PATIENCE = 600.0
+"""Seconds for one of them."""
 MAX_MAPPED = 64  # shards at a time: each takes a file descriptor
 
 
@@ -121,7 +125,7 @@ class Sidecar:
         return self.mapped[number]
 
     def _small_file(self, name: str) -> bytes:
-        return read_remote(f"{self.where}/{name}") if self.is_remote else Path(self.where, name).read_bytes()
+        return read_agreed(f"{self.where}/{name}") if self.is_remote else Path(self.where, name).read_bytes()
 
     def _fetch(self, shard: Any, path: Path) -> None:
         """Download a shard once for all processes of this machine; under its name it is whole."""
@@ -130,7 +134,15 @@ class Sidecar:
             if path.is_file():
                 return
             part = path.with_name(f"{path.name}.part")
-            retry(num_attempts=DOWNLOAD_ATTEMPTS)(self._download)(shard, part)
+            for attempt in range(DOWNLOAD_ATTEMPTS):
+                try:
+                    within(PATIENCE, self._download, shard, part)
+                    break
+                except Exception as error:  # every back end has kinds of its own
+                    if attempt == DOWNLOAD_ATTEMPTS - 1:
+                        text = f"{shard.raw_data.basename} of stream.sidecar {self.where!r} cannot be had"
+                        raise OSError(f"{text} after {DOWNLOAD_ATTEMPTS} attempts: {error}") from error
+                    time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))
             os.replace(part, path)
 
     def _download(self, shard: Any, part: Path) -> None:

@@ -13,13 +13,12 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from streaming import StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader
 from streaming.base.distributed import get_world_size
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,17 +26,21 @@ from torch.utils.data import DataLoader
 
 from clipcov_stream.ahead import Ahead
 from clipcov_stream.captions import caption_of
+from clipcov_stream.checked import BadShard, CheckedStream
 from clipcov_stream.decode import MAX_PIXELS, MOST_PIXELS, UndecodableImage, decode_image, raw_image
+from clipcov_stream.guard import GuardedDataset, complete, named
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer
 from clipcov_stream.mds_index import checked_index, pickled_columns, read_index
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
-from clipcov_stream.remote import is_remote, read_remote
+from clipcov_stream.remote import is_remote, read_agreed, read_remote
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
+STUCK = 2
+"""Timeouts of the data set after which a worker counts as stuck that has said nothing."""
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
@@ -69,7 +72,7 @@ class Columns:
         return {name for name in (self.image_embedding, self.text_embedding) if name is not None}
 
 
-class PairDataset(StreamingDataset):
+class PairDataset(GuardedDataset):
     """Image-caption pairs, decoded and tokenized.
 
     A sample is a dict of `image` (3, s, s) uint8 (`PoolCollate` normalizes a pool's together), `text` (context,) int64,
@@ -96,6 +99,7 @@ class PairDataset(StreamingDataset):
         allow_pickle: names of pickled columns (`pkl`) that the folder may have. One that is read runs code of whoever
             wrote the shard; all others stay bytes.
         max_pixels: an image of more counts as undecodable.
+        timeout, on_bad_shard, max_bad_shards: as GuardedDataset's. A skipped sample is blank and not valid.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
     Raises:
@@ -119,6 +123,9 @@ class PairDataset(StreamingDataset):
         range_reads: bool = False,
         allow_pickle: Collection[str] = (),
         max_pixels: int = MAX_PIXELS,
+        timeout: float = 600,
+        on_bad_shard: str = "raise",
+        max_bad_shards: int = 10,
         **kwargs: Any,
     ) -> None:
         if not 1 <= max_pixels <= MOST_PIXELS:
@@ -126,16 +133,18 @@ class PairDataset(StreamingDataset):
         index = folder_index(local, remote, split, kwargs.get("download_timeout", 60))
         cache = Path(local, split or "") if local and remote else None
         pickled = pickled_columns(checked_index(index, repr(remote or local), allow_pickle, cache))
-        where: dict[str, Any] = {"local": local, "remote": remote, "split": split}
+        where: dict[str, Any] = {"local": local, "remote": remote, "split": split, "index": index}
         self.source = None
         if range_reads:
             self.source = Source.of(index, local, remote, split, columns.image, allow_pickle)
             where = sidecar_of(self.source, sidecar, local, columns.image)
             if where["remote"] is None:
                 kwargs.pop("cache_limit", None)  # Streaming would evict the sidecar itself
-        open_ = partial(super().__init__, **where, allow_unsafe_types=bool(pickled) and not range_reads, **kwargs)
+        guards: dict[str, Any] = {"timeout": timeout, "on_bad_shard": on_bad_shard, "max_bad_shards": max_bad_shards}
+        guards["allow_unsafe_types"] = bool(pickled) and not range_reads
+        open_ = super().__init__
         try:
-            opened(open_)
+            opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
@@ -153,12 +162,13 @@ class PairDataset(StreamingDataset):
         self.seed = seed
         self.sidecar = None
         if sidecar is not None and not range_reads:
-            folder = Path(self.streams[0].local)
+            folder = Path(self.stream.local)
             self.sidecar = Sidecar(sidecar, folder)
             self.sidecar.check_source(index)
         self.deferred = deferred or range_reads
         self.scoring_size = scoring_size
         self.scoring_crop = None if scoring_size is None else transform.small(scoring_size).crop()
+        self._blank: dict[str, Any] | None = None
         self._check_columns(remote or local or "")
 
     def _check_columns(self, where: str) -> None:
@@ -224,6 +234,22 @@ class PairDataset(StreamingDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)
+        return self._skipped(sample_id) if sample is None else self._item(sample_id, sample)
+
+    def _skipped(self, sample_id: int) -> dict[str, Any]:
+        """What stands for a sample of a shard that is skipped: of the same form as any other, and not valid."""
+        if self._blank is None:
+            for first in self.sample_offset_per_shard.tolist():
+                self.prepare_shard(int(self.spanner[first][0]))
+                sample = super().get_item(first)
+                if sample is not None:
+                    self._blank = {key: blank(value) for key, value in self._item(first, sample).items()}
+                    break
+            else:
+                raise BadShard(f"no shard of {self.stream.where} can be used; the log above says why of each")
+        return {**self._blank, "id": int(sample_id), "valid": False}
+
+    def _item(self, sample_id: int, sample: dict[str, Any]) -> dict[str, Any]:
         columns = self.columns
         item: dict[str, Any] = {"id": int(sample_id), "valid": True}
         seed = mix(self.seed, self.next_epoch, int(sample_id))
@@ -262,6 +288,15 @@ class PairDataset(StreamingDataset):
         return item
 
 
+def blank(value: Any) -> Any:
+    """A value of the same form with nothing in it; encoded images become bytes that no image comes out of."""
+    if isinstance(value, Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, Span):
+        return Span(0, 0, 0)
+    return value if isinstance(value, int) else "" if isinstance(value, str) else b""
+
+
 def opened(open_: Callable[[], None]) -> None:
     """Open a StreamingDataset, again if another process has just taken the name of its shared memory.
 
@@ -297,7 +332,7 @@ def folder_index(local: str | None, remote: str | None, split: str | None, timeo
     try:
         if is_here:
             return read_index(Path(copy if is_remote(remote) else index))
-        return read_remote(index, timeout)
+        return read_agreed(index, timeout)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(
             f"stream.{key} {folder!r} has no index.json (checked {index}); is it an MDS folder? tools/make_mds.py "
@@ -356,10 +391,12 @@ class PoolLoader(StreamingDataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         self._end_ahead()
-        if self.run_ahead is None:
-            return super().__iter__()
-        # Here, not in the thread: this may fork the workers.
-        return self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
+        dataset: Any = self.dataset
+        pools = super().__iter__()
+        if self.run_ahead is not None:
+            # Here, not in the thread: this may fork the workers.
+            pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
+        return named(complete(pools, dataset.promise(len(self)), dataset.stream.where), dataset)
 
     def _running_ahead(
         self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
@@ -398,7 +435,6 @@ def pool_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     drop_last: bool = True,
-    timeout: float = 0,
     decode_threads: int | None = None,
     range_cache: int | str | None = None,
     decode_device: torch.device | None = None,
@@ -407,7 +443,6 @@ def pool_loader(
 
     Args:
         pool_size: must be the dataset's batch_size, or shards are assigned for other batches than are read.
-        timeout: seconds after which a stuck worker is an error; 0 waits for ever.
         decode_threads: that decode a deferred pool's survivors; None is the number of CPUs, at most 8.
         range_cache: bytes of images read by ranges that are kept on this machine's disk, a number or "20gb"; None keeps
             none.
@@ -425,14 +460,16 @@ def pool_loader(
         )
     workers: dict[str, Any] = {}
     if num_workers > 0:
-        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
+        # A worker itself says what it waits for, once the data set's time is up; this is for one that cannot.
+        patience = STUCK * dataset.timeout
+        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": patience}
     transform, tokenizer, source = dataset.transform, dataset.tokenizer, dataset.source
     if range_cache is not None and source is None:
         raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")
     ranges = None
     if source is not None:
-        options = {"cache": source.cache(range_cache), "max_pixels": dataset.max_pixels}
-        ranges = Ranges(source, timeout=dataset.streams[0].download_timeout, **options)
+        limits = {"timeout": dataset.stream.download_timeout, "patience": dataset.timeout}
+        ranges = Ranges(source, **limits, cache=source.cache(range_cache), max_pixels=dataset.max_pixels)
     materialize = None
     if dataset.deferred:
         materialize = Materializer(transform, tokenizer, decode_threads, ranges, dataset.max_pixels, decode_device)

@@ -21,6 +21,7 @@ from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.redact import redacted
@@ -60,25 +61,6 @@ class MetricsFile(LoggerDestination):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **self.pending}) + "\n")
         self.pending = {}
-
-
-class CompleteEpochs(Callback):
-    """Raises when an epoch yields fewer pools than its loader promises.
-
-    Streaming reports a shard that cannot be read in a background thread and ends the epoch there; without this a run
-    would train on what is left, in silence.
-    """
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        before = state.previous_timestamp
-        if before is None or state.dataloader_len is None:
-            return
-        seen, promised = int(before.batch_in_epoch), int(state.dataloader_len)
-        if seen < promised:
-            raise RuntimeError(
-                f"epoch {int(before.epoch)} ended after {seen} of {promised} pools: a shard could not be read; the log "
-                "above names it"
-            )
 
 
 class EndThreads(Callback):
@@ -149,8 +131,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         eval_interval=config.eval_interval if evaluators else 0,
         callbacks=[
             ClampLogitScale(),
-            CompleteEpochs(),
             EndThreads(),
+            SkippedShards(),
             ZeroShotHead(prompts),
             *callbacks,
         ],

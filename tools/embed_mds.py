@@ -26,6 +26,7 @@ import hashlib
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -139,13 +140,17 @@ class Kept:
             self.columns = {name: kind for name, kind in pairs.columns.items() if name in is_kept}
             self.compression = None  # of embeddings it gains little, and it would have to be undone for each sample
         if self.has_spans:
-            self.columns[SPAN_COLUMN] = "ndarray:int64:3"
+            self.columns[SPAN_COLUMN] = "ndarray:int64:4"
 
     def samples_of(self, number: int) -> Iterator[dict[str, bytes]]:
-        """The samples of a shard with all their values as they are stored, and the span."""
+        """The samples of a shard with all their values as they are stored, and the span with the image's checksum."""
         spans = self.pairs.spans_of(number, self.image) if self.has_spans else None
         for row, sample in enumerate(self.pairs.samples_of(number)):
-            yield sample if spans is None else {**sample, SPAN_COLUMN: spans[row].tobytes()}
+            if spans is None:
+                yield sample
+                continue
+            span = np.array([*spans[row], zlib.crc32(sample[self.image])], np.int64)
+            yield {**sample, SPAN_COLUMN: span.tobytes()}
 
     def values(self, sample: dict[str, bytes]) -> dict[str, bytes]:
         """Those that go to OUT."""
@@ -189,7 +194,7 @@ def write_part(
                 writer = VerbatimWriter(
                     columns={**kept.columns, **kinds},
                     out=str(rough),
-                    hashes=["sha1"],
+                    hashes=["sha1", "xxh64"],
                     compression=kept.compression,
                     size_limit=None,
                 )

@@ -48,7 +48,7 @@ def write_mds(pairs: PairFolder, found: TrainedOn, folder: Path, in_order: bool)
     Args:
         in_order: of first training, rather than of the folder; the samples then wait on disk until all are read.
     """
-    writer = VerbatimWriter(columns=pairs.columns, out=str(folder), hashes=["sha1"])
+    writer = VerbatimWriter(columns=pairs.columns, out=str(folder), hashes=["sha1", "xxh64"])
     samples = bar(pairs.samples(found.id.tolist()), "read", "samples", total=len(found))
     if in_order:
         with open_spool(folder) as spool:

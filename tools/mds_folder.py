@@ -186,7 +186,7 @@ def mds_split(
     *,
     size_limit: int | str = "64mb",
     compression: str | None = None,
-    hashes: Iterable[str] = ("sha1",),
+    hashes: Iterable[str] = ("sha1", "xxh64"),
     source: Mapping[str, Any] | None = None,
     allow_empty: bool = False,
 ) -> Iterator[MdsSplit]:

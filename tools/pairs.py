@@ -177,7 +177,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size-limit", default="64mb", help="largest shard, such as 64mb (default)")
     parser.add_argument("--compression", default="none", help="compression of shards, such as zstd or zstd:7 (none)")
     parser.add_argument(
-        "--hashes", default="sha1", help="checksums kept per shard, separated by commas (sha1), or none"
+        "--hashes", default="sha1,xxh64", help="checksums kept per shard, separated by commas (sha1,xxh64), or none"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
 

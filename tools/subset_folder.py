@@ -188,7 +188,7 @@ def write_subset(
     has_uid = pairs.columns.get("uid") == "str"
     if mds or has_uid:
         out, ascending = str(folder / "train"), sorted(rows)
-        writer = VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1"]) if mds else None
+        writer = VerbatimWriter(columns=pairs.columns, out=out, hashes=["sha1", "xxh64"]) if mds else None
         samples = bar(pairs.samples(ascending), "write", "samples", total=len(rows))
         for row, sample in zip(ascending, samples, strict=True):
             if has_uid:
