@@ -26,10 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from clipcov_stream.ahead import Ahead
+from clipcov_stream.identity import check_same_data
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.remote import is_remote, read_remote
+from clipcov_stream.shared_memory import claim, clean_dead
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -91,10 +93,16 @@ class PairDataset(StreamingDataset):
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
+    Attributes:
+        selected: set by `ClipCov` when it trains on survivors of this; kept in checkpoints, so that a run resumed
+            without it stops.
+
     Raises:
         ValueError: a folder without index.json, without samples, or without a column that is asked for; a sidecar of
             another folder; a folder that cannot be read by ranges.
     """
+
+    selected, was_selected = False, False
 
     def __init__(
         self,
@@ -122,12 +130,14 @@ class PairDataset(StreamingDataset):
             if where["remote"] is None:
                 kwargs.pop("cache_limit", None)  # Streaming would evict the sidecar itself
         open_ = partial(super().__init__, **where, allow_unsafe_types=allow_unsafe_types, **kwargs)
+        clean_dead()
         try:
             opened(open_)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
+        claim(self)
         self.columns = columns
         self.transform = transform
         self.crop = transform.crop()
@@ -173,6 +183,27 @@ class PairDataset(StreamingDataset):
                     f"column {name!r} of {where!r} (stream.columns.{role}) is encoded as {present[name]!r}; it must be "
                     f"{kind!r}"
                 )
+
+    def _data(self) -> dict[str, Any]:
+        names, roles = self.columns.names(), ("image", "caption", "image_embedding", "text_embedding")
+        order = {"num_samples": self.num_samples, "shuffle": self.shuffle, "shuffle_algo": self.shuffle_algo}
+        return {"columns": {role: names.get(role) for role in roles}, "order": order}
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        return {**super().state_dict(num_samples, from_beginning), **self._data(), "selected": self.selected}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        check_same_data(obj, self._data())
+        self.was_selected = bool(obj.get("selected"))
+        super().load_state_dict(obj)
+
+    def check_selected(self) -> None:
+        """Raise RuntimeError if the checkpoint's run selected, and this one does not."""
+        if self.was_selected and not self.selected:
+            raise RuntimeError(
+                "the checkpoint's run trained on survivors, but ClipCov is not among the Trainer's algorithms: whole "
+                "pools would be trained on. Add it; or take the weights alone, load_path=... and load_weights_only=true"
+            )
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)
@@ -306,6 +337,8 @@ class PoolLoader(StreamingDataLoader):
         self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.dataset, PairDataset):
+            self.dataset.check_selected()
         self._end_ahead()
         if self.run_ahead is None:
             return super().__iter__()
