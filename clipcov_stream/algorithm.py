@@ -292,7 +292,19 @@ class ClipCov(Algorithm):
         self._lags.load(copy.deepcopy(state["lags"]), newest)
 
     def _start(self, state: State) -> None:
-        """Check what can be checked before the first step, and make the embedder."""
+        """Check what can be checked before the first step, and make the embedder.
+
+        Raises:
+            ValueError: training goes on from a step before which there was no ClipCov.
+        """
+        step = int(state.timestamp.batch)
+        if step and not self.samples_seen:
+            raise ValueError(
+                f"training goes on from step {step} of a run without ClipCov: its checkpoint has no state of it. To "
+                "begin selection here, take its weights alone: load_path=... and load_weights_only=true"
+            )
+        if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
+            dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._checked = False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:

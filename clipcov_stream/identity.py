@@ -21,6 +21,30 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint's place in the stream is none in this one.
+
+    Args:
+        saved, now: `columns`, role -> name of those read; `order`, what the order of samples depends on; of the
+            checkpoint also `sample_in_epoch`, where the order matters only if it is above 0. An older checkpoint has
+            neither of the first two, and passes.
+    """
+    pairs = [("stream.columns.", "columns")] + [("stream: ", "order")] * bool(saved.get("sample_in_epoch"))
+    other = [
+        f"{prefix}{key}={saved[kind].get(key)!r}, not {value!r}"
+        for prefix, kind in pairs
+        if kind in saved
+        for key, value in now[kind].items()
+        if saved[kind].get(key) != value
+    ]
+    if other:
+        raise ValueError(
+            f"the checkpoint's run read {'; '.join(other)}. It stands at sample {saved.get('sample_in_epoch')} of an "
+            "epoch: in another order samples would be lost and others trained twice. To go on, use its settings; to "
+            "take its weights alone, load_path=... and load_weights_only=true"
+        )
+
+
 def name_of(selector: Any) -> str:
     """A name that another process gives the same function; the keyword arguments of a partial belong to it."""
     if isinstance(selector, functools.partial):

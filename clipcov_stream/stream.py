@@ -29,6 +29,7 @@ from clipcov_stream.captions import caption_of
 from clipcov_stream.checked import BadShard, CheckedStream
 from clipcov_stream.decode import MAX_PIXELS, MOST_PIXELS, UndecodableImage, decode_image, raw_image
 from clipcov_stream.guard import GuardedDataset, complete, named
+from clipcov_stream.identity import check_same_data
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer
 from clipcov_stream.mds_index import checked_index, pickled_columns, read_index
 from clipcov_stream.objective import mix
@@ -36,6 +37,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
+from clipcov_stream.shared_memory import claim, clean_dead
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -102,10 +104,16 @@ class PairDataset(GuardedDataset):
         timeout, on_bad_shard, max_bad_shards: as GuardedDataset's. A skipped sample is blank and not valid.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
+    Attributes:
+        selected: set by `ClipCov` when it trains on survivors of this; kept in checkpoints, so that a run resumed
+            without it stops.
+
     Raises:
         ValueError: a folder without index.json, without samples, or without a column that is asked for; a sidecar of
             another folder; a folder that cannot be read by ranges.
     """
+
+    selected, was_selected = False, False
 
     def __init__(
         self,
@@ -143,12 +151,14 @@ class PairDataset(GuardedDataset):
         guards: dict[str, Any] = {"timeout": timeout, "on_bad_shard": on_bad_shard, "max_bad_shards": max_bad_shards}
         guards["allow_unsafe_types"] = bool(pickled) and not range_reads
         open_ = super().__init__
+        clean_dead()
         try:
             opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
+        claim(self)
         for stream in self.streams:
             # What Streaming has read, should a store have told it another index than us. Nothing was fetched by it yet.
             read = Path(stream.local, stream.split or "", "index.json").read_bytes()
@@ -231,6 +241,27 @@ class PairDataset(GuardedDataset):
             return raw_image(data, self.max_pixels)
         except UndecodableImage:
             return b""
+
+    def _data(self) -> dict[str, Any]:
+        names, roles = self.columns.names(), ("image", "caption", "image_embedding", "text_embedding")
+        order = {"num_samples": self.num_samples, "shuffle": self.shuffle, "shuffle_algo": self.shuffle_algo}
+        return {"columns": {role: names.get(role) for role in roles}, "order": order}
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        return {**super().state_dict(num_samples, from_beginning), **self._data(), "selected": self.selected}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        check_same_data(obj, self._data())
+        self.was_selected = bool(obj.get("selected"))
+        super().load_state_dict(obj)
+
+    def check_selected(self) -> None:
+        """Raise RuntimeError if the checkpoint's run selected, and this one does not."""
+        if self.was_selected and not self.selected:
+            raise RuntimeError(
+                "the checkpoint's run trained on survivors, but ClipCov is not among the Trainer's algorithms: whole "
+                "pools would be trained on. Add it; or take the weights alone, load_path=... and load_weights_only=true"
+            )
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)
@@ -390,6 +421,8 @@ class PoolLoader(StreamingDataLoader):
         self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.dataset, PairDataset):
+            self.dataset.check_selected()
         self._end_ahead()
         dataset: Any = self.dataset
         pools = super().__iter__()

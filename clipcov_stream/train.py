@@ -2,65 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
 from composer.core import Callback, State
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
+from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
+from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import VALIDATION, is_data
 from clipcov_stream.zeroshot import ZeroShotHead
 
-
-class MetricsFile(LoggerDestination):
-    """Appends every step's metrics to a JSON-lines file, on rank 0.
-
-    Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Every evaluation adds a
-    line for its step. A resumed run appends; of two lines for one step the later is the true one.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.pending: dict[str, Any] = {}
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.pending.update({key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()})
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.flush(int(state.timestamp.batch))
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        self.pending.update({"samples_streamed": int(state.timestamp.sample)})
-        # Before the next step's metrics join: evaluations come after batch_end, after epoch_end and on their own.
-        self.flush(int(state.timestamp.batch))
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self.flush(int(state.timestamp.batch))
-
-    def flush(self, step: int) -> None:
-        if self.pending and dist.get_global_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **self.pending}) + "\n")
-        self.pending = {}
+log = logging.getLogger(__name__)
 
 
 class EndThreads(Callback):
@@ -69,6 +40,27 @@ class EndThreads(Callback):
     def close(self, state: State, logger: Logger) -> None:
         if isinstance(state.train_dataloader, PoolLoader):
             state.train_dataloader.close()
+
+
+def saves_files_here(config: TrainConfig) -> bool:
+    """Whether checkpoints are files of their own on a local disk; else they are Composer's matter."""
+    return "://" not in (config.save_folder or "") and not config.fsdp_config
+
+
+def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
+    """Composer's load_path, load_weights_only and autoresume, the last of which is done here where files are local.
+
+    Raises:
+        ValueError: autoresume without a run_name or a save_folder, or with torn checkpoints alone.
+    """
+    as_given = config.load_path, config.load_weights_only
+    if not config.autoresume or (config.save_folder and not saves_files_here(config)):
+        return *as_given, config.autoresume
+    for name in ("run_name", "save_folder"):
+        if getattr(config, name) is None:
+            raise ValueError(f"autoresume=true needs a {name}, by which it finds its checkpoints")
+    newest = newest_whole(folder_of(str(config.save_folder), str(config.run_name)))
+    return (*as_given, False) if newest is None else (str(newest), False, False)
 
 
 def ours_first(algorithms: Sequence[Any], event: Any) -> Sequence[Any]:
@@ -118,6 +110,11 @@ def build_trainer(config: TrainConfig) -> Trainer:
     if config.ledger:
         chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
         callbacks.append(Ledger(config.ledger, seed=config.seed, **chosen))
+    load_path, load_weights_only, autoresume = resume_from(config)
+    if config.save_folder and saves_files_here(config):
+        keep = config.save_num_checkpoints_to_keep
+        saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
+        callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
     return Trainer(
         model=model,
@@ -134,6 +131,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
             EndThreads(),
             SkippedShards(),
             ZeroShotHead(prompts),
+            RecordedRecipe(config),
             *callbacks,
         ],
         loggers=loggers or None,
@@ -147,9 +145,9 @@ def build_trainer(config: TrainConfig) -> Trainer:
         save_interval=config.save_interval,
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.save_overwrite,
-        load_path=config.load_path,
-        load_weights_only=config.load_weights_only,
-        autoresume=config.autoresume,
+        load_path=load_path,
+        load_weights_only=load_weights_only,
+        autoresume=autoresume,
         progress_bar=config.progress_bar,
         log_to_console=config.log_to_console,
         console_log_interval=config.console_log_interval,
@@ -177,11 +175,27 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {redacted(error)}") from error
-    if config.eval_first and config.eval:
-        trainer.eval()
-    trainer.fit()
+    train(trainer, bool(config.eval), bool(config.eval_first))
     trainer.close()
     leave_group()
+
+
+def train(trainer: Trainer, evaluates: bool = False, eval_first: bool = False) -> None:
+    """Train until `max_duration`, from wherever the trainer stands.
+
+    A run that was stopped after its last checkpoint is only evaluated, which came after it: Composer's `fit` would
+    raise, and a job that is started again until it succeeds never would.
+    """
+    state = trainer.state
+    if state.max_duration is not None and state.timestamp >= state.max_duration:
+        log.warning("the run is complete: its checkpoint is of max_duration=%s", state.max_duration)
+        if evaluates:
+            trainer.eval()
+        return
+    # A resumed run has been evaluated at its start.
+    if evaluates and eval_first and not int(state.timestamp.batch):
+        trainer.eval()
+    trainer.fit()
 
 
 def leave_group() -> None:

@@ -1,0 +1,171 @@
+"""Checkpoints that are there in full or not at all, and the newest of them.
+
+Composer writes a checkpoint under its final name, removes the link to the one before, and makes a new link. A process
+killed within leaves a torn file, or no link, from which `autoresume` starts the run anew in silence; a whole file
+without its link is one that Composer then refuses to write beside. Here a file gets its name once it is on the disk,
+the newest whole one is looked for among the files themselves, and what is torn is set aside, with a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import checkpoint, dist, format_name_with_dist
+
+NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+PARTIAL = ".partial-"
+"""What the name of a file begins with while it is written; the rest is its own, whose suffix says how to write it."""
+
+
+class WholeCheckpoints(CheckpointSaver):
+    """Composer's CheckpointSaver for a local folder, whose files are whole if they are there.
+
+    A file is written beside its place, flushed to the disk and renamed: one fsync per checkpoint. A resumed run counts
+    the folder's files among those of which `num_checkpoints_to_keep` are kept; Composer's own forgets them.
+
+    Args:
+        folder: local; `{run_name}` is filled in.
+        kwargs: CheckpointSaver's.
+    """
+
+    def __init__(self, folder: str, **kwargs: Any) -> None:
+        # Nothing is uploaded, unless a logger that does is among the Trainer's.
+        names = {"remote_file_name": f"{folder}/ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt"}
+        names["latest_remote_file_name"] = f"{folder}/latest-rank{{rank}}.pt"
+        super().__init__(folder=folder, **{**names, **kwargs})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        super().fit_start(state, logger)
+        if dist.get_global_rank() == 0:
+            folder = folder_of(self.folder, state.run_name)
+            for path in folder.glob(f"{PARTIAL}*"):
+                path.unlink()
+            older = [path for path in checkpoints_in(folder) if step_of(path) <= int(state.timestamp.batch)]
+            self.saved_checkpoints[:] = map(str, reversed(older))
+
+    def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
+        # One that was written again would be removed twice.
+        self.saved_checkpoints[:] = dict.fromkeys(self.saved_checkpoints)
+        super()._rotate_checkpoints(sharding_enabled)
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        with whole_writes():
+            super()._save_checkpoint(state, logger)
+
+
+@contextmanager
+def whole_writes() -> Iterator[None]:
+    """Within the block Composer's checkpoints of one file get their names once they are on the disk."""
+    write = checkpoint._write_checkpoint_file
+    checkpoint._write_checkpoint_file = partial(write_whole, write)
+    try:
+        yield
+    finally:
+        checkpoint._write_checkpoint_file = write
+
+
+def write_whole(write: Callable[[dict[str, Any], str], None], state_dict: dict[str, Any], filename: str) -> None:
+    """Have `write` write a file beside its place, and move it there once it is on the disk."""
+    place = Path(filename)
+    partial_ = place.with_name(PARTIAL + place.name)
+    write(state_dict, str(partial_))
+    sync(partial_)
+    partial_.replace(place)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folder_of(save_folder: str, run_name: str) -> Path:
+    """`save_folder` with its placeholders filled in, as Composer does."""
+    return Path(format_name_with_dist(save_folder, run_name))
+
+
+def step_of(path: Path) -> int:
+    """Steps done when a checkpoint was written, by its name; -1 of another file."""
+    match = NAME.fullmatch(path.name)
+    return -1 if match is None else int(match[1])
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Files with a checkpoint's name, newest first."""
+    # Two of one step are of the same weights; the one of the later epoch has been through that epoch's end.
+    named = [path for path in folder.glob("ep*.pt") if step_of(path) >= 0]
+    return sorted(named, key=lambda path: (step_of(path), int(path.name[2 : path.name.index("-")])), reverse=True)
+
+
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file; None if every part of it matches its checksum.
+
+    Costs: reads the whole file once.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+            return None if bad is None else f"its part {bad!r} does not match its checksum"
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; None if there is none.
+
+    Newer ones that are torn are renamed to NAME.torn, lest Composer refuse to write their like again, with a warning
+    that names them and the one before. Rank 0 looks, and all ranks get its answer; each must ask.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        answer = list(searched(folder))
+    dist.broadcast_object_list(answer, src=0)
+    path, error = answer
+    if error is not None:
+        raise ValueError(error)
+    return None if path is None else Path(path)
+
+
+def searched(folder: Path) -> tuple[str | None, str | None]:
+    """The newest whole checkpoint, or what to say of a folder that has torn ones alone."""
+    torn: dict[str, str] = {}
+    for path in checkpoints_in(folder):
+        fault = fault_of(path)
+        if fault is None:
+            break
+        torn[path.name] = fault
+    else:
+        path = None
+    said = "; ".join(f"{name} ({fault})" for name, fault in torn.items())
+    if torn and path is None:
+        return None, (
+            f"autoresume: no checkpoint in {str(folder)!r} is whole: {said}. Delete them to start anew, or set "
+            "load_path to one from elsewhere"
+        )
+    for name in torn:
+        (folder / name).rename(folder / f"{name}.torn")
+    if torn and path is not None:
+        warnings.warn(
+            f"autoresume: torn checkpoints in {str(folder)!r} are set aside as NAME.torn: {said}; training "
+            f"goes on from {path.name}, the newest that is whole",
+            stacklevel=4,
+        )
+    return (None if path is None else str(path)), None

@@ -1,0 +1,155 @@
+"""What killed runs leave in /dev/shm is removed when the next one starts, and nothing else.
+
+Streaming keeps its state in shared memory under a number, its prefix. After SIGKILL it stays, and a run that reads the
+same remote folder is refused ("Reused local directory") until it is removed; Streaming's own
+`clean_stale_shared_memory` removes that of live runs too. Here every process that opens a dataset says so in a file in
+/dev/shm, on which it holds a lock that ends with it, or with the last of its workers, however they end. What such files
+name whose locks are free has no owner; what no such file names may be another program's and is let be.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+import weakref
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import torch
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
+from streaming.base.distributed import get_local_rank
+
+MEMORY = Path("/dev/shm")
+CLAIM = "clipcov_"
+PATIENCE = 10.0
+"""Seconds to wait for the workers of a dead process, which look for their parent every five."""
+
+
+def claim(dataset: Any) -> None:
+    """Note that this process, and those it forks, use a StreamingDataset's shared memory, until it is collected."""
+    if not MEMORY.is_dir():
+        return
+    prefix = f"{dataset._shm_prefix_int:06}_"
+    said = {
+        "prefix": prefix,
+        "inode": inode_of(MEMORY / f"{prefix}{LOCALS}"),
+        "locks": [os.path.join(dataset._filelock_root, f"{prefix}{n}") for n in (BARRIER_FILELOCK, CACHE_FILELOCK)],
+        "pid": os.getpid(),
+        "namespace": namespace(),
+        # It removes shared memory by name once its process is dead, and must not meet a newer run's.
+        "tracker": getattr(resource_tracker._resource_tracker, "_pid", None),
+    }
+    name = f"{CLAIM}{os.getuid()}_{uuid.uuid4().hex}"
+    new = MEMORY / f".{name}"
+    file = new.open("w", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(json.dumps(said))
+    file.flush()
+    new.rename(MEMORY / name)  # under its name it is whole, and locked
+    weakref.finalize(dataset, release, file, MEMORY / name, os.getpid())
+
+
+def release(file: Any, path: Path, pid: int) -> None:
+    """End a claim; a worker that was forked with it only lets go of its copy."""
+    file.close()
+    if os.getpid() == pid:
+        path.unlink(missing_ok=True)
+
+
+def clean_dead() -> list[str]:
+    """Remove the shared memory and lock files that killed runs of this user have left; returns their names.
+
+    The first process of a node does it, and the others wait. A process that is dead but whose workers are not is
+    waited for, at most `PATIENCE` seconds.
+    """
+    removed = []
+    if get_local_rank() == 0 and MEMORY.is_dir():
+        deadline = time.monotonic() + PATIENCE
+        while any(map(is_dying, claims().values())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        removed = removed_of(claims())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return removed
+
+
+def removed_of(found: dict[Path, dict[str, Any]]) -> list[str]:
+    """Remove what dead claims name and live ones do not."""
+    live = {said["prefix"] for said in found.values() if said["held"]}
+    removed = []
+    for path, said in found.items():
+        if said["held"]:
+            continue
+        if said["prefix"] not in live:
+            await_tracker(said)
+            # Under this number there may by now be another run's, which then has other inodes.
+            if inode_of(MEMORY / f"{said['prefix']}{LOCALS}") in (said["inode"], None):
+                places = [MEMORY / f"{said['prefix']}{name}" for name in SHM_TO_CLEAN] + list(map(Path, said["locks"]))
+                removed += [place.name for place in places if unlinked(place)]
+        unlinked(path)
+    return removed
+
+
+def claims() -> dict[Path, dict[str, Any]]:
+    """This user's claims, and whether they are `held`."""
+    found = {}
+    for path in MEMORY.glob(f"{CLAIM}{os.getuid()}_*"):
+        try:
+            with path.open(encoding="utf-8") as file:
+                said = json.loads(file.read())
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    said["held"] = False
+                except BlockingIOError:
+                    said["held"] = True
+        except (OSError, ValueError):  # another process has just removed it
+            continue
+        found[path] = said
+    return found
+
+
+def is_dying(said: dict[str, Any]) -> bool:
+    """Whether a claim's process is dead, as far as can be seen from here, but processes forked from it hold on."""
+    return said["held"] and said["namespace"] == namespace() and not Path(f"/proc/{said['pid']}").exists()
+
+
+def await_tracker(said: dict[str, Any]) -> None:
+    """Wait until the process that removes a dead process's shared memory has done so."""
+    if said["tracker"] is None or said["namespace"] != namespace():
+        return
+    command, deadline = Path(f"/proc/{said['tracker']}/cmdline"), time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if b"resource_tracker" not in command.read_bytes():
+                return
+        except OSError:
+            return
+        time.sleep(0.01)
+
+
+def namespace() -> str | None:
+    """Of process numbers: containers may share /dev/shm and not these."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def inode_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def unlinked(path: Path) -> bool:
+    """Remove a file; whether it was there and could be."""
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,462 @@
+"""Kill runs at seeded moments, resume them, and compare what comes out with a run that was never killed.
+
+    python tools/kills.py --kills 200 --out tools/results
+
+A trajectory is one small run (columns or teacher, one or two ranks, with and without run-ahead) that is killed by
+SIGKILL up to `--per-run` times, resumed by the same command each time, and then finishes. A kill comes by the clock (a
+random moment from the process's start on), at a random event of a random step, within the write of a checkpoint after
+a random share of its bytes, or by the clock with the newest checkpoint then cut short, as a machine that lost power may
+leave it. It hits one rank, and the others a moment later, as a launcher would; half of the time a rank's whole process
+group with it, so that nothing cleans up shared memory. Seeds decide all of this but how far a process is when the clock
+strikes.
+
+At the end weights, optimizer, selection's state, random number generators, place in the stream and clock in the last
+checkpoint, the ledger's bytes and the metrics file (but for milliseconds) must equal those of the same run undisturbed.
+
+Processes are forked from this one, which has imported everything and has no threads: an attempt costs a second, not
+ten. The last line of stdout is one JSON document; the exit status is 1 if anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import synthetic
+import torch
+import yaml
+from composer import Callback
+from composer.core import Event, State
+from composer.loggers import Logger
+from composer.utils import checkpoint
+from streaming import MDSWriter
+
+from clipcov_stream.checkpoints import checkpoints_in
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group, train
+
+STEPS, POOL, SAMPLES = 12, 32, 160
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+AHEAD = {"run_ahead": 2, "lag_delay": 2}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {"embed": "columns"}),
+    "one rank, run-ahead": (1, {"embed": "columns", **AHEAD}),
+    "one rank, teacher": (1, {"embed": "teacher"}),
+    "two ranks": (2, {"embed": "columns"}),
+    "two ranks, global, run-ahead": (2, {"embed": "columns", "scope": "global", **AHEAD}),
+}
+"""Name -> ranks, and `selection`."""
+EVENTS = (
+    *(Event.FIT_START, Event.EPOCH_START, Event.AFTER_DATALOADER, Event.BEFORE_TRAIN_BATCH, Event.AFTER_FORWARD),
+    *(Event.AFTER_BACKWARD, Event.BATCH_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END),
+)
+PHASES = ("starting", "between steps", "loading", "training", "writing a checkpoint", "ending")
+NOW = struct.Struct("<BI")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What an attempt dies of.
+
+    Args:
+        kind: clock, event, write or torn.
+        delay: seconds after the start, for clock and torn.
+        event, step: where, for event.
+        write, share: number of the checkpoint of this attempt, and share of its bytes, for write; of the newest
+            checkpoint's bytes, for torn.
+        rank: that is killed first.
+        lag: seconds until the others are.
+        group: whether a rank's children, workers and Python's resource tracker, die with it.
+    """
+
+    kind: str
+    delay: float = 0.0
+    event: str = ""
+    step: int = 0
+    write: int = 0
+    share: float = 0.0
+    rank: int = 0
+    lag: float = 0.0
+    group: bool = False
+
+    @classmethod
+    def drawn(cls, rng: random.Random, ranks: int, seconds: float) -> Kill:
+        kind = rng.choices(("clock", "event", "write", "torn"), (0.5, 0.25, 0.15, 0.1))[0]
+        return cls(
+            kind,
+            delay=rng.uniform(0, seconds),
+            event=rng.choice(EVENTS).value,
+            step=rng.randrange(STEPS),
+            write=rng.randrange(3),
+            share=rng.random(),
+            rank=0 if kind == "write" else rng.randrange(ranks),  # rank 0 writes
+            lag=rng.choice((0.0, rng.uniform(0, 0.3))),
+            group=rng.random() < 0.5,
+        )
+
+
+@dataclass
+class Trajectory:
+    """One run, killed and resumed until it ended.
+
+    Args:
+        run: name of it in RUNS.
+        kills: what each was, and what the process was doing then.
+        faults: what was not as it should be.
+    """
+
+    run: str
+    seed: int
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class Board(Callback):
+    """Shows the parent what this process is doing, and dies where it is told to."""
+
+    def __init__(self, board: mmap.mmap, kill: Kill | None, rank: int) -> None:
+        self.board, self.rank = board, rank
+        self.kill = kill if kill is not None and kill.rank == rank else None
+        self.num_writes = 0
+
+    def show(self, phase: str, step: int) -> None:
+        self.board[self.rank * NOW.size : (self.rank + 1) * NOW.size] = NOW.pack(PHASES.index(phase), step)
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        phase = {Event.BEFORE_DATALOADER: "loading", Event.AFTER_DATALOADER: "training", Event.FIT_END: "ending"}
+        self.show(phase.get(event, PHASES[self.board[self.rank * NOW.size]]), int(state.timestamp.batch))
+        if event in (Event.BATCH_END, Event.FIT_START):
+            self.show("between steps", int(state.timestamp.batch))
+        kill = self.kill
+        if kill and kill.kind == "event" and event.value == kill.event and int(state.timestamp.batch) >= kill.step:
+            self.die()
+
+    def die(self) -> None:
+        assert self.kill is not None
+        (os.killpg if self.kill.group else os.kill)(os.getpid(), signal.SIGKILL)
+
+    def write(self, state_dict: dict[str, Any], filename: str) -> None:
+        """Composer's write of a checkpoint, which may end early."""
+        before = self.board[: 2 * NOW.size]
+        step = state_dict["state"]["timestamp"]["Timestamp"]["batch"]
+        self.show("writing a checkpoint", int(step))
+        kill, self.num_writes = self.kill, self.num_writes + 1
+        with open(filename, "wb") as file:
+            torch.save(state_dict, file)
+            if kill and kill.kind == "write" and self.num_writes > kill.write:
+                file.flush()
+                os.truncate(filename, int(kill.share * file.tell()))
+                self.die()
+        self.board[: 2 * NOW.size] = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="that must have hit, over all runs")
+    parser.add_argument("--per-run", type=int, default=6, help="kills of one run before it may finish")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", action="append", choices=list(RUNS), help="only this; all in turn by default")
+    parser.add_argument("--out", help="folder for kills.json and kills.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began, names, work = time.time(), args.run or list(RUNS), Path(tempfile.mkdtemp(prefix="kills"))
+    try:
+        write_corpus(work / "corpus")
+        straight = {name: undisturbed(work, name) for name in names}
+        done: list[Trajectory] = []
+        while sum(len(each.kills) for each in done) < args.kills:
+            name = names[len(done) % len(names)]
+            done.append(trajectory(work, name, args.seed + len(done), args.per_run, *straight[name]))
+            print(line_of(done, args.kills, time.time() - began), file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result = summary(done, args, time.time() - began)
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        (Path(args.out) / "kills.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (Path(args.out) / "kills.md").write_text(report(result), encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key != "trajectories"}))
+    raise SystemExit(bool(result["faults"]))
+
+
+def write_corpus(folder: Path) -> None:
+    """Pairs with embeddings, in several shards."""
+    rng = np.random.default_rng(0)
+    corpus = synthetic.Corpus(synthetic.draw_classes(4, 0), 1.0, 0.0, 0.0, 0.0, 4, 16, 0)
+    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
+    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
+        for row in range(SAMPLES):
+            image, text = (rng.normal(size=8).astype(np.float16) for _ in range(2))
+            sample = {"image": corpus.sample(row)["image"], "caption": f"{row}"}
+            writer.write({**sample, "image_embedding": image, "text_embedding": text})
+
+
+def recipe_of(work: Path, name: str, folder: Path) -> Path:
+    """The recipe of a run, with everything it writes in `folder`."""
+    tree = {
+        "run_name": "killed",
+        "max_duration": f"{STEPS}ba",
+        "precision": "fp32",
+        "device": "cpu",
+        "progress_bar": False,
+        "model": {"config": MODEL},
+        # A copy, as of a remote folder: what refuses a second run on the same shared memory.
+        "stream": {"remote": str(work / "corpus"), "local": str(folder / "cache"), "global_pool_size": POOL},
+        "selection": {"filter_ratio": 0.75, "warmup": "2ba", **RUNS[name][1]},
+        "optimizer": {"lr": 1e-2},
+        "scheduler": {"t_warmup": "2ba"},
+        "save_folder": str(folder / "saved"),
+        "save_interval": "2ba",
+        "autoresume": True,
+        "metrics_file": str(folder / "metrics.jsonl"),
+        "ledger": str(folder / "ledger"),
+        "dist_timeout": 60,
+    }
+    folder.mkdir()
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def undisturbed(work: Path, name: str) -> tuple[dict[str, Any], float]:
+    """What the run leaves if it is let be, and the seconds it takes."""
+    folder = work / "straight"
+    path, began = recipe_of(work, name, folder), time.time()
+    said = attempt(path, name, 0, None)
+    if said is not None:
+        raise SystemExit(f"error: the undisturbed run {name!r} fails: {said}")
+    left = left_by(folder), time.time() - began
+    shutil.rmtree(folder)
+    return left
+
+
+def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[str, Any], seconds: float) -> Trajectory:
+    """Kill a run and resume it until it ends, and compare."""
+    rng, folder, done = random.Random(seed), work / f"run{seed}", Trajectory(name, seed)
+    path = recipe_of(work, name, folder)
+    while True:
+        kill = Kill.drawn(rng, RUNS[name][0], seconds) if len(done.kills) < per_run else None
+        workers = int(rng.random() < 0.15)
+        said = attempt(path, name, workers, kill)
+        if said is None:
+            break
+        if not isinstance(said, dict):
+            done.faults.append(said)
+            return done  # its folder stays until the end, for a look
+        if kill is not None and kill.kind == "torn":
+            said["torn"] = tear(folder / "saved", kill.share)
+        done.kills.append(said)
+    found = left_by(folder)
+    done.faults = [key for key in expected if not same(expected[key], found.get(key))]
+    shutil.rmtree(folder)
+    return done
+
+
+def tear(saved: Path, share: float) -> str | None:
+    """Cut the newest checkpoint short if there is another; its name."""
+    found = checkpoints_in(saved)
+    if len(found) < 2:
+        return None
+    os.truncate(found[0], int(share * found[0].stat().st_size))
+    return found[0].name
+
+
+def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[str, Any] | str | None:
+    """Run a recipe until it ends (None), is killed (what it was doing) or fails (what it said)."""
+    ranks = RUNS[name][0]
+    board = mmap.mmap(-1, ranks * NOW.size)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.time()
+    processes = [forked(path, rank, ranks, port, num_workers, board, kill) for rank in range(ranks)]
+    ended: dict[int, int] = {}
+    struck, elapsed = None, 0.0
+    while len(ended) < ranks:
+        elapsed = time.time() - began
+        for rank, pid in enumerate(processes):
+            if rank not in ended and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                ended[rank] = os.waitstatus_to_exitcode(status[1])
+        by_clock = kill is not None and kill.kind in ("clock", "torn") and elapsed >= kill.delay
+        if kill is not None and struck is None and kill.rank not in ended and by_clock:
+            struck = seen(board, kill.rank)
+            strike(processes[kill.rank], kill.group)
+        died = [rank for rank, code in ended.items() if code == -signal.SIGKILL]
+        if died or elapsed > 240:
+            if kill is not None:
+                struck = struck or seen(board, kill.rank)
+                time.sleep(kill.lag)
+            for rank in set(range(ranks)) - set(ended):
+                strike(processes[rank], kill is None or kill.group)
+                ended[rank] = os.waitstatus_to_exitcode(os.waitpid(processes[rank], 0)[1])
+        time.sleep(0.002)
+    if -signal.SIGKILL in ended.values() and kill is not None and struck is not None and elapsed <= 240:
+        return {**{key: value for key, value in asdict(kill).items() if key != "lag"}, **struck, "workers": num_workers}
+    if any(ended.values()):
+        log = path.with_name("failed.txt")
+        return f"exit status {ended}: {log.read_text() if log.exists() else 'hung'}"
+    return None
+
+
+def strike(pid: int, group: bool) -> None:
+    try:
+        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        # Between its fork and its own process group.
+        os.kill(pid, signal.SIGKILL)
+
+
+def seen(board: mmap.mmap, rank: int) -> dict[str, Any]:
+    """What a rank is doing."""
+    phase, step = NOW.unpack_from(board, rank * NOW.size)
+    return {"phase": PHASES[phase], "at_step": step}
+
+
+def forked(path: Path, rank: int, ranks: int, port: int, num_workers: int, board: mmap.mmap, kill: Kill | None) -> int:
+    """A child that runs the recipe as one of several ranks; its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        if ranks > 1:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0}
+            os.environ |= {key: str(value) for key, value in world.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with path.with_name("output.txt").open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        # Of the parent: nothing may depend on them, nor on the clock.
+        random.seed()
+        np.random.seed(os.getpid() % 2**31)
+        torch.manual_seed(time.time_ns())
+        shown = Board(board, kill, rank)
+        checkpoint._write_checkpoint_file = shown.write
+        trainer = build_trainer(load_config(str(path), [f"stream.num_workers={num_workers}"]))
+        trainer.state.callbacks.insert(0, shown)
+        train(trainer)
+        trainer.close()
+        leave_group()
+        status = 0
+    except BaseException:
+        path.with_name("failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        # Its datasets' shared memory goes at the interpreter's exit, which os._exit leaves out.
+        atexit._run_exitfuncs()
+        os._exit(status)
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """Everything a finished run leaves that must not depend on kills."""
+    newest = checkpoints_in(folder / "saved")[0]
+    # weights_only=False: Composer keeps numpy's and Python's generators as tuples of arrays.
+    saved = torch.load(newest, map_location="cpu", weights_only=False)
+    state = saved["state"]
+    clock = {key: value for key, value in state["timestamp"]["Timestamp"].items() if "wct" not in key}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "checkpoints": [path.name for path in checkpoints_in(folder / "saved")],
+        **{key: state[key] for key in ("model", "optimizers", "schedulers", "algorithms", "dataset_state")},
+        "timestamp": clock,
+        "generators": saved["rng"],
+        "ledger": {path.name: path.read_bytes() for path in (folder / "ledger").glob("*.ledger")},
+        "metrics": [{key: value for key, value in line.items() if not key.endswith("_ms")} for line in lines],
+        "shared memory": shared_memory(),
+    }
+
+
+def shared_memory() -> list[str]:
+    """What is in /dev/shm, which is this tool's own where it is run alone."""
+    return sorted(path.name for path in Path("/dev/shm").glob("0*"))
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Bit for bit, of nested containers."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, np.ndarray):
+        return isinstance(theirs, np.ndarray) and np.array_equal(ours, theirs)
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, (list, tuple)):
+        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def line_of(done: list[Trajectory], wanted: int, seconds: float) -> str:
+    """Progress, and the last trajectory."""
+    kills, last = sum(len(each.kills) for each in done), done[-1]
+    result = "; ".join(last.faults) or "same"
+    return f"[{seconds:5.0f} s] {kills}/{wanted} kills; seed {last.seed}, {last.run}: {len(last.kills)} kills: {result}"
+
+
+def summary(done: list[Trajectory], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    kills = [kill for each in done for kill in each.kills]
+    return {
+        "kills": len(kills),
+        "runs": len(done),
+        "faults": [{"run": each.run, "seed": each.seed, "faults": each.faults} for each in done if each.faults],
+        "by_run": dict(Counter(each.run for each in done for _ in each.kills)),
+        "by_kind": dict(Counter(kill["kind"] for kill in kills)),
+        "by_phase": dict(Counter(kill["phase"] for kill in kills)),
+        "by_step": dict(sorted(Counter(kill["at_step"] for kill in kills).items())),
+        "torn": sum(kill.get("torn") is not None for kill in kills),
+        "whole_group": sum(kill["group"] for kill in kills),
+        "with_workers": sum(kill["workers"] > 0 for kill in kills),
+        "seeds": [args.seed, args.seed + len(done) - 1],
+        "command": f"python tools/kills.py --kills {args.kills} --per-run {args.per_run} --seed {args.seed}",
+        "minutes": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "trajectories": [asdict(each) for each in done],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+
+    def table(title: str, counts: dict[Any, int]) -> str:
+        rows = "".join(f"| {key} | {value} |\n" for key, value in counts.items())
+        return f"| {title} | kills |\n|---|---|\n{rows}\n"
+
+    equal = result["runs"] - len(result["faults"])
+    faults = "".join(f"- seed {f['seed']}, {f['run']}: {'; '.join(f['faults'])}\n" for f in result["faults"])
+    return (
+        f"# Runs killed and resumed\n\n`{result['command']}` ({result['minutes']} minutes, torch {result['torch']}); "
+        f"seeds {result['seeds'][0]} to {result['seeds'][1]}, one per run.\n\n"
+        f"{result['kills']} kills by SIGKILL over {result['runs']} runs of {STEPS} steps ({POOL} candidates, a "
+        f"checkpoint every 2 steps). {equal} of {result['runs']} runs resumed after every kill and ended with the "
+        "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for milliseconds) of the same run "
+        f"undisturbed, bit for bit. {result['whole_group']} kills took the process group, {result['with_workers']} hit "
+        f"a run with a worker, after {result['torn']} the newest checkpoint was cut short.\n\n{faults}"
+        + table("run", result["by_run"])
+        + table("kind", result["by_kind"])
+        + table("what the process was doing", result["by_phase"])
+        + table("steps done", result["by_step"])
+        + "Not claimed: power lost with the machine (only files cut short stand for it), several nodes, GPUs.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
