@@ -165,8 +165,9 @@ class ClipCov(Algorithm):
         self.dist_timeout: float | None = None
         """Seconds that run-ahead's threads wait for those of other ranks; None is PyTorch's default."""
         self.survivor_ids: Tensor | None = None
-        self.survivor_gains: Tensor | None = None
         """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
+        self.survivor_gains: Tensor | None = None
+        """What each of them gained when it was picked (`selection.Selected`)."""
         self._lags = Lags(lag_delay)
         self._group: Group = None
         self._asked, self._begun = 0.0, False

@@ -35,6 +35,7 @@ from clipcov_stream.config import (
     StreamConfig,
     given,
 )
+from clipcov_stream.device_decode import check_decoder
 from clipcov_stream.embed import Proxy
 from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
@@ -150,12 +151,17 @@ def decode_device_of(name: str, deferred: bool) -> torch.device | None:
         raise ValueError(f"stream.decode_device={name!r} must be 'cpu' or 'gpu'")
     if not deferred:
         raise ValueError(
-            "stream.decode_device='gpu' decodes survivors, but this stream's workers decode every candidate; use "
-            "selection.embed='columns', or stream.decode_device='cpu'"
+            "stream.decode_device='gpu' decodes survivors, but this stream's workers decode every candidate; leave "
+            "stream.deferred out and use selection.embed='columns', or stream.decode_device='cpu'"
         )
     if not torch.cuda.is_available():
         raise ValueError("stream.decode_device='gpu' needs a CUDA device, and there is none; use 'cpu'")
-    return torch.device("cuda", dist.get_local_rank())
+    device = torch.device("cuda", dist.get_local_rank())
+    try:
+        check_decoder(device)
+    except RuntimeError as error:
+        raise ValueError(f"stream.decode_device='gpu' cannot decode on {device}: {error}; use 'cpu'") from error
+    return device
 
 
 def build_stream(

@@ -291,7 +291,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         start = file.read(len(MAGIC) + 8)
         if len(start) < len(MAGIC) + 8 or not start.startswith(MAGIC):
-            raise ValueError(f"{path} is not a ledger of this version: it begins with {start[: len(MAGIC)]!r}")
+            raise ValueError(
+                f"{path} is not a ledger of this version: it begins with {start[: len(MAGIC)]!r}, not {MAGIC!r}; give "
+                "another folder (ledger=...)"
+            )
         length, check = struct.unpack_from("<II", start, len(MAGIC))
         text = file.read(length)
     if len(text) < length or zlib.crc32(text) != check:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream.decode import MAX_PIXELS, UndecodableImage, decode_image
-from clipcov_stream.device_decode import decode_on
+from clipcov_stream.device_decode import decoded_on
 
 OPENAI_MEAN = open_clip.OPENAI_DATASET_MEAN
 OPENAI_STD = open_clip.OPENAI_DATASET_STD
@@ -189,15 +189,14 @@ class Materializer:
             self._threads = ThreadPoolExecutor(self.num_threads, "decode")
         if self.device is None:
             return self._threads.map(self.pixels, encoded, seeds)
-        decoded = decode_on(self.device, [arrived(image) for image in encoded], self.max_pixels)
-        left = [
-            None if image is not None else self._threads.submit(self.pixels, *args)
-            for image, *args in zip(decoded, encoded, seeds, strict=True)
-        ]
-        images = []
-        for image, seed, other in zip(decoded, seeds, left, strict=True):
-            found = self._cropped(image, seed) if other is None else other.result()
-            images.append(None if found is None else found.to(self.device))
+        images: list[Tensor | None] = [None] * len(encoded)
+        # Cropped one by one as they come, so that but one batch of whole images is in memory.
+        for place, image in decoded_on(self.device, [arrived(image) for image in encoded], self.max_pixels):
+            images[place] = self._cropped(image, seeds[place])
+        left = [place for place, image in enumerate(images) if image is None]
+        others = self._threads.map(self.pixels, [encoded[place] for place in left], [seeds[place] for place in left])
+        for place, found in zip(left, others, strict=True):
+            images[place] = None if found is None else found.to(self.device)
         return images
 
     def __call__(self, rows: Mapping[str, Any], made: Made) -> tuple[dict[str, Tensor], Tensor]:

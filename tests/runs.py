@@ -28,11 +28,14 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.batches: list[torch.Tensor] = []
         self.images: list[torch.Tensor] = []
+        self.gains: list[torch.Tensor] = []
         self.keys: set[str] = set()
 
     def before_train_batch(self, state: Any, logger: Any) -> None:
         self.batches.append(state.batch["text"].clone())
         self.images.append(state.batch["image"].clone())
+        gains = [algorithm.survivor_gains for algorithm in state.algorithms if isinstance(algorithm, ClipCov)]
+        self.gains += [each.clone().nan_to_num(nan=1e30) for each in gains if each is not None]
         self.keys |= set(state.batch)
 
 
@@ -179,7 +182,7 @@ def assert_same_run(
     ours: tuple[Trainer, Recorder, Any], theirs: tuple[Trainer, Recorder, Any], skipped: int = 0
 ) -> None:
     """Bit for bit the same survivors, pixels, weights and selection; `skipped` steps of theirs came before ours."""
-    for kind in ("batches", "images"):
+    for kind in ("batches", "images", "gains"):
         for step, (a, b) in enumerate(
             zip(getattr(ours[1], kind), getattr(theirs[1], kind)[skipped:], strict=True), skipped
         ):

@@ -32,6 +32,9 @@ from clipcov_stream import materialize as materialize_module
 from clipcov_stream import stream as stream_module
 from clipcov_stream.config import load_config
 from clipcov_stream.materialize import decode_image
+from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.pool import Pool
+from clipcov_stream.selection import select
 from clipcov_stream.train import build_trainer
 
 
@@ -196,6 +199,25 @@ def test_undecodable_survivors_are_never_trained_on_and_counted_once(tmp_path: P
     if selector == "random":
         eager = run(tmp_path, {**tree, "stream": {**tree["stream"], "deferred": False}})
         assert all(torch.equal(a, b) for a, b in zip(recorder.batches, eager[1].batches, strict=True))
+
+
+def test_gains_are_of_the_choice_that_is_trained_on(tmp_path: Path) -> None:
+    """Of a selection that was told which of the images first chosen are none, not of the one that chose them."""
+    folder = write_columns(tmp_path / "mds", 64, bad_images=20)
+    knobs = {"max_invalid_ratio": 0.9, "learnability": 0.0}
+    trainer, recorder, _ = run(tmp_path, columns_recipe(folder, **knobs))
+    state, settings = None, Settings(learnability=0.0, half_life=float("inf"))
+    for step, pool in enumerate(trainer_of(tmp_path, columns_recipe(folder, **knobs))[0].state.train_dataloader):
+        rows = [pool[f"{side}_embedding"].float() for side in ("image", "text")]
+        valid, again = torch.ones(len(rows[0]), dtype=torch.bool), -1
+        state = SelectionState.initial(rows[0].shape[1], settings) if state is None else state
+        while again:
+            chosen = select(state, Pool(*rows, 100.0, valid=valid), 8)
+            bad = chosen.survivors[pool["id"][chosen.survivors] < 20]
+            again, valid[bad] = len(bad), False
+        state = chosen.state
+        np.testing.assert_allclose(recorder.gains[step], chosen.gain, rtol=1e-5, atol=1e-6)
+        assert not valid.all() or step
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from runs import columns_recipe, run, write_columns
 from clipcov_stream import build, device_decode
 from clipcov_stream.config import load_config
 from clipcov_stream.decode import UndecodableImage
-from clipcov_stream.device_decode import decode_on
+from clipcov_stream.device_decode import check_decoder, decoded_on
 from clipcov_stream.materialize import ImageTransform, Materializer
 from clipcov_stream.train import build_trainer
 
@@ -43,6 +44,11 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def decode_on(device: torch.device, images: list[Any], *limits: int) -> list[torch.Tensor | None]:
+    found = dict(decoded_on(device, images, *limits))
+    return [found.get(place) for place in range(len(images))]
+
+
 JPEG = encoded(picture(0), quality=95)
 READ_ALIKE = {
     "rgb": JPEG,
@@ -56,6 +62,7 @@ LEFT = {
     "png": encoded(picture(6), "PNG"),
     "transparent": encoded(picture(7, mode="RGBA"), "PNG"),
     "cmyk": encoded(picture(8, mode="CMYK")),
+    "stored as RGB": encoded(picture(9), quality=95, keep_rgb=True),
     "truncated": JPEG[: len(JPEG) // 2],
     "cut before its end": JPEG[:-2],
     "followed by more": JPEG + b"\0\0",
@@ -129,6 +136,46 @@ def test_batches_are_bounded_and_their_size_changes_nothing(monkeypatch: pytest.
         assert part is not None and image is not None and torch.equal(part, image)
     monkeypatch.setattr(device_decode, "BATCH_PIXELS", 1)  # less than any image has
     assert all(image is not None for image in decode_on(torch.device("cpu"), images))
+
+
+def test_one_batch_of_whole_images_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [encoded(picture(seed, 30, 30)) for seed in range(9)]
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, decode = [], device_decode.decode_jpeg
+
+    def noted(data: Any, *args: Any) -> Any:
+        found = decode(data, *args)
+        alive.extend(weakref.ref(image) for image in found)
+        most.append(sum(image() is not None for image in alive))
+        return found
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", noted)
+    monkeypatch.setattr(device_decode, "BATCH_PIXELS", 2000)  # two of 900
+    materialize = Materializer(ImageTransform(8), None, 1, device=torch.device("cpu"))
+    _, failed = materialize(rows_of(images), {})
+    assert not failed.any() and len(alive) == 9 and max(most) <= 3 and len(most) == 5
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: an illegal access")])
+def test_a_broken_device_is_not_taken_for_bad_images(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", fails)
+    with pytest.raises(type(error), match=str(error)):
+        decode_on(torch.device("cpu"), [JPEG, JPEG])
+
+
+def test_a_decoder_is_tried_before_it_is_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decoder(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def lacking(*_: Any) -> Any:
+        raise RuntimeError("not compiled with nvJPEG support")
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", lacking)
+    with pytest.raises(ValueError, match=r"stream\.decode_device='gpu' cannot decode on cuda:0: not compiled"):
+        build.decode_device_of("gpu", True)
 
 
 def test_a_bomb_is_not_decoded() -> None:

@@ -3,7 +3,7 @@
     python tools/export.py mds SOURCE FOLDER OUT          a curated MDS folder, each sample once, byte for byte
     python tools/export.py datacomp SOURCE FOLDER OUT.npy      a DataComp subset file: sorted uids, dtype u8,u8
     python tools/export.py table SOURCE FOLDER OUT.csv         or OUT.parquet: id, uid, times, first_step, last_step,
-                                                               mean_gain
+                                                               first_gain
 
 SOURCE is a run's ledger folder (`ledger` in its recipe), several where ranks shared no disk, or the output of
 tools/select_offline.py. FOLDER is the MDS folder that it chose from. FOLDER and OUT may be URLs.
@@ -38,7 +38,7 @@ from clipcov_stream.remote import is_remote, read_remote
 BESIDE = ("embedder.json",)
 """Files of an MDS folder that say what its columns are."""
 DATACOMP = np.dtype("u8,u8")
-FIGURES = ("times", "first_step", "last_step", "mean_gain")
+FIGURES = ("times", "first_step", "last_step", "first_gain")
 """Of a sample, in a table (`TrainedOn`)."""
 
 
@@ -98,26 +98,29 @@ def datacomp_uids(uids: Sequence[str]) -> tuple[np.ndarray, Counter[str]]:
 
 
 def table_of(found: TrainedOn, uids: Sequence[str] | None) -> dict[str, Any]:
-    """Columns of the table, by name."""
+    """Columns of the table, by name. Gains compare samples of one step and rank: they depend on the place picked."""
     table: dict[str, Any] = {"id": found.id.tolist()}
     if uids is not None:
         table["uid"] = list(uids)
-    return {**table, **{name: getattr(found, name).tolist() for name in FIGURES}}
+    figures = {name: getattr(found, name).tolist() for name in FIGURES}
+    # Where nothing was gained the field is empty, and null in a .parquet.
+    figures["first_gain"] = [None if np.isnan(gain) else gain for gain in found.first_gain.tolist()]
+    return {**table, **figures}
 
 
 def write_csv(table: dict[str, Any], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(table)
-        # No gain is an empty field, as spreadsheets and pandas read it.
-        rows.writerows(["" if value != value else value for value in row] for row in zip(*table.values(), strict=True))
+        rows.writerows(zip(*table.values(), strict=True))
 
 
 def write_parquet(table: dict[str, Any], path: Path) -> None:
     import pyarrow  # pyright: ignore[reportMissingImports]
     import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
-    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    gains = {"first_gain": pyarrow.array(table["first_gain"], pyarrow.float64())}  # also if all are null
+    pyarrow.parquet.write_table(pyarrow.table({**table, **gains}), path)
 
 
 TABLES = {".csv": write_csv, ".parquet": write_parquet}
@@ -193,13 +196,13 @@ def copy_beside(source: str, folder: Path, name: str) -> None:
 def run_datacomp(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, counts: dict[str, Any]) -> None:
     if Path(args.out).suffix != ".npy":
         raise ValueError(f"OUT={args.out!r} must end in .npy")
-    uids = uids_of(pairs, found)
-    if uids is None:
-        raise ValueError(f"FOLDER={args.folder!r} has no str column 'uid'; it has {pairs.columns}")
-    numbers, dropped = datacomp_uids(uids)
-    if not len(numbers):
-        raise ValueError(f"no sample has a DataComp uid, 32 hexadecimal digits: {dict(dropped)}")
-    with output_file(args.out, args.overwrite) as path:
+    with output_file(args.out, args.overwrite) as path:  # which says at once if OUT exists
+        uids = uids_of(pairs, found)
+        if uids is None:
+            raise ValueError(f"FOLDER={args.folder!r} has no str column 'uid'; it has {pairs.columns}")
+        numbers, dropped = datacomp_uids(uids)
+        if not len(numbers):
+            raise ValueError(f"no sample has a DataComp uid, 32 hexadecimal digits: {dict(dropped)}")
         np.save(path, numbers)
     counts |= {"written": len(numbers), "dropped": dict(sorted(dropped.items()))}
 
@@ -208,10 +211,9 @@ def run_table(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, cou
     write = TABLES.get(Path(args.out).suffix)
     if write is None:
         raise ValueError(f"OUT={args.out!r} must end in one of {sorted(TABLES)}")
-    table = table_of(found, uids_of(pairs, found))
     try:
         with output_file(args.out, args.overwrite) as path:
-            write(table, path)
+            write(table_of(found, uids_of(pairs, found)), path)
     except ImportError as error:
         raise ValueError(f"OUT={args.out!r} needs pyarrow: pip install pyarrow, or give a .csv ({error})") from error
 

@@ -128,7 +128,7 @@ def open_output(
         if isinstance(path, Path) and (path.resolve() == out or out in path.resolve().parents):
             raise ValueError(f"OUT={args.out!r} is or holds the source {path.name!r}; give a folder of its own")
     paths = {key: Path(value) for key in ("images", "captions", "metadata") if (value := getattr(args, key, None))}
-    # The number of workers changes nothing in the output, so it does not show there either.
+    # The number of workers changes nothing but where shards end, so it does not show there either.
     arguments = {
         key: value for key, value in vars(args).items() if key not in ("out", "workers") and not callable(value)
     }

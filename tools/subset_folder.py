@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from clipcov_stream.mds_index import PICKLED, checked_index, read_index
 from clipcov_stream.reader import bounded
+from clipcov_stream.remote import is_remote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,6 +46,8 @@ class PairFolder:
     """
 
     def __init__(self, folder: str) -> None:
+        if is_remote(folder):
+            raise ValueError(f"FOLDER={folder!r} is a URL; give a local MDS folder, such as a copy of it")
         self.path = Path(folder).expanduser().resolve()
         index = self.path / "index.json"
         if not index.is_file():

@@ -32,7 +32,7 @@ class TrainedOn:
         times: (n,) how often it was trained on.
         first_step, last_step: (n,) steps of the first and the last time. A subset has no steps: places in the order of
             picks stand for them.
-        mean_gain: (n,) over the times that it gained anything when it was picked; NaN if it never did.
+        first_gain: (n,) what each gained the first time, when it was picked; NaN if nothing.
         order: (n,) places of the samples in the order of their first time; within a step by rank, and within a rank in
             the order chosen.
         num_records: lines of the source, each a sample trained on once.
@@ -45,7 +45,7 @@ class TrainedOn:
     times: np.ndarray
     first_step: np.ndarray
     last_step: np.ndarray
-    mean_gain: np.ndarray
+    first_gain: np.ndarray
     order: np.ndarray
     num_records: int
     torn_bytes: int = 0
@@ -90,22 +90,13 @@ def ledger_of(*places: Path) -> TrainedOn:
     by_step = np.argsort(step, kind="stable")  # ranks are in order, and stay so within a step
     step = step[by_step]
     sample = np.concatenate([record.sample for record in records])[by_step]
-    ids, first, which, times = np.unique(sample, return_index=True, return_inverse=True, return_counts=True)
+    ids, first, times = np.unique(sample, return_index=True, return_counts=True)
     last = len(sample) - 1 - np.unique(sample[::-1], return_index=True)[1]
     torn = sum(record.torn_bytes for record in records)
     gain = np.concatenate([record.gain for record in records])[by_step]
     order, folder = np.argsort(first), records[0].header["folder"]
-    return TrainedOn(
-        ids, times, step[first], step[last], mean_of(gain, which, len(ids)), order, len(sample), torn, folder
-    )
-
-
-def mean_of(gain: np.ndarray, which: np.ndarray, num: int) -> np.ndarray:
-    """Mean gain of each of `num` samples, of the records that name it and have one; NaN where none has."""
-    there = ~np.isnan(gain)
-    count = np.bincount(which[there], minlength=num)
-    total = np.bincount(which[there], gain[there].astype(np.float64), minlength=num)
-    return np.divide(total, count, out=np.full(num, np.nan), where=count > 0)
+    figures = times, step[first], step[last], gain[first].astype(np.float64)
+    return TrainedOn(ids, *figures, order, len(sample), torn, folder)
 
 
 def subset_of(path: Path) -> TrainedOn:
