@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def is_data(path: str | Path, specs: Any = None) -> bool:
     except FileNotFoundError:
         raise  # Composer has words of its own for it
     except Exception as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # in the midst of torch's advice to load it all the same
         raise ValueError(
-            f"checkpoint {str(path)!r} is refused: it is damaged, or holds more than data, and loading it could run "
-            f"code of whoever wrote it ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"checkpoint {str(path)!r}, of load_path or autoresume, is refused: it is damaged, or holds more than "
+            f"data, and to load it could run code of whoever wrote it ({named[1] if named else type(error).__name__})"
         ) from error
     return True
