@@ -111,7 +111,7 @@ def many_scans(num: int) -> bytes:
 def image_cases() -> list[Case]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8))
     rgb, palette = noise.convert("RGB"), noise.convert("RGB").quantize(16)
-    jpeg = saved(rgb, "JPEG", exif=exif())
+    jpeg, bmp = saved(rgb, "JPEG", exif=exif()), saved(rgb, "BMP")
     webp = b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\x12\0\0\0" + b"\xff" * 6
     sixteen = Image.fromarray(np.full((40, 40), 40_000, np.uint16))
     frames: Any = {"save_all": True, "append_images": [palette.rotate(90)]}
@@ -123,7 +123,7 @@ def image_cases() -> list[Case]:
         ("PNG whose header alone says 2^31 - 1 squared", bad, lambda: png((1 << 31) - 1, (1 << 31) - 1, b"")),
         ("GIF of 65,535 x 65,535", bad, lambda: b"GIF89a" + b"\xff" * 4 + saved(palette, "GIF")[10:]),
         ("WebP of 2^24 x 2^24", large, lambda: webp),
-        ("BMP of 2^30 x 2^30", bad, lambda: saved(rgb, "BMP")[:18] + struct.pack("<II", 1 << 30, 1 << 30) + bytes(99)),
+        ("BMP of 2^30 x 2^30", bad, lambda: bmp[:18] + struct.pack("<II", 1 << 30, 1 << 30) + bmp[26:]),
         ("JPEG of 100 megapixels, whole", too_large, lambda: saved(Image.new("L", (10_000, 10_000)), "JPEG")),
         ("JPEG of 81 megapixels, whole", "224 x 224", lambda: saved(Image.new("RGB", (9_000, 9_000)), "JPEG")),
         (
@@ -194,7 +194,11 @@ def caption_cases() -> list[Case]:
     scripts = "".join(chr(code) for code in range(0x20, 0x2FFFF, 7) if not 0xD800 <= code < 0xE000)
     made: list[tuple[str, str, bytes]] = [
         ("a megabyte of words", "77 tokens", b"a photo of a dog " * (MEGABYTE // 17)),
-        ("one word of a megabyte: hours of open_clip's own encoder", "77 tokens", letters.encode()),
+        (
+            "one word of a megabyte (open_clip's encoder alone: 2.6 s for 8 kB, with the square)",
+            "77 tokens",
+            letters.encode(),
+        ),
         ("a megabyte of Chinese without a space", "77 tokens", "\u4e2d\u6587\u5b57".encode() * (MEGABYTE // 9)),
         ("a megabyte of emoji", "77 tokens", "\U0001f600".encode() * (MEGABYTE // 4)),
         ("a megabyte of nested entities", "", b"&" + b"amp;" * (MEGABYTE // 4)),
