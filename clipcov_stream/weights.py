@@ -50,9 +50,14 @@ def is_data(path: str | Path, specs: Any = None) -> bool:
     Composer 0.32 loads a checkpoint with `weights_only=False`, and asks this function before if the environment names
     it (`VALIDATION`). What passes holds tensors, plain values and the types of BESIDE, whose making runs no code.
 
+    The pieces of a sharded checkpoint (FSDP), of which Composer asks with `specs`, and its .metadata are not judged:
+    torch.distributed.checkpoint reads them, in a form of its own.
+
     Raises:
         ValueError: a file that holds anything else, or is no checkpoint.
     """
+    if specs is not None or Path(path).name == ".metadata":
+        return True
     try:
         load_inert(path, mmap=True)
     except FileNotFoundError:

@@ -467,6 +467,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_one_of_ours_is_resumed(
     trainer.close()
     (saved,) = (path for path in (tmp_path / "ckpt").rglob("*.pt") if not path.is_symlink())
     assert is_data(saved)
+    assert is_data(tmp_path / ".metadata") and is_data(tmp_path / "__0_0.distcp", [(0, 8)])  # FSDP's, not judged
     again = {**tree, "max_duration": "4ba", "load_path": str(saved), "save_folder": None}
     trainer = build_trainer(load_config(str(write_recipe(tmp_path / "again.yaml", again))))
     trainer.fit()
