@@ -35,8 +35,8 @@ def cut(caption: str, context: int) -> str:
     return caption if len(caption) <= limit else " ".join(caption[: 16 * limit].split())[:limit]
 
 
-def first_of(tokenizer: Callable[[str], Tensor], context: int, caption: str) -> Tensor:
-    """(context,) token ids of a caption."""
+def first_of(tokenizer: Callable[[str], Tensor], context: int, caption: str | bytes) -> Tensor:
+    """(context,) token ids of a caption, as text or as it is stored."""
     # A function of the module, not a lambda: worker processes may have to pickle it.
     words: Any = getattr(tokenizer, "cache", None)
     if isinstance(words, dict) and len(words) > MAX_WORDS:

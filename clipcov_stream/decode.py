@@ -47,7 +47,9 @@ def decode_image(data: Any, at_least: int | None = None, max_pixels: int = MAX_P
     Raises:
         UndecodableImage: truncated, empty, not an image of FORMATS, or too large.
 
-    Costs: at most some 12 bytes of memory for each of `max_pixels`, for transparent images; 3 for a plain JPEG.
+    A JPEG whose header promises more pixels than it has is grey where there are none, as libjpeg gives it.
+
+    Costs: at most some 12 bytes of memory for each of `max_pixels`, for transparent images; 4 for a plain JPEG.
     """
     try:
         image = data if isinstance(data, Image.Image) else opened(data, max_pixels)
@@ -61,11 +63,14 @@ def decode_image(data: Any, at_least: int | None = None, max_pixels: int = MAX_P
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        return middle(image.convert("RGB"))
+        image.load()
+        # Of an RGB image `convert` would be one more copy.
+        return middle(image if image.mode == "RGB" else image.convert("RGB"))
     except UndecodableImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
-        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+        text = str(error).split(" <_io")[0]  # what follows is the address of a buffer
+        raise UndecodableImage(f"{type(error).__name__}: {text}") from error
 
 
 def opened(data: bytes, max_pixels: int) -> Image.Image:

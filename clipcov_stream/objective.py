@@ -290,7 +290,8 @@ def updated_lag(
     scale = survivors.logit_scale if survivors.learner_logit_scale is None else survivors.learner_logit_scale
     learner_image = survivors.image if survivors.learner_image is None else survivors.learner_image
     learner_text = survivors.text if survivors.learner_text is None else survivors.learner_text
-    valid = valid_of(survivors)
+    # Of a learner that has diverged nothing is noted: one NaN would stay for good.
+    valid = valid_of(survivors) & torch.as_tensor(scale, device=learner_image.device).isfinite()
     logits = (scale * learner_image @ learner_text.T).masked_fill(~(valid[:, None] & valid[None, :]), -1e9)
     weights = 0.5 * (logits.softmax(1) + logits.softmax(0))
     image = (survivors.image - state.stream.image_mean).masked_fill(~valid[:, None], 0.0)
@@ -371,7 +372,8 @@ def certified(
     spread = torch.where(valid, image_size * text_size, 0.0).sum() / count.clamp_min(1) - pool_mean.square().sum()
     spread = spread.clamp_min(0)  # rounding, when all atoms are equal
     by_chance = spread / chosen * (count - chosen).clamp_min(0) / (count - 1).clamp_min(1)
-    total_by_chance = spread * (1 / kept_size - 1 / stream_size).clamp_min(0)
+    # An effective size is at least 1, and 0 of an empty sketch.
+    total_by_chance = spread * (1 / kept_size.clamp_min(1) - 1 / stream_size.clamp_min(1)).clamp_min(0)
     return (
         (own - target).norm() / size,
         ((pool_mean - target).square().sum() + by_chance).sqrt() / size,

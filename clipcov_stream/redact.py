@@ -16,8 +16,9 @@ SECRET_VARIABLES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|
 """Names of environment variables whose values are hidden, wherever they occur."""
 SHORTEST_SECRET = 8
 """Characters: a shorter value, such as `testing`, would blot out ordinary words."""
-USERINFO = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]*(?=@)")
-"""`user:password` before an @; a lone name is no secret, and OCI's bucket@namespace has the same form."""
+USERINFO = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d+/)[^\s@'\"]*(?=@)")
+"""`user:password` before an @, where a password may hold slashes as AWS's do, but is no port; a lone name is no secret,
+and OCI's bucket@namespace has the same form."""
 PARAMETER = re.compile(
     r"(?i)(?<=[?&;])((?:sig|signature|token|key|secret|password|access_token|api_key|sas|credential|"
     r"(?:x-(?:amz|goog|oss)-)?(?:signature|credential|security-token)|awsaccesskeyid|googleaccessid)=)[^&;\s'\"#]+"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,22 @@ def is_data(path: str | Path, specs: Any = None) -> bool:
     Composer 0.32 loads a checkpoint with `weights_only=False`, and asks this function before if the environment names
     it (`VALIDATION`). What passes holds tensors, plain values and the types of BESIDE, whose making runs no code.
 
+    The pieces of a sharded checkpoint (FSDP), of which Composer asks with `specs`, and its .metadata are not judged:
+    torch.distributed.checkpoint reads them, in a form of its own.
+
     Raises:
         ValueError: a file that holds anything else, or is no checkpoint.
     """
+    if specs is not None or Path(path).name == ".metadata":
+        return True
     try:
         load_inert(path, mmap=True)
     except FileNotFoundError:
         raise  # Composer has words of its own for it
     except Exception as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # in the midst of torch's advice to load it all the same
         raise ValueError(
-            f"checkpoint {str(path)!r} is refused: it is damaged, or holds more than data, and loading it could run "
-            f"code of whoever wrote it ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"checkpoint {str(path)!r}, of load_path or autoresume, is refused: it is damaged, or holds more than "
+            f"data, and to load it could run code of whoever wrote it ({named[1] if named else type(error).__name__})"
         ) from error
     return True

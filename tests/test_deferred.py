@@ -108,8 +108,8 @@ def test_a_proxy_at_low_resolution_scores_images_decoded_small(tmp_path: Path, m
     sizes: list[tuple[int | None, tuple[int, int]]] = []
     decode = materialize_module.decode_image
 
-    def noted(data: Any, at_least: int | None = None) -> Any:
-        image = decode(data, at_least)
+    def noted(data: Any, at_least: int | None = None, *limits: Any, **named: Any) -> Any:
+        image = decode(data, at_least, *limits, **named)
         sizes.append((at_least, image.size))
         return image
 

@@ -100,7 +100,7 @@ class Targets:
         assert self.crop(decode_image(raw_image(data, most), max_pixels=most)).shape == (3, 16, 16)
 
     def feed_caption(self, data: bytes, most: int) -> None:
-        tokens = first_of(self.tokenizer, CONTEXT, data)  # pyright: ignore[reportArgumentType]
+        tokens = first_of(self.tokenizer, CONTEXT, data)
         assert tokens.shape == (CONTEXT,) and int(tokens[0]) == self.tokenizer.sot_token_id
         assert self.tokenizer.eot_token_id in tokens.tolist()
 

@@ -1,0 +1,66 @@
+"""The fuzzer itself: that it finds nothing here, and that it would find what is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def fuzz(tmp_path: Path, inputs: int, *options: str) -> dict[str, Any]:
+    tool = Path(__file__).parent.parent / "tools" / "fuzz.py"
+    command = [sys.executable, str(tool), "--inputs", str(inputs), "--keep", str(tmp_path / "kept"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    return {"returncode": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_the_fuzzer_feeds_every_target_and_finds_nothing(tmp_path: Path) -> None:
+    figures = fuzz(tmp_path, 800, "--batch", "300", "--out", str(tmp_path / "fuzz.md"))
+    assert (figures["returncode"], figures["inputs"], figures["failures"]) == (0, 800, 0), figures["first_failures"]
+    assert len({name.split()[0] for name in figures["outcomes"]}) == 5
+    assert "800 inputs, 0 failures" in (tmp_path / "fuzz.md").read_text(encoding="utf-8")
+
+
+def test_the_fuzzer_reports_crashes_hangs_and_memory_with_their_input(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN, encoding="utf-8")
+    options = ["--inputs", "300", "--batch", "100", "--seconds", "3", "--keep", str(tmp_path / "kept")]
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, timeout=200, check=False
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    texts = " ".join(text for _, text in figures["first_failures"])
+    assert done.returncode == 1 and figures["inputs"] == 300 and figures["failures"] == 4, done.stderr[-2000:]
+    assert (
+        "wait status 11" in texts and "no end after 3.0 s" in texts and "MemoryError" in texts and "KeyError" in texts
+    )
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+BROKEN = """
+import os, signal, sys, time
+import fuzz
+class Broken(fuzz.Targets):
+    calls = 0
+    def feed(self, name, data, random_):
+        number = self.number
+        if number == 20: os.kill(os.getpid(), signal.SIGSEGV)
+        if number == 130: time.sleep(60)
+        if number == 140: bytearray(3 << 30)
+        if number == 250: raise KeyError(number)
+        return super().feed(name, data, random_)
+    def make(self, seed, number):
+        self.number = number
+        return super().make(seed, number)
+fuzz.Targets = Broken
+sys.exit(fuzz.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_fuzzer_at_length(tmp_path: Path) -> None:
+    figures = fuzz(tmp_path, 200_000, "--seed", "7")
+    assert (figures["inputs"], figures["failures"]) == (200_000, 0), figures["first_failures"]
