@@ -176,6 +176,20 @@ class GuardedDataset(StreamingDataset):
             self._failure = error
             self._event.set()
 
+    def _ready_thread(self, it: Any) -> None:
+        """Streaming's, which waits for ever for a shard that is evicted before it was seen to be there."""
+        while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
+            sample_id = it.sample_ids[it.ready_index]
+            is_far = self.predownload is not None and it.ready_index - it.yield_index > self.predownload
+            shard_id = None if sample_id == -1 else self.spanner[sample_id][0]
+            if not is_far and (shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL):
+                it.ready_index += 1
+            elif not is_far and shard_id is not None and self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, False)
+            else:
+                time.sleep(TICK)
+        it.on_exit()
+
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         """Streaming's, which neither waits for ever nor takes a dead thread for the epoch's end."""
         since = time.monotonic()
