@@ -145,12 +145,24 @@ class GuardedDataset(StreamingDataset):
         return f"python tools/verify_mds.py {self.stream.where} says what else is bad, and how to repair it{skip}{full}"
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Streaming's, which waits for another process no longer than `timeout`."""
-        super().prepare_shard(shard_id, False)
+        """Streaming's, which waits for another process no longer than `timeout`, and for room in the cache at all."""
         since = time.monotonic()
-        while blocking and self._shard_states[shard_id] == _ShardState.PREPARING:
+        while True:
+            self._try_to_prepare(shard_id)
+            if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
+                return
             self._check_wait(since, shard_id)
             time.sleep(TICK)
+
+    def _try_to_prepare(self, shard_id: int) -> None:
+        try:
+            super().prepare_shard(shard_id, False)
+        except ValueError as error:
+            if "no shards present locally to evict" not in str(error):
+                raise
+            # All that fills the cache is on its way itself. Streaming leaves the lock taken and the shard as begun.
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            self._cache_filelock.release()
 
     def _check_wait(self, since: float, shard_id: int) -> None:
         if self.timeout and time.monotonic() - since > self.timeout:
@@ -158,7 +170,7 @@ class GuardedDataset(StreamingDataset):
             raise BadShard(
                 f"nothing came for stream.timeout={self.timeout:g} s while waiting for shard {name} of "
                 f"{self.stream.where} (being fetched: {', '.join(self.awaited()) or 'none'}); raise stream.timeout if "
-                "the store is merely slow"
+                f"the store is merely slow, or stream.cache_limit={self.cache_limit!r} if it is too low"
             )
 
     def _evict_coldest_shard(self) -> None:
