@@ -40,7 +40,7 @@ class GuardedDataset(StreamingDataset):
     Args:
         stream: what to read.
         timeout: seconds that a sample may be waited for; 0 for ever.
-        on_bad_shard: `raise`, or `skip`: `get_item` then returns None for its samples, on every rank alike.
+        on_bad_shard: `raise`, or `skip`: `get_item` then returns None for its samples, on all ranks of the machine.
         max_bad_shards: that may be skipped in one run.
         options: StreamingDataset's.
 
@@ -73,7 +73,8 @@ class GuardedDataset(StreamingDataset):
         self._unseen: Iterator[int] = iter(range(self.num_shards))
         stream.notes = Path(self._filelock_root, f"{self._shm_prefix_int:06}_bad_shards")
         if self._unique_rank_world.is_local_leader:
-            shutil.rmtree(stream.notes, ignore_errors=True)
+            if stream.notes.exists():  # a killed run's
+                shutil.rmtree(stream.notes)
             # What lies in the cache is looked at like what comes from the store, before anything reads it.
             states = self._shard_states.numpy()
             states[states == _ShardState.LOCAL] = _ShardState.REMOTE
@@ -110,7 +111,7 @@ class GuardedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
             except Exception as error:  # what damage that no hash has shown makes a decoder say
                 message = f"sample {row} of shard {shard.raw_data.basename} of {self.stream.where} cannot be read"
-                if self.on_bad_shard == "skip":
+                if self.on_bad_shard == "skip" and not isinstance(error, OSError):
                     log.error("%s: %r", message, error)
                     return None
                 raise BadShard(f"{message}: {error!r}; {self._help()}") from error
@@ -308,10 +309,11 @@ def named(pools: Iterator[Any], dataset: GuardedDataset) -> Iterator[Any]:
 
 
 class SkippedShards(Callback):
-    """Logs how many shards are skipped, and makes every machine skip what one of them does.
+    """Logs how many shards are skipped, and tells every machine what the others skip.
 
-    Needed with `on_bad_shard="skip"`: rank 0's list goes into checkpoints. With several ranks it costs one reduction of
-    a number per step.
+    Needed with `on_bad_shard="skip"`: rank 0's list goes into checkpoints, and a resumed run skips all of it. A machine
+    that has begun to read a shard which another could not get goes on until it is evicted: each sample is one rank's
+    alone, and no rank falls out of step. With several ranks it costs one reduction of a number per step.
     """
 
     def __init__(self) -> None:
