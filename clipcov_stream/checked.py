@@ -190,7 +190,8 @@ class CheckedStream(Stream):
             self._check(part, shard)
             os.replace(part, path)
         finally:
-            part.unlink(missing_ok=True)
+            for left in (part, part.with_name(f"{part.name}.tmp")):  # the latter where `remote` is a path
+                left.unlink(missing_ok=True)
 
     def _download(self, basename: str, part: Path, until: float | None) -> None:
         if not self.can_fetch:

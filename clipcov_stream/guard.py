@@ -40,7 +40,7 @@ class GuardedDataset(StreamingDataset):
     Args:
         stream: what to read.
         timeout: seconds that a sample may be waited for; 0 for ever.
-        on_bad_shard: `raise`, or `skip`: `get_item` then returns None for its samples, on every rank alike.
+        on_bad_shard: `raise`, or `skip`: `get_item` then returns None for its samples, on all ranks of the machine.
         max_bad_shards: that may be skipped in one run.
         options: StreamingDataset's.
 
@@ -73,7 +73,8 @@ class GuardedDataset(StreamingDataset):
         self._unseen: Iterator[int] = iter(range(self.num_shards))
         stream.notes = Path(self._filelock_root, f"{self._shm_prefix_int:06}_bad_shards")
         if self._unique_rank_world.is_local_leader:
-            shutil.rmtree(stream.notes, ignore_errors=True)
+            if stream.notes.exists():  # a killed run's
+                shutil.rmtree(stream.notes)
             # What lies in the cache is looked at like what comes from the store, before anything reads it.
             states = self._shard_states.numpy()
             states[states == _ShardState.LOCAL] = _ShardState.REMOTE
@@ -110,7 +111,7 @@ class GuardedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
             except Exception as error:  # what damage that no hash has shown makes a decoder say
                 message = f"sample {row} of shard {shard.raw_data.basename} of {self.stream.where} cannot be read"
-                if self.on_bad_shard == "skip":
+                if self.on_bad_shard == "skip" and not isinstance(error, OSError):
                     log.error("%s: %r", message, error)
                     return None
                 raise BadShard(f"{message}: {error!r}; {self._help()}") from error
@@ -145,12 +146,24 @@ class GuardedDataset(StreamingDataset):
         return f"python tools/verify_mds.py {self.stream.where} says what else is bad, and how to repair it{skip}{full}"
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Streaming's, which waits for another process no longer than `timeout`."""
-        super().prepare_shard(shard_id, False)
+        """Streaming's, which waits for another process no longer than `timeout`, and for room in the cache at all."""
         since = time.monotonic()
-        while blocking and self._shard_states[shard_id] == _ShardState.PREPARING:
+        while True:
+            self._try_to_prepare(shard_id)
+            if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
+                return
             self._check_wait(since, shard_id)
             time.sleep(TICK)
+
+    def _try_to_prepare(self, shard_id: int) -> None:
+        try:
+            super().prepare_shard(shard_id, False)
+        except ValueError as error:
+            if "no shards present locally to evict" not in str(error):
+                raise
+            # All that fills the cache is on its way itself. Streaming leaves the lock taken and the shard as begun.
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            self._cache_filelock.release()
 
     def _check_wait(self, since: float, shard_id: int) -> None:
         if self.timeout and time.monotonic() - since > self.timeout:
@@ -158,7 +171,7 @@ class GuardedDataset(StreamingDataset):
             raise BadShard(
                 f"nothing came for stream.timeout={self.timeout:g} s while waiting for shard {name} of "
                 f"{self.stream.where} (being fetched: {', '.join(self.awaited()) or 'none'}); raise stream.timeout if "
-                "the store is merely slow"
+                f"the store is merely slow, or stream.cache_limit={self.cache_limit!r} if it is too low"
             )
 
     def _evict_coldest_shard(self) -> None:
@@ -175,6 +188,20 @@ class GuardedDataset(StreamingDataset):
         if error is not None:
             self._failure = error
             self._event.set()
+
+    def _ready_thread(self, it: Any) -> None:
+        """Streaming's, which waits for ever for a shard that is evicted before it was seen to be there."""
+        while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
+            sample_id = it.sample_ids[it.ready_index]
+            is_far = self.predownload is not None and it.ready_index - it.yield_index > self.predownload
+            shard_id = None if sample_id == -1 else self.spanner[sample_id][0]
+            if not is_far and (shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL):
+                it.ready_index += 1
+            elif not is_far and shard_id is not None and self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, False)
+            else:
+                time.sleep(TICK)
+        it.on_exit()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         """Streaming's, which neither waits for ever nor takes a dead thread for the epoch's end."""
@@ -282,10 +309,11 @@ def named(pools: Iterator[Any], dataset: GuardedDataset) -> Iterator[Any]:
 
 
 class SkippedShards(Callback):
-    """Logs how many shards are skipped, and makes every machine skip what one of them does.
+    """Logs how many shards are skipped, and tells every machine what the others skip.
 
-    Needed with `on_bad_shard="skip"`: rank 0's list goes into checkpoints. With several ranks it costs one reduction of
-    a number per step.
+    Needed with `on_bad_shard="skip"`: rank 0's list goes into checkpoints, and a resumed run skips all of it. A machine
+    that has begun to read a shard which another could not get goes on until it is evicted: each sample is one rank's
+    alone, and no rank falls out of step. With several ranks it costs one reduction of a number per step.
     """
 
     def __init__(self) -> None:
