@@ -447,9 +447,10 @@ def report(result: dict[str, Any]) -> str:
         f"seeds {result['seeds'][0]} to {result['seeds'][1]}, one per run.\n\n"
         f"{result['kills']} kills by SIGKILL over {result['runs']} runs of {STEPS} steps ({POOL} candidates, a "
         f"checkpoint every 2 steps). {equal} of {result['runs']} runs resumed after every kill and ended with the "
-        "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for milliseconds) of the same run "
-        f"undisturbed, bit for bit. {result['whole_group']} kills took the process group, {result['with_workers']} hit "
-        f"a run with a worker, after {result['torn']} the newest checkpoint was cut short.\n\n{faults}"
+        "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for "
+        f"milliseconds) of the same run undisturbed, bit for bit. {result['whole_group']} kills took the process "
+        f"group, {result['with_workers']} hit a run with a worker, "
+        f"after {result['torn']} the newest checkpoint was cut short.\n\n{faults}"
         + table("run", result["by_run"])
         + table("kind", result["by_kind"])
         + table("what the process was doing", result["by_phase"])
