@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from composer import Trainer
 from composer.callbacks import CheckpointSaver
-from composer.core import State
+from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist, format_name_with_dist
+from composer.utils import checkpoint, dist, format_name_with_dist, reproducibility
 
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 PARTIAL = ".partial-"
@@ -62,6 +63,34 @@ class WholeCheckpoints(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         with whole_writes():
             super()._save_checkpoint(state, logger)
+
+
+class Generators(Callback):
+    """Sets torch's, NumPy's and Python's random number generators to a checkpoint's before the first pool is asked for.
+
+    Args:
+        states: of all ranks, as `composer.utils.reproducibility` gives and takes them.
+    """
+
+    def __init__(self, states: list[dict[str, Any]]) -> None:
+        self.states: list[dict[str, Any]] | None = states
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self.states is not None:
+            reproducibility.load_rng_state(self.states)
+            self.states = None
+
+
+def restore_generators(trainer: Trainer) -> None:
+    """Have a Trainer that was just made from a checkpoint go on with the checkpoint's generators.
+
+    Composer 0.32 does that by itself only where an epoch begins: in the midst of one it waits for a pool to throw away,
+    and a StreamingDataset resumes without. What draws from them, such as dropout, would draw other numbers than in a
+    run that was not stopped.
+    """
+    if trainer._rng_state is not None and int(trainer.state.timestamp.batch_in_epoch):
+        trainer.state.callbacks.append(Generators(trainer._rng_state))
+        trainer._rng_state = None
 
 
 @contextmanager

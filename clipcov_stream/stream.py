@@ -340,18 +340,16 @@ class PoolLoader(StreamingDataLoader):
         if isinstance(self.dataset, PairDataset):
             self.dataset.check_selected()
         self._end_ahead()
-        if self.run_ahead is None:
-            return super().__iter__()
-        # Here, not in the thread: this may fork the workers.
+        # Here, not in a generator or a thread: this may fork the workers.
         return self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
 
     def _running_ahead(
-        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
+        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None
     ) -> Iterator[Any]:
         """Pools until `run_ahead` may begin, and then what it makes of them; counted as StreamingDataLoader does."""
         self.num_samples_yielded = 0
         num_yielded = 0
-        while (ahead := run_ahead(pools, num_yielded)) is None:
+        while run_ahead is None or (ahead := run_ahead(pools, num_yielded)) is None:
             batch = next(pools, None)
             if batch is None:
                 return
@@ -422,6 +420,8 @@ def pool_loader(
         collate_fn=PoolCollate(transform),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
+        # Else torch's own is drawn from, once an epoch or once in all as there are workers or not.
+        generator=torch.Generator().manual_seed(dataset.seed),
         **workers,
     )
 

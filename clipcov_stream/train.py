@@ -18,7 +18,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole
+from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.ledger import Ledger
@@ -130,7 +130,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
-    return Trainer(
+    trainer = Trainer(
         model=model,
         train_dataloader=loader,
         # Last in the list runs first at AFTER_DATALOADER; the pass makes sure of it.
@@ -169,6 +169,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         dist_timeout=config.dist_timeout,
         **parallelism,
     )
+    restore_generators(trainer)
+    return trainer
 
 
 def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer import Trainer
+from composer import Callback, Trainer
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from runs import assert_same, columns_recipe, run, run_ranks, trained_rows, trainer_of, write_columns
 
@@ -146,6 +146,32 @@ def test_nor_begin_it_in_the_midst_of_a_run(tmp_path: Path, corpus: Path) -> Non
         late.fit()
 
 
+class Dropping(Callback):
+    """Draws from the global generators as a model with dropout would."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[float, float, float]] = []
+
+    def before_forward(self, state: Any, logger: Any) -> None:
+        self.drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("stop", [4, 6])
+def test_generators_go_on_as_they_were(tmp_path: Path, corpus: Path, stop: int, num_workers: int) -> None:
+    """In the midst of an epoch, where Composer leaves them, and after its last pool."""
+    tree = recipe(corpus, max_duration="8ba", save_interval=f"{stop}ba", stream={"num_workers": num_workers})
+    draws = []
+    for part in ({"save_folder": str(tmp_path / "saved")}, {"load_path": f"{tmp_path}/saved/ep0-ba{stop}-rank0.pt"}):
+        trainer, _, _ = trainer_of(tmp_path, {**tree, **part})
+        trainer.state.callbacks.append(dropping := Dropping())
+        trainer.fit()
+        trainer.close()
+        draws.append(dropping.drawn)
+    assert len(set(draws[0])) == 8
+    assert draws[1] == draws[0][stop:]
+
+
 def test_credentials_are_not_recorded(tmp_path: Path, corpus: Path) -> None:
     tree = recipe(corpus, loggers={"wandb": {"entity": "hush"}}, callbacks={"x": {"token": "hush"}})
     tree["stream"]["remote"] = "sftp://user:hush@host/folder"
@@ -174,11 +200,16 @@ def test_neither_the_clock_nor_global_generators_decide(tmp_path: Path, corpus: 
 
 @pytest.mark.slow
 def test_one_two_four_one_ranks_choose_the_same_survivors(tmp_path: Path, corpus: Path) -> None:
-    """One run, each part on another number of ranks, in the second epoch too; see also test_ranks and test_algorithm."""
+    """One run, each part on another number of ranks, in the second epoch too; test_algorithm compares weights."""
     tree = recipe(
         corpus,
-        run_name="chain", max_duration="12ba", autoresume=True, selection={"scope": "global"},
-        save_folder=str(tmp_path / "saved"), save_interval="3ba", ledger=str(tmp_path / "ledger"),
+        run_name="chain",
+        max_duration="12ba",
+        autoresume=True,
+        selection={"scope": "global"},
+        save_folder=str(tmp_path / "saved"),
+        save_interval="3ba",
+        ledger=str(tmp_path / "ledger"),
         # Of no duration, so that each part may end where the next begins.
         scheduler={"name": "constant", "t_warmup": "1ba"},
     )

@@ -105,7 +105,7 @@ class Kill:
         kind = rng.choices(("clock", "event", "write", "torn"), (0.5, 0.25, 0.15, 0.1))[0]
         return cls(
             kind,
-            delay=rng.uniform(0, seconds),
+            delay=rng.uniform(0, 0.9 * seconds),
             event=rng.choice(EVENTS).value,
             step=rng.randrange(STEPS),
             write=rng.randrange(3),

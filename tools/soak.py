@@ -137,7 +137,7 @@ def write_corpus(folder: Path, samples: int) -> None:
     rng = np.random.default_rng(0)
     corpus = synthetic.Corpus(synthetic.draw_classes(8, 0), 1.0, 0.0, 0.0, 0.0, 8, 16, 0)
     columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 16) as writer:
+    with MDSWriter(out=str(folder), columns=columns, hashes=["sha1"], size_limit=1 << 16) as writer:
         for row in range(samples):
             image, text = (rng.normal(size=16).astype(np.float16) for _ in range(2))
             sample = {"image": corpus.sample(row)["image"], "caption": f"picture {row}"}
