@@ -189,25 +189,24 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from error
-    train(trainer, bool(config.eval), bool(config.eval_first))
+    train(trainer, eval_first=config.eval_first and bool(config.eval))
     trainer.close()
     leave_group()
 
 
-def train(trainer: Trainer, evaluates: bool = False, eval_first: bool = False) -> None:
+def train(trainer: Trainer, eval_first: bool = False) -> None:
     """Train until `max_duration`, from wherever the trainer stands.
 
-    A run that was stopped after its last checkpoint is only evaluated, which came after it: Composer's `fit` would
-    raise, and a job that is started again until it succeeds never would.
+    Of a run that was stopped after its last checkpoint what comes after it is made up for, the last metrics and
+    evaluation: Composer's `fit` would raise, and a job that is started again until it succeeds never would.
     """
     state = trainer.state
     if state.max_duration is not None and state.timestamp >= state.max_duration:
-        log.warning("the run is complete: its checkpoint is of max_duration=%s", state.max_duration)
-        if evaluates:
-            trainer.eval()
+        log.warning("nothing is left to train: the checkpoint is of max_duration=%s", state.max_duration)
+        trainer._train_loop()  # what fit does once it has checked its arguments
         return
     # A resumed run has been evaluated at its start.
-    if evaluates and eval_first and not int(state.timestamp.batch):
+    if eval_first and not int(state.timestamp.batch):
         trainer.eval()
     trainer.fit()
 

@@ -13,6 +13,7 @@ from runs import Interrupt, algorithm_of, assert_same, run, trainer_of
 
 from clipcov_stream import checkpoints
 from clipcov_stream.checkpoints import checkpoints_in, fault_of, newest_whole, whole_writes, write_whole
+from clipcov_stream.train import main
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,6 @@ def test_what_autoresume_needs(tmp_path: Path, corpus: Path) -> None:
 def test_a_complete_run_started_again_ends_at_once(
     tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from clipcov_stream.train import main
-
     metrics, folder = tmp_path / "metrics.jsonl", tmp_path / "saved"
     tree = recipe(corpus, run_name="r", autoresume=True, save_folder=str(folder), metrics_file=str(metrics))
     split = {"local": str(corpus / "eval"), "batch_size": 64}
@@ -166,7 +165,11 @@ def test_a_complete_run_started_again_ends_at_once(
     main(path, [])
     once = metrics.read_text(encoding="utf-8").splitlines()
     main(path, [])
-    assert "the run is complete" in caplog.text
-    again = metrics.read_text(encoding="utf-8").splitlines()
+    assert "nothing is left to train" in caplog.text
     # What came after the checkpoint, the last evaluation, is there once more and not twice.
-    assert again == once
+    again = metrics.read_text(encoding="utf-8").splitlines()
+    assert again == once and "metrics/shapes" in once[-1]
+    # Killed right after its last checkpoint.
+    metrics.write_text("\n".join(once[:-1]) + "\n", encoding="utf-8")
+    main(path, [])
+    assert metrics.read_text(encoding="utf-8").splitlines() == once
