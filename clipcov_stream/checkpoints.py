@@ -52,8 +52,9 @@ class WholeCheckpoints(CheckpointSaver):
             folder = folder_of(self.folder, state.run_name)
             for path in folder.glob(f"{PARTIAL}*"):
                 path.unlink()
-            older = [path for path in checkpoints_in(folder) if step_of(path) <= int(state.timestamp.batch)]
-            self.saved_checkpoints[:] = map(str, reversed(older))
+            # Those that the checkpoint knows of, itself among them: others in the folder are another run's.
+            ours = {Path(name).name for name in self.all_saved_checkpoints_to_timestamp}
+            self.saved_checkpoints[:] = [str(path) for path in reversed(checkpoints_in(folder)) if path.name in ours]
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         # One that was written again would be removed twice.
@@ -150,7 +151,7 @@ def fault_of(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
             return None if bad is None else f"its part {bad!r} does not match its checksum"
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # of a damaged directory zipfile raises whatever reading it comes to
         return str(error) or type(error).__name__
 
 

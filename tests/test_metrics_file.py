@@ -89,9 +89,9 @@ def written(path: Path, tail: str = "") -> list[int]:
 
 def test_a_file_is_cut_where_the_checkpoint_saw_its_end(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    for kept in range(5):
-        ends = [0, *written(path, '{"step": 4')]
-        rewind(path, 2, ends[kept])
+    for kept in range(1, 5):
+        ends = written(path, '{"step": 4')
+        rewind(path, 2, ends[kept - 1])
         assert lines_of(path) == ROWS[:kept]
 
 
@@ -106,7 +106,7 @@ def test_without_that_lines_up_to_the_step_stay(tmp_path: Path, tail: str) -> No
 
 def test_a_file_that_is_not_the_checkpoints_is_cut_by_steps_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    for num_bytes in (5, 10_000):  # in the midst of a line; beyond the end
+    for num_bytes in (0, 5, 10_000):  # the checkpoint knew none; in the midst of a line; beyond the end
         written(path)
         with pytest.warns(UserWarning, match="is not as it was when the checkpoint of step 2 was written"):
             rewind(path, 2, num_bytes)
