@@ -31,7 +31,7 @@ from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, 
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.remote import is_remote, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead
+from clipcov_stream.shared_memory import claim, clean_dead, opening
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -132,12 +132,13 @@ class PairDataset(StreamingDataset):
         open_ = partial(super().__init__, **where, allow_unsafe_types=allow_unsafe_types, **kwargs)
         clean_dead()
         try:
-            opened(open_)
+            with opening(where.get("local"), where.get("split")):
+                opened(open_)
+                claim(self)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
-        claim(self)
         self.columns = columns
         self.transform = transform
         self.crop = transform.crop()

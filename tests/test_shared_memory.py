@@ -105,6 +105,27 @@ def test_a_dead_runs_worker_is_waited_for(tmp_path: Path, corpus: Path) -> None:
     assert 1 < time.monotonic() - began < shared_memory.PATIENCE
 
 
+HALFWAY = """
+import os, signal, sys
+from clipcov_stream import stream
+stream.claim = lambda dataset: os.killpg(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_one_killed_while_its_dataset_was_made_is_known_by_its_folder(tmp_path: Path, corpus: Path) -> None:
+    live = Holder(corpus, tmp_path / "live")
+    before = {path.name for path in MEMORY.glob("0*")}
+    command = [sys.executable, "-c", HALFWAY + HOLDER, str(corpus), str(tmp_path / "a"), "alone", "0"]
+    assert subprocess.run(command, start_new_session=True, check=False).returncode == -signal.SIGKILL
+    left = {path.name for path in MEMORY.glob("0*")} - before
+    assert any(name.endswith("_locals") for name in left)
+    kept = live.blocks()
+    assert left <= set(clean_dead())
+    assert live.blocks() == kept
+    live.kill()
+    clean_dead()
+
+
 def test_another_runs_memory_under_the_same_number_is_let_be(tmp_path: Path, corpus: Path) -> None:
     holder = Holder(corpus, tmp_path / "a")
     holder.kill()
