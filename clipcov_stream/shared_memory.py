@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -30,7 +31,9 @@ from streaming.base.shared.prefix import _unpack_locals
 MEMORY = Path("/dev/shm")
 CLAIM = "clipcov_"
 PATIENCE = 10.0
-"""Seconds to wait for the workers of a dead process, which look for their parent every five."""
+"""Seconds to wait for the workers of a dead process, which look for their parent every five; ours every second."""
+WAITED_FOR: set[Path] = set()
+"""Claims for whose processes that was in vain; once is enough."""
 
 
 @contextmanager
@@ -84,13 +87,31 @@ def clean_dead() -> list[str]:
     """
     removed = []
     if get_local_rank() == 0 and MEMORY.is_dir():
-        deadline = time.monotonic() + PATIENCE
-        while any(map(is_dying, claims().values())) and time.monotonic() < deadline:
+        deadline, dying = time.monotonic() + PATIENCE, dying_claims()
+        while dying - WAITED_FOR and time.monotonic() < deadline:
             time.sleep(0.05)
+            dying = dying_claims()
+        WAITED_FOR.update(dying)
         removed = removed_of(claims())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return removed
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Have a loader's worker end with the process that started it, whatever it is doing; a `worker_init_fn`.
+
+    PyTorch's looks for its parent between two pools alone, and one that waits in Streaming for others that are dead too
+    would stay for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name=f"parent of worker {worker}").start()
 
 
 def removed_of(found: dict[Path, dict[str, Any]]) -> list[str]:
@@ -150,6 +171,10 @@ def claims() -> dict[Path, dict[str, Any]]:
             continue
         found[path] = said
     return found
+
+
+def dying_claims() -> set[Path]:
+    return {path for path, said in claims().items() if is_dying(said)}
 
 
 def is_dying(said: dict[str, Any]) -> bool:

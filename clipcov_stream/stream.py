@@ -31,7 +31,7 @@ from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer, 
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.remote import is_remote, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead, opening
+from clipcov_stream.shared_memory import claim, clean_dead, end_with_parent, opening
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -407,6 +407,7 @@ def pool_loader(
     workers: dict[str, Any] = {}
     if num_workers > 0:
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout}
+        workers["worker_init_fn"] = end_with_parent
     transform, tokenizer, source = dataset.transform, dataset.tokenizer, dataset.source
     if range_cache is not None and source is None:
         raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")

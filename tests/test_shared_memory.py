@@ -105,6 +105,35 @@ def test_a_dead_runs_worker_is_waited_for(tmp_path: Path, corpus: Path) -> None:
     assert 1 < time.monotonic() - began < shared_memory.PATIENCE
 
 
+STUCK = """
+import sys, time
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.stream import Columns, PairDataset, pool_loader
+class Stuck(PairDataset):
+    def get_item(self, sample_id, retry=7):
+        print("stuck", __import__("os").getpid(), flush=True)
+        while True:
+            time.sleep(0.1)
+dataset = Stuck(local=sys.argv[1], columns=Columns(), transform=ImageTransform(16), tokenizer=None, batch_size=8)
+next(iter(pool_loader(dataset, 8, num_workers=1)))
+"""
+
+
+def test_a_worker_that_is_stuck_ends_with_its_parent(corpus: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(corpus)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        word, pid = process.stdout.readline().split()
+        assert word == "stuck" and Path(f"/proc/{pid}").exists()
+        process.kill()
+        # Its end of the pipe closes with the worker.
+        assert process.stdout.read() == ""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
 HALFWAY = """
 import os, signal, sys
 from clipcov_stream import stream
