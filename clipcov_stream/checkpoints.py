@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from composer import Trainer
 from composer.callbacks import CheckpointSaver
-from composer.core import State
+from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist, format_name_with_dist
+from composer.utils import checkpoint, dist, format_name_with_dist, reproducibility
 
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 PARTIAL = ".partial-"
@@ -51,8 +52,9 @@ class WholeCheckpoints(CheckpointSaver):
             folder = folder_of(self.folder, state.run_name)
             for path in folder.glob(f"{PARTIAL}*"):
                 path.unlink()
-            older = [path for path in checkpoints_in(folder) if step_of(path) <= int(state.timestamp.batch)]
-            self.saved_checkpoints[:] = map(str, reversed(older))
+            # Those that the checkpoint knows of, itself among them: others in the folder are another run's.
+            ours = {Path(name).name for name in self.all_saved_checkpoints_to_timestamp}
+            self.saved_checkpoints[:] = [str(path) for path in reversed(checkpoints_in(folder)) if path.name in ours]
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         # One that was written again would be removed twice.
@@ -62,6 +64,34 @@ class WholeCheckpoints(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         with whole_writes():
             super()._save_checkpoint(state, logger)
+
+
+class Generators(Callback):
+    """Sets torch's, NumPy's and Python's random number generators to a checkpoint's before the first pool is asked for.
+
+    Args:
+        states: of all ranks, as `composer.utils.reproducibility` gives and takes them.
+    """
+
+    def __init__(self, states: list[dict[str, Any]]) -> None:
+        self.states: list[dict[str, Any]] | None = states
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self.states is not None:
+            reproducibility.load_rng_state(self.states)
+            self.states = None
+
+
+def restore_generators(trainer: Trainer) -> None:
+    """Have a Trainer that was just made from a checkpoint go on with the checkpoint's generators.
+
+    Composer 0.32 does that by itself only where an epoch begins: in the midst of one it waits for a pool to throw away,
+    and a StreamingDataset resumes without. What draws from them, such as dropout, would draw other numbers than in a
+    run that was not stopped.
+    """
+    if trainer._rng_state is not None and int(trainer.state.timestamp.batch_in_epoch):
+        trainer.state.callbacks.append(Generators(trainer._rng_state))
+        trainer._rng_state = None
 
 
 @contextmanager
@@ -121,7 +151,7 @@ def fault_of(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
             return None if bad is None else f"its part {bad!r} does not match its checksum"
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # of a damaged directory zipfile raises whatever reading it comes to
         return str(error) or type(error).__name__
 
 

@@ -40,8 +40,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if other:
         raise ValueError(
             f"the checkpoint's run read {'; '.join(other)}. It stands at sample {saved.get('sample_in_epoch')} of an "
-            "epoch: in another order samples would be lost and others trained twice. To go on, use its settings; to "
-            "take its weights alone, load_path=... and load_weights_only=true"
+            "epoch: in another order samples would be lost and others trained twice, and from other columns its sketch "
+            "is none. To go on, use its settings; to take its weights alone, load_path=... and load_weights_only=true"
         )
 
 

@@ -105,7 +105,7 @@ def rewind(path: Path, step: int, num_bytes: int | None) -> None:
             lines of steps up to `step` stay.
     """
     data = path.read_bytes()
-    if num_bytes is not None and num_bytes <= len(data) and (data[:num_bytes].endswith(b"\n") or not num_bytes):
+    if num_bytes and num_bytes <= len(data) and data[:num_bytes].endswith(b"\n"):
         os.truncate(path, num_bytes)
         return
     lines = data.splitlines(keepends=True)

@@ -12,21 +12,41 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
+from streaming.base.shared.prefix import _unpack_locals
 
 MEMORY = Path("/dev/shm")
 CLAIM = "clipcov_"
 PATIENCE = 10.0
-"""Seconds to wait for the workers of a dead process, which look for their parent every five."""
+"""Seconds to wait for the workers of a dead process, which look for their parent every five; ours every second."""
+WAITED_FOR: set[Path] = set()
+"""Claims for whose processes that was in vain; once is enough."""
+
+
+@contextmanager
+def opening(local: str | None, split: str | None) -> Iterator[None]:
+    """While a StreamingDataset of these folders is being made, its number not yet known, note that this process is."""
+    written = None
+    if MEMORY.is_dir() and local is not None:
+        written = write_claim({"dirs": [os.path.abspath(os.path.join(local, split or ""))]})
+    try:
+        yield
+    finally:
+        if written is not None:
+            release(*written, os.getpid())
 
 
 def claim(dataset: Any) -> None:
@@ -34,23 +54,22 @@ def claim(dataset: Any) -> None:
     if not MEMORY.is_dir():
         return
     prefix = f"{dataset._shm_prefix_int:06}_"
-    said = {
-        "prefix": prefix,
-        "inode": inode_of(MEMORY / f"{prefix}{LOCALS}"),
-        "locks": [os.path.join(dataset._filelock_root, f"{prefix}{n}") for n in (BARRIER_FILELOCK, CACHE_FILELOCK)],
-        "pid": os.getpid(),
-        "namespace": namespace(),
-        # It removes shared memory by name once its process is dead, and must not meet a newer run's.
-        "tracker": getattr(resource_tracker._resource_tracker, "_pid", None),
-    }
+    said = {"prefix": prefix, "inode": inode_of(MEMORY / f"{prefix}{LOCALS}"), "root": dataset._filelock_root}
+    weakref.finalize(dataset, release, *write_claim(said), os.getpid())
+
+
+def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
+    """A claim's file, with a lock on it, and its place."""
+    # The tracker removes shared memory by name once its process is dead, and must not meet a newer run's.
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     name = f"{CLAIM}{os.getuid()}_{uuid.uuid4().hex}"
     new = MEMORY / f".{name}"
     file = new.open("w", encoding="utf-8")
     fcntl.flock(file, fcntl.LOCK_EX)
-    file.write(json.dumps(said))
+    file.write(json.dumps({"pid": os.getpid(), "namespace": namespace(), "tracker": tracker, **said}))
     file.flush()
     new.rename(MEMORY / name)  # under its name it is whole, and locked
-    weakref.finalize(dataset, release, file, MEMORY / name, os.getpid())
+    return file, MEMORY / name
 
 
 def release(file: Any, path: Path, pid: int) -> None:
@@ -68,30 +87,72 @@ def clean_dead() -> list[str]:
     """
     removed = []
     if get_local_rank() == 0 and MEMORY.is_dir():
-        deadline = time.monotonic() + PATIENCE
-        while any(map(is_dying, claims().values())) and time.monotonic() < deadline:
+        deadline, dying = time.monotonic() + PATIENCE, dying_claims()
+        while dying - WAITED_FOR and time.monotonic() < deadline:
             time.sleep(0.05)
+            dying = dying_claims()
+        WAITED_FOR.update(dying)
         removed = removed_of(claims())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return removed
 
 
+def end_with_parent(worker: int = 0) -> None:
+    """Have a loader's worker end with the process that started it, whatever it is doing; a `worker_init_fn`.
+
+    PyTorch's looks for its parent between two pools alone, and one that waits in Streaming for others that are dead too
+    would stay for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name=f"parent of worker {worker}").start()
+
+
 def removed_of(found: dict[Path, dict[str, Any]]) -> list[str]:
     """Remove what dead claims name and live ones do not."""
-    live = {said["prefix"] for said in found.values() if said["held"]}
+    live = [said for said in found.values() if said["held"]]
     removed = []
     for path, said in found.items():
         if said["held"]:
             continue
-        if said["prefix"] not in live:
-            await_tracker(said)
-            # Under this number there may by now be another run's, which then has other inodes.
-            if inode_of(MEMORY / f"{said['prefix']}{LOCALS}") in (said["inode"], None):
-                places = [MEMORY / f"{said['prefix']}{name}" for name in SHM_TO_CLEAN] + list(map(Path, said["locks"]))
-                removed += [place.name for place in places if unlinked(place)]
+        await_tracker(said)
+        for prefix in prefixes_of(path, said, live):
+            places = [MEMORY / f"{prefix}{name}" for name in SHM_TO_CLEAN]
+            places += [Path(said.get("root", gettempdir()), f"{prefix}{n}") for n in (BARRIER_FILELOCK, CACHE_FILELOCK)]
+            removed += [place.name for place in places if unlinked(place)]
         unlinked(path)
     return removed
+
+
+def prefixes_of(path: Path, said: dict[str, Any], live: list[dict[str, Any]]) -> list[str]:
+    """The numbers under which a dead claim's process, and nobody else, kept shared memory."""
+    taken = {other.get("prefix") for other in live}
+    if "prefix" in said:
+        # Under this number there may by now be another run's, which then has other inodes.
+        same = inode_of(MEMORY / f"{said['prefix']}{LOCALS}") in (said["inode"], None)
+        return [said["prefix"]] * (same and said["prefix"] not in taken)
+    # It died while the dataset was made: its is what has its folders and is younger than the claim.
+    if any(other.get("dirs") == said["dirs"] for other in live):
+        return []
+    return [
+        place.name.removesuffix(LOCALS)
+        for place in MEMORY.glob(f"*_{LOCALS}")
+        if place.name.removesuffix(LOCALS) not in taken and is_of(place, said["dirs"], path)
+    ]
+
+
+def is_of(place: Path, dirs: list[str], claim: Path) -> bool:
+    """Whether Streaming's list of folders is of these, and was made after a claim."""
+    try:
+        return place.stat().st_mtime_ns >= claim.stat().st_mtime_ns and _unpack_locals(place.read_bytes())[0] == dirs
+    except (OSError, ValueError):
+        return False
 
 
 def claims() -> dict[Path, dict[str, Any]]:
@@ -110,6 +171,10 @@ def claims() -> dict[Path, dict[str, Any]]:
             continue
         found[path] = said
     return found
+
+
+def dying_claims() -> set[Path]:
+    return {path for path, said in claims().items() if is_dying(said)}
 
 
 def is_dying(said: dict[str, Any]) -> bool:

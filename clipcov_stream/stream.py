@@ -37,7 +37,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead
+from clipcov_stream.shared_memory import claim, clean_dead, end_with_parent, opening
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -153,12 +153,13 @@ class PairDataset(GuardedDataset):
         open_ = super().__init__
         clean_dead()
         try:
-            opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
+            with opening(where.get("local"), where.get("split")):
+                opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
+                claim(self)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
             raise ValueError(f"stream {remote or local!r} is an MDS folder without samples") from error
-        claim(self)
         for stream in self.streams:
             # What Streaming has read, should a store have told it another index than us. Nothing was fetched by it yet.
             read = Path(stream.local, stream.split or "", "index.json").read_bytes()
@@ -425,19 +426,17 @@ class PoolLoader(StreamingDataLoader):
             self.dataset.check_selected()
         self._end_ahead()
         dataset: Any = self.dataset
-        pools = super().__iter__()
-        if self.run_ahead is not None:
-            # Here, not in the thread: this may fork the workers.
-            pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
+        # Here, not in a generator or a thread: this may fork the workers.
+        pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
         return named(complete(pools, dataset.promise(len(self)), dataset.stream.where), dataset)
 
     def _running_ahead(
-        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None]
+        self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None
     ) -> Iterator[Any]:
         """Pools until `run_ahead` may begin, and then what it makes of them; counted as StreamingDataLoader does."""
         self.num_samples_yielded = 0
         num_yielded = 0
-        while (ahead := run_ahead(pools, num_yielded)) is None:
+        while run_ahead is None or (ahead := run_ahead(pools, num_yielded)) is None:
             batch = next(pools, None)
             if batch is None:
                 return
@@ -496,6 +495,7 @@ def pool_loader(
         # A worker itself says what it waits for, once the data set's time is up; this is for one that cannot.
         patience = STUCK * dataset.timeout
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": patience}
+        workers["worker_init_fn"] = end_with_parent
     transform, tokenizer, source = dataset.transform, dataset.tokenizer, dataset.source
     if range_cache is not None and source is None:
         raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")
@@ -514,6 +514,8 @@ def pool_loader(
         collate_fn=PoolCollate(transform),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
+        # Else torch's own is drawn from, once an epoch or once in all as there are workers or not.
+        generator=torch.Generator().manual_seed(dataset.seed),
         **workers,
     )
 

@@ -18,7 +18,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole
+from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.guard import SkippedShards
@@ -116,7 +116,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
-    return Trainer(
+    trainer = Trainer(
         model=model,
         train_dataloader=loader,
         # Last in the list runs first at AFTER_DATALOADER; the pass makes sure of it.
@@ -155,6 +155,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         dist_timeout=config.dist_timeout,
         **parallelism,
     )
+    restore_generators(trainer)
+    return trainer
 
 
 def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -175,25 +177,24 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {redacted(error)}") from error
-    train(trainer, bool(config.eval), bool(config.eval_first))
+    train(trainer, eval_first=config.eval_first and bool(config.eval))
     trainer.close()
     leave_group()
 
 
-def train(trainer: Trainer, evaluates: bool = False, eval_first: bool = False) -> None:
+def train(trainer: Trainer, eval_first: bool = False) -> None:
     """Train until `max_duration`, from wherever the trainer stands.
 
-    A run that was stopped after its last checkpoint is only evaluated, which came after it: Composer's `fit` would
-    raise, and a job that is started again until it succeeds never would.
+    Of a run that was stopped after its last checkpoint what comes after it is made up for, the last metrics and
+    evaluation: Composer's `fit` would raise, and a job that is started again until it succeeds never would.
     """
     state = trainer.state
     if state.max_duration is not None and state.timestamp >= state.max_duration:
-        log.warning("the run is complete: its checkpoint is of max_duration=%s", state.max_duration)
-        if evaluates:
-            trainer.eval()
+        log.warning("nothing is left to train: the checkpoint is of max_duration=%s", state.max_duration)
+        trainer._train_loop()  # what fit does once it has checked its arguments
         return
     # A resumed run has been evaluated at its start.
-    if evaluates and eval_first and not int(state.timestamp.batch):
+    if eval_first and not int(state.timestamp.batch):
         trainer.eval()
     trainer.fit()
 

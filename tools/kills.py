@@ -81,7 +81,7 @@ class Kill:
 
     Args:
         kind: clock, event, write or torn.
-        delay: seconds after the start, for clock and torn.
+        delay: seconds after the process's start or, if `training`, after that of training, for clock and torn.
         event, step: where, for event.
         write, share: number of the checkpoint of this attempt, and share of its bytes, for write; of the newest
             checkpoint's bytes, for torn.
@@ -92,6 +92,7 @@ class Kill:
 
     kind: str
     delay: float = 0.0
+    training: bool = False
     event: str = ""
     step: int = 0
     write: int = 0
@@ -103,9 +104,11 @@ class Kill:
     @classmethod
     def drawn(cls, rng: random.Random, ranks: int, seconds: float) -> Kill:
         kind = rng.choices(("clock", "event", "write", "torn"), (0.5, 0.25, 0.15, 0.1))[0]
+        training = rng.random() < 0.7
         return cls(
             kind,
-            delay=rng.uniform(0, seconds),
+            delay=rng.uniform(0, (0.4 if training else 0.9) * seconds),
+            training=training,
             event=rng.choice(EVENTS).value,
             step=rng.randrange(STEPS),
             write=rng.randrange(3),
@@ -289,7 +292,7 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    began = time.time()
+    began = trains = time.time()
     processes = [forked(path, rank, ranks, port, num_workers, board, kill) for rank in range(ranks)]
     ended: dict[int, int] = {}
     struck, elapsed = None, 0.0
@@ -298,7 +301,13 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
         for rank, pid in enumerate(processes):
             if rank not in ended and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 ended[rank] = os.waitstatus_to_exitcode(status[1])
-        by_clock = kill is not None and kill.kind in ("clock", "torn") and elapsed >= kill.delay
+        if kill is not None and kill.training and seen(board, kill.rank)["phase"] == PHASES[0]:
+            trains = time.time()
+        by_clock = (
+            kill is not None
+            and kill.kind in ("clock", "torn")
+            and time.time() - (trains if kill.training else began) >= kill.delay
+        )
         if kill is not None and struck is None and kill.rank not in ended and by_clock:
             struck = seen(board, kill.rank)
             strike(processes[kill.rank], kill.group)
@@ -447,9 +456,10 @@ def report(result: dict[str, Any]) -> str:
         f"seeds {result['seeds'][0]} to {result['seeds'][1]}, one per run.\n\n"
         f"{result['kills']} kills by SIGKILL over {result['runs']} runs of {STEPS} steps ({POOL} candidates, a "
         f"checkpoint every 2 steps). {equal} of {result['runs']} runs resumed after every kill and ended with the "
-        "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for milliseconds) of the same run "
-        f"undisturbed, bit for bit. {result['whole_group']} kills took the process group, {result['with_workers']} hit "
-        f"a run with a worker, after {result['torn']} the newest checkpoint was cut short.\n\n{faults}"
+        "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for "
+        f"milliseconds) of the same run undisturbed, bit for bit. {result['whole_group']} kills took the process "
+        f"group, {result['with_workers']} hit a run with a worker, "
+        f"after {result['torn']} the newest checkpoint was cut short.\n\n{faults}"
         + table("run", result["by_run"])
         + table("kind", result["by_kind"])
         + table("what the process was doing", result["by_phase"])

@@ -1,0 +1,185 @@
+"""Of what is in /dev/shm, only what killed runs left is removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from corpora import draw_corpus
+from streaming import StreamingDataset
+
+from clipcov_stream import shared_memory
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.shared_memory import MEMORY, claims, clean_dead
+from clipcov_stream.stream import Columns, PairDataset
+
+HOLDER = """
+import os, sys, time
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.stream import Columns, PairDataset
+dataset = PairDataset(local=sys.argv[2], remote=sys.argv[1], columns=Columns(), transform=ImageTransform(16),
+                      tokenizer=None, batch_size=8)
+if sys.argv[3] == "worker" and os.fork() == 0:
+    time.sleep(float(sys.argv[4]))
+    os._exit(0)
+print(dataset._shm_prefix_int, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus")) / "train"
+
+
+class Holder:
+    """Another process with a dataset open."""
+
+    def __init__(self, corpus: Path, local: Path, *how: str) -> None:
+        command = [sys.executable, "-c", HOLDER, str(corpus), str(local), *(how or ("alone", "0"))]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        self.prefix = f"{int(self.process.stdout.readline()):06}_"
+
+    def kill(self, group: bool = True) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def blocks(self) -> set[str]:
+        return {path.name for path in MEMORY.glob(f"{self.prefix}*")}
+
+
+def opened(corpus: Path, local: Path) -> PairDataset:
+    return PairDataset(
+        local=str(local),
+        remote=str(corpus),
+        columns=Columns(),
+        transform=ImageTransform(16),
+        tokenizer=None,
+        batch_size=8,
+    )
+
+
+def test_what_a_killed_run_left_is_removed_and_a_live_runs_is_not(tmp_path: Path, corpus: Path) -> None:
+    live, dead = Holder(corpus, tmp_path / "live"), Holder(corpus, tmp_path / "dead")
+    try:
+        left, kept = dead.blocks(), live.blocks()
+        assert len(left) >= 6 and len(kept) >= 6
+        foreign = MEMORY / "999999_locals"  # of a program that claims nothing
+        foreign.write_bytes(b"theirs")
+        dead.kill()
+        assert dead.blocks() == left  # nobody cleaned up
+        # The folder is in use, for all that Streaming can see.
+        with pytest.raises(ValueError, match="Reused local directory"):
+            StreamingDataset(remote=str(corpus), local=str(tmp_path / "dead"), batch_size=8)
+        again = opened(corpus, tmp_path / "dead")
+        assert again[0]["id"] == 0
+        assert live.blocks() == kept
+        assert foreign.exists()
+        assert not any(said["prefix"] == dead.prefix and said["pid"] == dead.process.pid for said in claims().values())
+        with pytest.raises(ValueError, match="Reused local directory"):
+            opened(corpus, tmp_path / "live")
+        assert live.blocks() == kept
+    finally:
+        live.kill()
+        (MEMORY / "999999_locals").unlink(missing_ok=True)
+    clean_dead()
+    assert not live.blocks()
+
+
+def test_a_dead_runs_worker_is_waited_for(tmp_path: Path, corpus: Path) -> None:
+    holder = Holder(corpus, tmp_path / "a", "worker", "3")
+    began = time.monotonic()
+    holder.kill(group=False)
+    (said,) = (said for said in claims().values() if said["prefix"] == holder.prefix)
+    assert said["held"] and shared_memory.is_dying(said)
+    assert opened(corpus, tmp_path / "a")[0]["id"] == 0
+    assert 1 < time.monotonic() - began < shared_memory.PATIENCE
+
+
+STUCK = """
+import sys, time
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.stream import Columns, PairDataset, pool_loader
+class Stuck(PairDataset):
+    def get_item(self, sample_id, retry=7):
+        print("stuck", __import__("os").getpid(), flush=True)
+        while True:
+            time.sleep(0.1)
+dataset = Stuck(local=sys.argv[1], columns=Columns(), transform=ImageTransform(16), tokenizer=None, batch_size=8)
+next(iter(pool_loader(dataset, 8, num_workers=1)))
+"""
+
+
+def test_a_worker_that_is_stuck_ends_with_its_parent(corpus: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(corpus)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        word, pid = process.stdout.readline().split()
+        assert word == "stuck" and Path(f"/proc/{pid}").exists()
+        process.kill()
+        # Its end of the pipe closes with the worker.
+        assert process.stdout.read() == ""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+HALFWAY = """
+import os, signal, sys
+from clipcov_stream import stream
+stream.claim = lambda dataset: os.killpg(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_one_killed_while_its_dataset_was_made_is_known_by_its_folder(tmp_path: Path, corpus: Path) -> None:
+    live = Holder(corpus, tmp_path / "live")
+    before = {path.name for path in MEMORY.glob("0*")}
+    command = [sys.executable, "-c", HALFWAY + HOLDER, str(corpus), str(tmp_path / "a"), "alone", "0"]
+    assert subprocess.run(command, start_new_session=True, check=False).returncode == -signal.SIGKILL
+    left = {path.name for path in MEMORY.glob("0*")} - before
+    assert any(name.endswith("_locals") for name in left)
+    kept = live.blocks()
+    assert left <= set(clean_dead())
+    assert live.blocks() == kept
+    live.kill()
+    clean_dead()
+
+
+def test_another_runs_memory_under_the_same_number_is_let_be(tmp_path: Path, corpus: Path) -> None:
+    holder = Holder(corpus, tmp_path / "a")
+    holder.kill()
+    locals_ = MEMORY / f"{holder.prefix}locals"
+    newer = MEMORY / "newer"
+    newer.write_bytes(locals_.read_bytes())
+    newer.replace(locals_)
+    left = holder.blocks()
+    assert clean_dead() == []
+    assert holder.blocks() == left
+    for name in left:
+        (MEMORY / name).unlink()
+
+
+def test_a_claim_ends_with_its_dataset_but_not_with_a_workers_copy(tmp_path: Path, corpus: Path) -> None:
+    before = set(claims())
+    dataset = opened(corpus, tmp_path / "a")
+    (mine,) = set(claims()) - before
+    said = json.loads(mine.read_text(encoding="utf-8"))
+    assert said["pid"] == os.getpid() and said["prefix"] == f"{dataset._shm_prefix_int:06}_"
+    pid = os.fork()
+    if pid == 0:
+        del dataset
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert mine in claims()
+    del dataset
+    assert mine not in claims()

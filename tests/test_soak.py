@@ -1,0 +1,49 @@
+"""Hundreds of steps use no more files, threads or shared memory than dozens do; tools/soak.py has thousands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import soak
+from corpora import write_recipe
+
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+
+if TYPE_CHECKING:
+    from s3 import Bucket
+
+
+def test_two_hundred_steps_use_up_nothing(tmp_path: Path, bucket: "Bucket") -> None:
+    soak.write_corpus(tmp_path / "corpus", 1024)
+    remote = bucket.upload(tmp_path / "corpus", "folder")
+    tree = soak.recipe_of(remote, tmp_path, 200)
+    # Six epochs, checkpoints among them.
+    tree["save_interval"] = "40ba"
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
+    meter = soak.Meter(10, tmp_path / "cache")
+    trainer.state.callbacks.append(meter)
+    trainer.fit()
+    trainer.close()
+    assert [row["step"] for row in meter.rows] == list(range(10, 201, 10))
+    # Steps of the second epoch, and of the last: the same place in each.
+    early = [row for row in meter.rows if 32 < row["step"] <= 100]
+    late = [row for row in meter.rows if row["step"] > 100]
+    for key in soak.BOUNDED:
+        assert max(row[key] for row in late) <= max(row[key] for row in early), key
+    evicted = len(list((tmp_path / "corpus").glob("shard.*"))) - max(row["cached"] for row in meter.rows)
+    assert evicted > 0  # the cache is smaller than the folder
+
+
+def test_the_slope_is_of_the_second_half() -> None:
+    rows = [{"step": float(step), "memory_mb": 50.0 - step if step < 10 else 2.0 * step} for step in range(20)]
+    assert soak.slope(rows, "memory_mb") == pytest.approx(2000)
+
+
+def test_growth_is_named() -> None:
+    row = {"seconds": 1.0, "memory_mb": 1.0, "workers_mb": 0.0, "files": 9.0, "threads": 3.0, "shared_memory": 7.0}
+    rows = [{**row, "step": 100.0 * n, "files": 9.0 + (n > 6)} for n in range(8)]
+    assert soak.summary(rows, "c")["grew"] == ["files"]
+    assert soak.summary([{**each, "files": 9.0} for each in rows], "c")["grew"] == []
