@@ -80,11 +80,11 @@ def check_name(name: str) -> None:
     raise ValueError(f"model.name={name!r} is not an open_clip model{hint}")
 
 
-def load_towers(towers: nn.Module, path: str) -> None:
-    """Load weights from an open_clip checkpoint or from a Composer checkpoint of a ClipModel; runs no code of either.
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """What an open_clip checkpoint or one of Composer's holds; runs no code of either.
 
     Raises:
-        ValueError: no such file, weights of another model, or a file that holds anything but data.
+        Exception: whatever torch.load says of a file that is not there, or that holds anything but data.
     """
 
     class Inert:
@@ -104,9 +104,18 @@ def load_towers(towers: nn.Module, path: str) -> None:
         "numpy.ndarray",
         "torch.torch_version.TorchVersion",
     ]
+    with torch.serialization.safe_globals([(Inert, name) for name in beside]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_towers(towers: nn.Module, path: str) -> None:
+    """Load weights from an open_clip checkpoint or from a Composer checkpoint of a ClipModel; runs no code of either.
+
+    Raises:
+        ValueError: no such file, weights of another model, or a file that holds anything but data.
+    """
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in beside]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(path)
         if "state" in saved:
             weights = {
                 key.removeprefix("module.").removeprefix("towers."): value
@@ -234,7 +243,11 @@ class ClipModel(ComposerModel):
         return self._criterion
 
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
-        return self.forward(batch) if outputs is None else outputs
+        """Outputs of an evaluation batch, whose `text` may be (n, captions, context): of n * captions captions then."""
+        if outputs is not None:
+            return outputs
+        text = batch.get("text")
+        return self.forward(batch if text is None or text.ndim == 2 else {**batch, "text": text.flatten(0, 1)})
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         return {} if is_train else dict(self._metrics)

@@ -7,6 +7,7 @@ filtering inside the dataset breaks resumption).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -88,6 +89,7 @@ class PairDataset(StreamingDataset):
             Streaming's `pil` encoding, which is not compressed, is read all the same.
         range_reads: iterate the sidecar instead of the folder, and leave in place of images their spans, for the
             loader to fetch survivors' alone; implies `deferred`. See `ranges`.
+        identify: add `image_id`, a number that is the same for two samples if their images are the same bytes.
         allow_unsafe_types: let pickled columns (`pkl`) be loaded. They run code from whoever wrote the shard.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
@@ -110,6 +112,7 @@ class PairDataset(StreamingDataset):
         deferred: bool = False,
         scoring_size: int | None = None,
         range_reads: bool = False,
+        identify: bool = False,
         allow_unsafe_types: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -139,6 +142,7 @@ class PairDataset(StreamingDataset):
             self.sidecar = Sidecar(sidecar, folder)
             self.sidecar.check_source(index)
         self.deferred = deferred or range_reads
+        self.identify = identify
         self.scoring_size = scoring_size
         self.scoring_crop = None if scoring_size is None else transform.small(scoring_size).crop()
         self._check_columns(remote or local or "")
@@ -200,6 +204,8 @@ class PairDataset(StreamingDataset):
                 item["valid"] = False
             if tokenizer is not None and caption is not None:
                 item["text"] = tokenizer(caption)
+        if self.identify:
+            item["image_id"] = content_id(sample[columns.image])
         embedded = self.sidecar[int(sample_id)] if self.sidecar is not None and columns.embedding_names() else sample
         for role in ("image_embedding", "text_embedding"):
             name = getattr(columns, role)
@@ -212,6 +218,12 @@ class PairDataset(StreamingDataset):
         if columns.label is not None:
             item["label"] = int(sample[columns.label])
         return item
+
+
+def content_id(image: Any) -> int:
+    """63 bits of the hash of an image's bytes, or of its pixels if it is decoded already."""
+    data = image if isinstance(image, bytes) else image.tobytes()
+    return int.from_bytes(hashlib.sha1(data).digest()[:8], "big") >> 1
 
 
 def opened(open_: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 
-from clipcov_stream import build
+from clipcov_stream import build, evaluators
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
@@ -31,7 +32,8 @@ class MetricsFile(LoggerDestination):
     """Appends every step's metrics to a JSON-lines file, on rank 0.
 
     Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Every evaluation adds a
-    line for its step. A resumed run appends; of two lines for one step the later is the true one.
+    line for its step, with `samples_streamed` and `samples_seen`. A resumed run appends; of two lines for one step the
+    later is the true one.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,6 +48,9 @@ class MetricsFile(LoggerDestination):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.pending.update({"samples_streamed": int(state.timestamp.sample)})
+        for algorithm in state.algorithms:
+            if isinstance(algorithm, ClipCov):
+                self.pending["samples_seen"] = algorithm.samples_seen
         # Before the next step's metrics join: evaluations come after batch_end, after epoch_end and on their own.
         self.flush(int(state.timestamp.batch))
 
@@ -77,6 +82,16 @@ class CompleteEpochs(Callback):
                 f"epoch {int(before.epoch)} ended after {seen} of {promised} pools: a shard could not be read; the log "
                 "above names it"
             )
+
+
+class RecordRecipe(Callback):
+    """Leaves the recipe in every checkpoint, as JSON, so that its model can be rebuilt from the file alone."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.recipe = json.dumps(dataclasses.asdict(config))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe}
 
 
 class EndThreads(Callback):
@@ -116,8 +131,9 @@ def build_trainer(config: TrainConfig) -> Trainer:
     reproducibility.seed_all(config.seed)
     num_survivors = build.survivors_per_rank(config.stream, config.selection)
     microbatch = build.check_microbatch(config.device_train_microbatch_size, num_survivors)
-    tasks = {task for section in config.eval.values() for task in section.tasks}
-    model = build.build_model(config.model, num_survivors, tasks & set(build.TASKS))
+    evals = evaluators.eval_sections(config.eval, config.eval_suite)
+    tasks = {task for section in evals.values() for task in evaluators.tasks_of(section)}
+    model = build.build_model(config.model, num_survivors, tasks & set(evaluators.TASKS))
     tokenizer = build.tokenizer_of(model.towers, config.model)
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
@@ -126,7 +142,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     deferred = build.defers(config.stream, selection)
     options = (config.seed, deferred, selection.scoring_size)
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, *options)
-    evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
+    splits, prompts = evaluators.build_evaluators(evals, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
     if config.ledger:
@@ -141,12 +157,13 @@ def build_trainer(config: TrainConfig) -> Trainer:
         algorithm_passes=[ours_first],
         optimizers=build.build_optimizer(config.optimizer, model),
         schedulers=scheduler,
-        eval_dataloader=evaluators or None,
-        eval_interval=config.eval_interval if evaluators else 0,
+        eval_dataloader=splits or None,
+        eval_interval=config.eval_interval if splits else 0,
         callbacks=[
             ClampLogitScale(),
             CompleteEpochs(),
             EndThreads(),
+            RecordRecipe(config),
             ZeroShotHead(prompts),
             *callbacks,
         ],
@@ -189,7 +206,7 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from error
-    if config.eval_first and config.eval:
+    if config.eval_first and trainer.state.evaluators:
         trainer.eval()
     trainer.fit()
     trainer.close()

@@ -25,8 +25,9 @@ with warnings.catch_warnings():
     from composer.core import Callback, Evaluator
     from composer.utils import dist
 
-    from clipcov_stream.build import build_evaluators, tokenizer_of
+    from clipcov_stream.build import tokenizer_of
     from clipcov_stream.config import EvalConfig, ModelConfig
+    from clipcov_stream.evaluators import build_evaluators
     from clipcov_stream.model import ClipModel, build_towers
     from clipcov_stream.zeroshot import (
         RETRIEVAL_METRICS,
