@@ -202,8 +202,7 @@ def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]
     for name, path in own_pairs("--classes", args.classes).items():
         sections = [
             EvalConfig(local=p, **options) if is_mds(p) else EvalConfig(dataset="folder", root=p, **options)
-            for p in (path, trains.pop(name, None))
-            if p is not None
+            for p in (path, *([trains.pop(name)] if name in trains else []))
         ]
         plans[name] = Plan(name, sections[0], "top1", sections[1] if len(sections) > 1 else None, "give --train")
     if trains:
@@ -229,17 +228,13 @@ def candidates_of(args: argparse.Namespace) -> list[Candidate]:
         ValueError: none, one that cannot be loaded, or two of one label.
     """
     if (args.name is None) != (args.pretrained is None):
-        raise ValueError(
-            "--name and --pretrained go together: an open_clip model and its tag, or the file of its weights"
-        )
+        raise ValueError("--name and --pretrained go together: an open_clip model, and its tag or a file of weights")
     found = [from_checkpoint(path, args.recipe) for path in args.models]
     if args.name is not None:
         found.append(from_open_clip(args.name, args.pretrained))
     labels = [candidate.label for candidate in found]
     if not found or len(set(labels)) < len(labels):
-        raise ValueError(
-            f"give models, each of another name: runs, checkpoints, or --name and --pretrained; got {labels}"
-        )
+        raise ValueError(f"give runs, checkpoints, or --name and --pretrained, each of another name; got {labels}")
     return found
 
 
@@ -284,7 +279,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 results[name] = runner(name, plan)
             except ValueError as error:
                 missing[name] = str(error)
-        models.append({**candidate.record(), "sets": results, "averages": averages_of(results)})
+        models.append({**candidate.record(), "sets": results, "averages": averages_of(results) if args.root else {}})
     return {"suite": args.suite, "root": args.root, "precision": args.precision, "models": models, "missing": missing}
 
 
@@ -304,9 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sets", metavar="A,B", help="of the suite; all that are there if not given")
     parser.add_argument("--classes", action="append", default=[], metavar="NAME=PATH", help="labelled images of yours")
     parser.add_argument("--captions", action="append", default=[], metavar="NAME=PATH[,IMAGES]", help="pairs of yours")
-    parser.add_argument(
-        "--probe", action="store_true", help="also train linear probes, where there is what to train on"
-    )
+    parser.add_argument("--probe", action="store_true", help="also train linear probes, where there are images to")
     parser.add_argument("--train", action="append", default=[], metavar="NAME=PATH", help="for probes of --classes")
     parser.add_argument("--name", help="an open_clip model, beside or instead of runs")
     parser.add_argument("--pretrained", help="its tag, or the file of its weights")

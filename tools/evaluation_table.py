@@ -28,8 +28,8 @@ def figures_of(one: Mapping[str, Any]) -> dict[str, str]:
     for kind in SHOWN:
         if kind in one["metrics"]:
             found[f"{NAMES[kind]}{' *' if kind == one['standard'] else ''}"] = f"{one['metrics'][kind]:.4f}"
-    probe = one.get("probe")
-    for kind in SHOWN[:2] if probe is not None else ():
+    probe = one.get("probe", {})
+    for kind in SHOWN[:2] if probe else ():
         title = f"probe {NAMES[kind]}{' *' if kind == one['standard'] else ''}"
         found[title] = f"{probe['metrics'][kind]:.4f}" if "metrics" in probe else "n/a"
     return found
@@ -86,10 +86,8 @@ def table(found: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(width) if at in (0, 3) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        padded = zip(row, widths, strict=True)
+        cells = [cell.ljust(width) if at in (0, 3) else cell.rjust(width) for at, (cell, width) in enumerate(padded)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, "", *notes_of(found)])
 
