@@ -105,8 +105,6 @@ def table_rows(path: Path) -> Iterable[tuple[str, str]]:
         header = list(reader.fieldnames or ())
         columns = [next((name for name in names if name in header), None) for names in (IMAGE_NAMES, CAPTION_NAMES)]
         if None in columns:
-            raise ValueError(
-                f"its columns are {header}, and none of {IMAGE_NAMES} or none of {CAPTION_NAMES} is among them"
-            )
+            raise ValueError(f"of its columns {header} none is in {IMAGE_NAMES}, or none in {CAPTION_NAMES}")
         for row in reader:
             yield str(row[str(columns[0])]), str(row[str(columns[1])] or "")

@@ -175,6 +175,10 @@ def is_mds(path: str) -> bool:
     return "://" in path or (Path(path).expanduser() / "index.json").is_file()
 
 
+def labelled(path: str, options: Mapping[str, int]) -> EvalConfig:
+    return EvalConfig(local=path, **options) if is_mds(path) else EvalConfig(dataset="folder", root=path, **options)
+
+
 def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]:
     """The sets to evaluate by name, and those of the suite that are missing with what to do about it.
 
@@ -200,11 +204,8 @@ def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]
         plans[name] = Plan(chosen.title, section, chosen.standard, train, no_train or "")
     trains = own_pairs("--train", args.train)
     for name, path in own_pairs("--classes", args.classes).items():
-        sections = [
-            EvalConfig(local=p, **options) if is_mds(p) else EvalConfig(dataset="folder", root=p, **options)
-            for p in (path, *([trains.pop(name)] if name in trains else []))
-        ]
-        plans[name] = Plan(name, sections[0], "top1", sections[1] if len(sections) > 1 else None, "give --train")
+        train = labelled(trains.pop(name), options) if name in trains else None
+        plans[name] = Plan(name, labelled(path, options), "top1", train, "give --train")
     if trains:
         raise ValueError(f"--train {next(iter(trains))!r} is not a name of --classes")
     for name, path in own_pairs("--captions", args.captions).items():
