@@ -135,7 +135,7 @@ class Runner:
             return {"missing": plan.why_no_probe}
         try:
             _, own, _, train = self.score(f"{name}: train", plan.train)
-            if own is None or num_classes(own) != num_classes(prompts):
+            if own is None or not torch.equal(own.tokens, prompts.tokens):
                 raise ValueError("its training images have other classes")
             valid = torch.cat(train.valid)
             rows, labels = torch.cat(train.image)[valid], torch.cat(train.label)[valid]
@@ -172,36 +172,51 @@ def own_pairs(option: str, items: list[str]) -> dict[str, str]:
 
 
 def is_mds(path: str) -> bool:
-    return "://" in path or (Path(path).expanduser() / "index.json").is_file()
+    return (Path(path).expanduser() / "index.json").is_file()
 
 
-def labelled(path: str, options: Mapping[str, int]) -> EvalConfig:
+def labelled(path: str, options: Mapping[str, Any]) -> EvalConfig:
     return EvalConfig(local=path, **options) if is_mds(path) else EvalConfig(dataset="folder", root=path, **options)
 
 
-def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]:
-    """The sets to evaluate by name, and those of the suite that are missing with what to do about it.
+def captioned(path: str, options: Mapping[str, Any]) -> EvalConfig:
+    if is_mds(path):
+        return EvalConfig(tasks=("retrieval",), local=path, **options)
+    file, _, images = path.partition(",")
+    return EvalConfig(dataset="captions", root=file, images=images or None, **options)
 
-    Raises:
-        ValueError: an unknown set, one asked for by name that is missing, or nothing to evaluate.
-    """
-    options = {"batch_size": args.batch_size, "num_workers": args.workers}
+
+def suite_plans(
+    root: str, asked: list[str] | None, options: Mapping[str, Any]
+) -> tuple[dict[str, Plan], dict[str, str]]:
+    """The suite's sets below a root by name, and those that are missing with what to do about it."""
     plans: dict[str, Plan] = {}
     missing: dict[str, str] = {}
+    for name in SETS if asked is None else asked:
+        chosen, folder = SETS[name], Path(root).expanduser()
+        if reason := chosen.missing(folder):
+            missing[name] = reason
+            continue
+        section = EvalConfig(dataset=name, root=root, **options)
+        no_train = chosen.missing(folder, train=True) if chosen.has_train else "it has no training images here"
+        train = replace(section, split="train") if no_train is None else None
+        plans[name] = Plan(chosen.title, section, chosen.standard, train, no_train or "")
+    return plans, missing
+
+
+def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Everything to evaluate by name, and the sets of the suite that are missing with what to do about it.
+
+    Raises:
+        ValueError: an unknown set, or nothing to evaluate.
+    """
+    options = {"batch_size": args.batch_size, "num_workers": args.workers}
     asked = None if args.sets is None else args.sets.split(",")
     if unknown := [name for name in asked or () if name not in SETS]:
         raise ValueError(f"--sets: {unknown[0]!r} is not one of {', '.join(SETS)}")
     if args.root is None and asked is not None:
         raise ValueError("--sets names sets of the suite; --root says where they are")
-    for name in (asked or SETS) if args.root is not None else ():
-        chosen, root = SETS[name], Path(args.root).expanduser()
-        if reason := chosen.missing(root):
-            missing[name] = reason
-            continue
-        section = EvalConfig(dataset=name, root=args.root, **options)
-        no_train = chosen.missing(root, train=True) if chosen.has_train else "it has no training images here"
-        train = replace(section, split="train") if no_train is None else None
-        plans[name] = Plan(chosen.title, section, chosen.standard, train, no_train or "")
+    plans, missing = ({}, {}) if args.root is None else suite_plans(args.root, asked, options)
     trains = own_pairs("--train", args.train)
     for name, path in own_pairs("--classes", args.classes).items():
         train = labelled(trains.pop(name), options) if name in trains else None
@@ -211,11 +226,7 @@ def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]
     for name, path in own_pairs("--captions", args.captions).items():
         if name in plans:
             raise ValueError(f"--captions {name!r} is a name of --classes too")
-        file, _, images = path.partition(",")
-        section = EvalConfig(dataset="captions", root=file, images=images or None, **options)
-        if is_mds(path):
-            section = EvalConfig(tasks=("retrieval",), local=path, **options)
-        plans[name] = Plan(name, section, "image_to_text_r1")
+        plans[name] = Plan(name, captioned(path, options), "image_to_text_r1")
     if not plans:
         where = "give --root, --classes or --captions" if args.root is None else "none of its sets is there: "
         raise ValueError(where + "; ".join(f"{name}: {reason}" for name, reason in missing.items()))

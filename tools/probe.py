@@ -84,13 +84,13 @@ def fit(
 
 
 def held_out(labels: Tensor, seed: int = 0) -> Tensor:
-    """(n,) true for a fifth of each class' images, at random; a class keeps at least one to train on."""
+    """(n,) true for a fifth of each class' images, at random; of two or more at least one, and never all."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
         order = rows[torch.randperm(len(rows), generator=generator)]
-        mask[order[: min(len(rows) - 1, round(len(rows) * VALIDATION_SHARE))]] = True
+        mask[order[: min(len(rows) - 1, max(1, round(len(rows) * VALIDATION_SHARE)))]] = True
     return mask
 
 
