@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMAGE_NAMES = ("image", "filepath", "file_name", "filename", "path")
+IMAGE_NAMES = ("image", "filepath", "file_name", "filename", "file", "path")
 CAPTION_NAMES = ("caption", "text", "title", "sentence", "comment")
 
 
@@ -68,7 +68,7 @@ def open_captions(annotations: Path, images: Path | None = None, split: str = "t
             own.append(caption.strip())
     kept = {image: captions for image, captions in by_image.items() if captions}
     if not kept:
-        raise ValueError(f"{annotations} has no captioned images{f' of split {split!r}' if by_image == {} else ''}")
+        raise ValueError(f"{annotations} has no captioned images (if it is Karpathy's, of split {split!r})")
     left_out = len(by_image) - len(kept)
     note = f"{left_out} images without a caption left out" if left_out else ""
     return CaptionedImages(tuple(folder / image for image in kept), tuple(map(tuple, kept.values())), note)

@@ -136,6 +136,12 @@ def open_images(label: str, config: EvalConfig) -> LabelledImages | CaptionedIma
         raise ValueError(f"eval.{label}.dataset={config.dataset!r} lies below eval.{label}.root, not local or remote")
     if config.split not in (None, "train"):
         raise ValueError(f"eval.{label}.split={config.split!r} of a dataset must be 'train' or left out")
+    if config.dataset in ("folder", "captions") and config.split is not None:
+        raise ValueError(
+            f"eval.{label}.split={config.split!r} is for sets of the suite, not dataset={config.dataset!r}"
+        )
+    if config.dataset != "captions" and config.images is not None:
+        raise ValueError(f"eval.{label}.images is for dataset='captions', not {config.dataset!r}")
     root, train = Path(config.root).expanduser(), config.split == "train"
     images = None if config.images is None else Path(config.images).expanduser()
     try:

@@ -222,7 +222,7 @@ class PairDataset(StreamingDataset):
 
 def content_id(image: Any) -> int:
     """63 bits of the hash of an image's bytes, or of its pixels if it is decoded already."""
-    data = image if isinstance(image, bytes) else image.tobytes()
+    data = image if isinstance(image, bytes) else f"{image.mode}{image.size}".encode() + image.tobytes()
     return int.from_bytes(hashlib.sha1(data).digest()[:8], "big") >> 1
 
 

@@ -349,6 +349,11 @@ def test_a_checkpoint_says_which_model_it_is_of(world: World, tmp_path: Path) ->
         checkpoints.from_checkpoint(str(old))
     again = checkpoints.from_checkpoint(str(old), str(world.run.parent / "recipe.yaml"))
     assert again.samples_seen == 32 and again.selector is None
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        torch.save({}, tmp_path / "runs" / name / "latest-rank0.pt")
+    with pytest.raises(ValueError, match="has checkpoints in several folders, as 'b'; give one of them"):
+        checkpoints.find_checkpoint(tmp_path / "runs")
     torch.save(world.towers.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="is not a checkpoint of a run; for open_clip's give --name MODEL"):
         checkpoints.from_checkpoint(str(tmp_path / "weights.pt"))
@@ -419,6 +424,11 @@ def test_images_are_resized_as_open_clip_resizes_them(resize: str, interpolation
         ({"eval": {"x": {"dataset": "mnist", "root": "R"}}}, "eval.x: 'mnist' is not a set of the suite"),
         ({"eval": {"x": {"dataset": "gtsrb", "root": "R", "split": "val"}}}, "must be 'train' or left out"),
         ({"eval": {"x": {"dataset": "gtsrb", "root": "R", "tasks": ["retrieval"]}}}, "is for zeroshot; leave it out"),
+        (
+            {"eval": {"x": {"dataset": "folder", "root": "R", "split": "train"}}},
+            "is for sets of the suite, not dataset=",
+        ),
+        ({"eval": {"x": {"dataset": "gtsrb", "root": "R", "images": "y"}}}, "images is for dataset='captions'"),
         ({"eval": {"x": {"root": "R"}}}, "eval.x has root or images but no dataset"),
         ({"eval": {"x": {"dataset": "folder", "root": "nowhere"}}}, "eval.x: nowhere is not a folder"),
     ],

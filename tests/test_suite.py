@@ -233,7 +233,7 @@ def test_a_table_of_captions(suffix: str, separator: str, tmp_path: Path) -> Non
     [
         ("a.json", "{", "JSONDecodeError"),
         ("a.json", '{"images": [{}]}', "KeyError: 'split'"),
-        ("a.json", '{"images": []}', "has no captioned images of split 'test'"),
+        ("a.json", '{"images": []}', r"has no captioned images \(if it is Karpathy's, of split 'test'\)"),
         ("a.csv", "picture,caption\n", r"of its columns \['picture', 'caption'\] none is in"),
         ("missing.json", None, "FileNotFoundError"),
     ],

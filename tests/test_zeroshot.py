@@ -375,17 +375,39 @@ def trainer_of(model: ClipModel, evaluators: list[Evaluator], callbacks: list[Ca
     )
 
 
-def evaluate(folder: Path, head: bool = True) -> dict[str, float]:
-    """Every figure of a split, through Composer."""
+def write_images(folder: Path) -> Path:
+    """Class folders with seven images, one of them no image, and a table of their captions, one of which has two."""
+    rng = np.random.default_rng(1)
+    rows = [("image", "caption")]
+    for number in range(7):
+        path = folder / "classes" / ("cat", "dog", "fish")[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(path)
+        rows.append((str(path), f"picture number {number}"))
+    path.write_bytes(b"no image")
+    rows.append((rows[1][0], "said again"))
+    (folder / "captions.csv").write_text("\n".join(",".join(row) for row in rows))
+    return folder
+
+
+def evaluate(folder: Path, head: bool = True, images: Path | None = None) -> dict[str, float]:
+    """Every figure of a split, through Composer; those of image files under `classes/...` and `captions/...`."""
     torch.manual_seed(0)
     towers = build_towers(config=CONFIG)
     metrics = metrics_for("zeroshot") | metrics_for("retrieval")
-    section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)
-    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, ModelConfig()))
+    sections = {"noise": EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)}
+    if images is not None:
+        sections["classes"] = EvalConfig(dataset="folder", root=str(images / "classes"), batch_size=3)
+        sections["captions"] = EvalConfig(dataset="captions", root=str(images / "captions.csv"), batch_size=3)
+    evaluators, prompts = build_evaluators(sections, towers, tokenizer_of(towers, ModelConfig()))
     trainer = trainer_of(ClipModel(towers, metrics=metrics), evaluators, [ZeroShotHead(prompts)] if head else [])
     try:
         trainer.eval()
-        return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["noise"].items()}
+        return {
+            name if label == "noise" else f"{label}/{name}": metric.compute().item()
+            for label, own in trainer.state.eval_metrics.items()
+            for name, metric in own.items()
+        }
     finally:
         trainer.close()
 
@@ -398,7 +420,7 @@ def evaluate_on_rank(rank: int, port: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     dist.initialize_dist("cpu", timeout=60)
-    found = evaluate(Path(folder))
+    found = evaluate(Path(folder), images=Path(folder).parent / "images")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     leave_group()
 
@@ -410,7 +432,8 @@ def free_port() -> int:
 
 
 def test_two_ranks_report_what_one_reports(tmp_path: Path) -> None:
-    one = evaluate(write_split(tmp_path / "one"))
+    one = evaluate(write_split(tmp_path / "one"), images=write_images(tmp_path / "images"))
+    assert {name.split("/")[0] for name in one if "/" in name} == {"classes", "captions"}
     two = write_split(tmp_path / "two")
     processes = mp.spawn(evaluate_on_rank, (free_port(), str(two)), nprocs=2, join=False)
     deadline = time.monotonic() + 120

@@ -61,6 +61,8 @@ def find_checkpoint(path: Path) -> Path:
     latest = [file for file in found if file.name == "latest-rank0.pt"]
     if not found:
         raise ValueError(f"{path} has no checkpoint (*-rank0.pt); train with save_folder=...")
+    if several := sorted({str(file.parent.relative_to(path)) for file in found})[1:]:
+        raise ValueError(f"{path} has checkpoints in several folders, as {several[-1]!r}; give one of them")
     return max(latest or found, key=lambda file: (batch_of(file), file.stat().st_mtime))
 
 
