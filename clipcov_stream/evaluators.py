@@ -137,9 +137,7 @@ def open_images(label: str, config: EvalConfig) -> LabelledImages | CaptionedIma
     if config.split not in (None, "train"):
         raise ValueError(f"eval.{label}.split={config.split!r} of a dataset must be 'train' or left out")
     if config.dataset in ("folder", "captions") and config.split is not None:
-        raise ValueError(
-            f"eval.{label}.split={config.split!r} is for sets of the suite, not dataset={config.dataset!r}"
-        )
+        raise ValueError(f"eval.{label}.split={config.split!r} is for the suite's sets, not dataset={config.dataset!r}")
     if config.dataset != "captions" and config.images is not None:
         raise ValueError(f"eval.{label}.images is for dataset='captions', not {config.dataset!r}")
     root, train = Path(config.root).expanduser(), config.split == "train"

@@ -426,7 +426,7 @@ def test_images_are_resized_as_open_clip_resizes_them(resize: str, interpolation
         ({"eval": {"x": {"dataset": "gtsrb", "root": "R", "tasks": ["retrieval"]}}}, "is for zeroshot; leave it out"),
         (
             {"eval": {"x": {"dataset": "folder", "root": "R", "split": "train"}}},
-            "is for sets of the suite, not dataset=",
+            "is for the suite's sets, not",
         ),
         ({"eval": {"x": {"dataset": "gtsrb", "root": "R", "images": "y"}}}, "images is for dataset='captions'"),
         ({"eval": {"x": {"root": "R"}}}, "eval.x has root or images but no dataset"),
