@@ -60,24 +60,30 @@ def rows_of(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def notes_of(found: Mapping[str, Any]) -> list[str]:
-    """What the figures do not say themselves: averages, holes, unreadable images, sets that are missing."""
+    """What the figures do not say themselves: averages, holes, unreadable images, probes, sets that are missing."""
     notes = ["*: the figure that papers give of the set; averages are of these."]
-    model = found["models"][0]
-    for title, one in model["averages"].items():
-        lacking = f"; n/a: missing {', '.join(one['missing'])}" if one["missing"] else ""
-        notes.append(f"average of {title}: {', '.join(one['sets'])}{lacking}")
-    for name, one in model["sets"].items():
-        if one["unreadable"]:
-            notes.append(f"{name}: {one['unreadable']} of {one['images']} images unreadable, counted as misses")
-        if "note" in one:
-            notes.append(f"{name}: {one['note']}")
-        probe = one.get("probe", {})
-        if "missing" in probe:
-            notes.append(f"{name}: no probe, {probe['missing']}")
-        elif probe:
-            dropped = f", {probe['train_unreadable']} unreadable left out" if probe["train_unreadable"] else ""
-            notes.append(f"{name}: probe with C = {probe['c']:.3g}, of {probe['train_images']:,} images{dropped}")
-    return [*notes, *(f"missing {name}: {reason}" for name, reason in found["missing"].items())]
+    for model in found["models"]:
+        for title, one in model["averages"].items():
+            lacking = f"; n/a: missing {', '.join(one['missing'])}" if one["missing"] else ""
+            notes.append(f"average of {title}: {', '.join(one['sets'])}{lacking}")
+        for name, one in model["sets"].items():
+            if one["unreadable"]:
+                notes.append(f"{name}: {one['unreadable']} of {one['images']} images unreadable, counted as misses")
+            if "note" in one:
+                notes.append(f"{name}: {one['note']}")
+            notes += probe_notes(f"{name}, {model['label']}", one.get("probe", {}))
+    # What holds for all models is said once.
+    return list(dict.fromkeys([*notes, *(f"missing {name}: {reason}" for name, reason in found["missing"].items())]))
+
+
+def probe_notes(where: str, probe: Mapping[str, Any]) -> list[str]:
+    """What a probe was trained on, or why there is none."""
+    if "missing" in probe:
+        return [f"{where}: no probe, {probe['missing']}"]
+    if not probe:
+        return []
+    dropped = f", {probe['train_unreadable']} unreadable left out" if probe["train_unreadable"] else ""
+    return [f"{where}: probe with C = {probe['c']:.3g}, of {probe['train_images']:,} images{dropped}"]
 
 
 def table(found: Mapping[str, Any]) -> str:
