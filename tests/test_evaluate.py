@@ -264,6 +264,7 @@ def test_the_command_equals_open_clip_to_the_last_digit(
         *("mean_per_class", "top1"),
         "image_to_text_r1",
     )
+    assert (model["sets"]["pairs"]["images"], model["sets"]["flickr30k"]["images"]) == (7, 5)
     # Probes: where there is what to train on, and the reason where there is not.
     probes = {name: one["probe"] for name, one in model["sets"].items() if "probe" in one}
     assert {name for name, one in probes.items() if "metrics" in one} == {"cifar10", "gtsrb", "oxford_pets", "folder"}

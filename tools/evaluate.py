@@ -43,7 +43,7 @@ from clipcov_stream.eval_data import ImagesDataset
 from clipcov_stream.evaluators import build_evaluators, tasks_of
 from clipcov_stream.model import ClipModel
 from clipcov_stream.suite import AVERAGES, SETS, average
-from clipcov_stream.zeroshot import Prompts, ZeroShotAccuracy, class_embeddings, metrics_for
+from clipcov_stream.zeroshot import Prompts, ZeroShotAccuracy, class_embeddings, first_of_each, metrics_for
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Embedded:
     image: list[Tensor] = field(default_factory=list)
     label: list[Tensor] = field(default_factory=list)
     valid: list[Tensor] = field(default_factory=list)
+    image_id: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Runner:
             ValueError: a set that cannot be read.
         """
         loader, prompts, metrics, found = self.score(name, plan.section)
-        valid = torch.cat(found.valid)
+        # Rows of one image, its captions, are one image.
+        valid = torch.cat(found.valid)[first_of_each(torch.cat(found.image_id))]
         result: dict[str, Any] = {
             "title": plan.title,
             "standard": plan.standard,
@@ -126,6 +128,7 @@ class Runner:
                     metric.to(self.device).update(outputs, moved)
                 found.image.append(outputs["image_features"].float().cpu())
                 found.valid.append(batch["valid"])
+                found.image_id.append(batch.get("image_id", batch["id"]))
                 found.label.append(batch.get("label", torch.zeros(0, dtype=torch.int64)))
         return loader, own, {name: metric.compute().item() for name, metric in metrics.items()}, found
 
