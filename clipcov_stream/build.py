@@ -16,17 +16,16 @@ from composer import algorithms as composer_algorithms
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer import optim
-from composer.core import Evaluator, Time, TimeUnit
+from composer.core import Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from open_clip.tokenizer import HFTokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.batch import count_survivors
-from clipcov_stream.captions import caption_of, first_of
+from clipcov_stream.captions import first_of
 from clipcov_stream.config import (
-    EvalConfig,
     ModelConfig,
     OptimizerConfig,
     ProxyConfig,
@@ -37,14 +36,12 @@ from clipcov_stream.config import (
 )
 from clipcov_stream.device_decode import check_decoder
 from clipcov_stream.embed import Proxy
-from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
-from clipcov_stream.zeroshot import metrics_for, tokenize_prompts
+from clipcov_stream.zeroshot import metrics_for
 
-TASKS = ("zeroshot", "retrieval")
 SCHEDULERS: dict[str, type[ComposerScheduler]] = {
     "cosine": optim.CosineAnnealingWithWarmupScheduler,
     "linear": optim.LinearWithWarmupScheduler,
@@ -87,12 +84,22 @@ def tokenizer_of(towers: Any, config: ModelConfig | ProxyConfig) -> Tokenizer:
 
 
 def transform_of(towers: nn.Module, min_scale: float = 1.0) -> ImageTransform:
-    """The image transform a model was made for: its size, mean and std."""
+    """The image transform a model was made for: size, mean, std, and how images that are not augmented are resized.
+
+    Raises:
+        ValueError: a share out of range, or a way of resizing that is not known here.
+    """
     if not 0 < min_scale <= 1:
         raise ValueError(f"stream.min_scale={min_scale} must be in (0, 1]; 1 turns augmentation off")
     config = getattr(getattr(towers, "visual", None), "preprocess_cfg", None) or {}
     mean, std = config.get("mean", OPENAI_MEAN), config.get("std", OPENAI_STD)
-    return ImageTransform(image_size_of(towers), tuple(mean), tuple(std), min_scale)
+    resize, interpolation = config.get("resize_mode", "shortest"), config.get("interpolation", "bicubic")
+    if resize not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(
+            f"the model's images are resized by {resize!r} and {interpolation!r}; 'shortest' or 'squash' and 'bicubic' "
+            "or 'bilinear' are known here"
+        )
+    return ImageTransform(image_size_of(towers), tuple(mean), tuple(std), min_scale, resize, interpolation)
 
 
 def build_model(config: ModelConfig, num_survivors: int | None, tasks: set[str]) -> ClipModel:
@@ -211,52 +218,6 @@ def build_stream(
     options = {name: getattr(config, name) for name in ("decode_threads", "range_cache")}
     options["decode_device"] = decode_device_of(config.decode_device, deferred)
     return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
-
-
-def build_evaluators(
-    configs: Mapping[str, EvalConfig], towers: nn.Module, tokenizer: Tokenizer
-) -> tuple[list[Evaluator], dict[str, Tensor]]:
-    """Evaluators by label, and the tokenized prompts of those that classify.
-
-    Raises:
-        ValueError: an unknown task, a folder without what its tasks need.
-    """
-    evaluators, prompts = [], {}
-    for label, config in configs.items():
-        unknown = set(config.tasks) - set(TASKS)
-        if unknown or not config.tasks:
-            raise ValueError(f"eval.{label}.tasks={list(config.tasks)} must be some of {list(TASKS)}")
-        zeroshot, retrieval = "zeroshot" in config.tasks, "retrieval" in config.tasks
-        dataset = PairDataset(
-            local=config.local,
-            remote=config.remote,
-            split=config.split,
-            columns=Columns(
-                image=config.columns.image,
-                caption=config.columns.caption if retrieval else None,
-                label=config.columns.label if zeroshot else None,
-            ),
-            transform=transform_of(towers),
-            tokenizer=tokenizer if retrieval else None,
-            batch_size=config.batch_size,
-        )
-        if zeroshot:
-            classes = read_json_beside(config.local, config.remote, config.split, "classes.json")
-            if not (isinstance(classes, dict) and {"classnames", "templates"} <= classes.keys()):
-                raise ValueError(
-                    f"classes.json of eval.{label} ({config.remote or config.local}) needs the keys classnames and "
-                    "templates; tools/make_mds.py classes writes it"
-                )
-            prompts[label] = tokenize_prompts(classes["classnames"], classes["templates"], tokenizer)
-        if retrieval and not caption_of(GuardedDataset.get_item(dataset, 0)[config.columns.caption]).strip():
-            raise ValueError(
-                f"eval.{label}.tasks has retrieval, but captions in {config.remote or config.local} are empty; "
-                "retrieval needs pairs (tools/make_mds.py pairs), zero-shot needs labels (tools/make_mds.py classes)"
-            )
-        loader = pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False)
-        names = [name for task in config.tasks for name in metrics_for(task)]
-        evaluators.append(Evaluator(label=label, dataloader=loader, metric_names=names))
-    return evaluators, prompts
 
 
 def build_proxy(config: ProxyConfig, learner: ImageTransform, learner_tokenizer: Tokenizer) -> Proxy:

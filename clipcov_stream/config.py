@@ -167,15 +167,37 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation split, a Composer Evaluator. Tasks: zeroshot (needs labels and classes.json), retrieval."""
+    """One evaluation split, a Composer Evaluator.
 
-    tasks: tuple[str, ...] = ("zeroshot",)
+    Either an MDS folder, by `local`, `remote`, `split`, with the tasks zeroshot (needs labels and classes.json; the
+    default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`, `folder` (a folder
+    of images per class) or `captions` (root is an annotation file, see `captions.open_captions`, `images` the folder
+    that its paths are relative to). `split: train` opens a set's training images.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    dataset: str | None = None
+    root: str | None = None
+    images: str | None = None
     local: str | None = None
     remote: str | None = None
     split: str | None = None
     batch_size: int = 256
     num_workers: int = 0
     columns: EvalColumnsConfig = field(default_factory=EvalColumnsConfig)
+
+
+@dataclass(frozen=True)
+class EvalSuiteConfig:
+    """The paper's evaluation sets below one root, each an Evaluator under its name in `suite.SETS`.
+
+    `sets` must all be there; unless given, those that are there are evaluated and the others named in a warning.
+    """
+
+    root: str
+    sets: tuple[str, ...] | None = None
+    batch_size: int = 256
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +215,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     eval: dict[str, EvalConfig] = field(default_factory=dict)
+    eval_suite: EvalSuiteConfig | None = None
     algorithms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     loggers: dict[str, dict[str, Any] | None] = field(default_factory=dict)

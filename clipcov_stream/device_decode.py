@@ -2,8 +2,8 @@
 
 Only plain files go there: whole JPEGs, grey or in the usual colour space. Everything else, and what the device's
 decoder refuses, is left to Pillow, which alone says that an image cannot be decoded. Pixels differ by rounding (the
-inverse cosine transform and the resize are other ones), so weights are not those of decoding on CPUs, bit for bit; and a
-damaged file that one decoder reads and another refuses is read by both ways, but not alike.
+inverse cosine transform and the resize are other ones), so weights are not those of decoding on CPUs, bit for bit; of
+a damaged file, what two decoders make may differ more.
 """
 
 from __future__ import annotations

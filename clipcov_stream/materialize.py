@@ -43,12 +43,17 @@ class ImageTransform:
         mean, std: per channel, in [0, 1] pixel units.
         min_scale: smallest share of the image's area that a random crop keeps (open_clip trains with 0.9); 1 turns
             augmentation off: resize the shorter side, then centre crop.
+        resize: "shortest", as above, or "squash", both sides to `size` whatever the aspect; of images that are not
+            augmented.
+        interpolation: "bicubic" or "bilinear", likewise.
     """
 
     size: int
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     min_scale: float = 1.0
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
 
     @property
     def augments(self) -> bool:
@@ -56,7 +61,10 @@ class ImageTransform:
 
     def crop(self) -> Callable[[Image.Image], Tensor]:
         """One image -> (3, size, size) uint8, without augmentation."""
-        return v2.Compose([v2.Resize(self.size, interpolation=BICUBIC), v2.CenterCrop(self.size), v2.PILToTensor()])
+        how = v2.InterpolationMode(self.interpolation)
+        if self.resize == "squash":
+            return v2.Compose([v2.Resize([self.size, self.size], interpolation=how), v2.PILToTensor()])
+        return v2.Compose([v2.Resize(self.size, interpolation=how), v2.CenterCrop(self.size), v2.PILToTensor()])
 
     def augmented(self, image: Image.Image | Tensor, seed: int) -> Tensor:
         """One image, or its (3, height, width) uint8, -> (3, size, size) uint8 of a random crop, which the seed alone

@@ -17,9 +17,9 @@ class MetricsFile(LoggerDestination):
     """Appends every step's metrics to a JSON-lines file, on rank 0.
 
     Each line has `step`, the optimizer steps done, and the metrics logged since the last line. Every evaluation adds a
-    line for its step. A checkpoint notes the file's length, and what no line has yet; a resumed run cuts the file there
-    before its first line, so that in the end it has each line once, as a straight run's. A run that starts anew sets a
-    file that is there aside, as NAME.1, NAME.2, ..., with a warning.
+    line for its step, with `samples_streamed` and `samples_seen`. A checkpoint notes the file's length, and what no
+    line has yet; a resumed run cuts the file there before its first line, so that in the end it has each line once, as
+    a straight run's. A run that starts anew sets a file that is there aside, as NAME.1, NAME.2, ..., with a warning.
 
     Args:
         path: local.
@@ -42,7 +42,9 @@ class MetricsFile(LoggerDestination):
         self.flush(int(state.timestamp.batch))
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self.pending.update({"samples_streamed": int(state.timestamp.sample)})
+        self.pending["samples_streamed"] = int(state.timestamp.sample)
+        seen = [getattr(algorithm, "samples_seen", None) for algorithm in state.algorithms]
+        self.pending.update({"samples_seen": count for count in seen if count is not None})
         # Before the next step's metrics join: evaluations come after batch_end, after epoch_end and on their own.
         self.flush(int(state.timestamp.batch))
 

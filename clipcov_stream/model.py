@@ -217,7 +217,11 @@ class ClipModel(ComposerModel):
         return self._criterion
 
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
-        return self.forward(batch) if outputs is None else outputs
+        """Outputs of an evaluation batch, whose `text` may be (n, captions, context): of n * captions captions then."""
+        if outputs is not None:
+            return outputs
+        text = batch.get("text")
+        return self.forward(batch if text is None or text.ndim == 2 else {**batch, "text": text.flatten(0, 1)})
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         return {} if is_train else dict(self._metrics)

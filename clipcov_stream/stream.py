@@ -7,6 +7,7 @@ filtering inside the dataset breaks resumption).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -98,6 +99,7 @@ class PairDataset(GuardedDataset):
             Streaming's `pil` encoding, which is not compressed, is read all the same.
         range_reads: iterate the sidecar instead of the folder, and leave in place of images their spans, for the
             loader to fetch survivors' alone; implies `deferred`. See `ranges`.
+        identify: add `image_id`, a number that is the same for two samples if their images are the same bytes.
         allow_pickle: names of pickled columns (`pkl`) that the folder may have. One that is read runs code of whoever
             wrote the shard; all others stay bytes.
         max_pixels: an image of more counts as undecodable.
@@ -129,6 +131,7 @@ class PairDataset(GuardedDataset):
         deferred: bool = False,
         scoring_size: int | None = None,
         range_reads: bool = False,
+        identify: bool = False,
         allow_pickle: Collection[str] = (),
         max_pixels: int = MAX_PIXELS,
         timeout: float = 600,
@@ -177,6 +180,7 @@ class PairDataset(GuardedDataset):
             self.sidecar = Sidecar(sidecar, folder)
             self.sidecar.check_source(index)
         self.deferred = deferred or range_reads
+        self.identify = identify
         self.scoring_size = scoring_size
         self.scoring_crop = None if scoring_size is None else transform.small(scoring_size).crop()
         self._blank: dict[str, Any] | None = None
@@ -306,6 +310,8 @@ class PairDataset(GuardedDataset):
                 item["valid"] = False
             if tokenizer is not None and caption is not None:
                 item["text"] = tokenizer(caption)
+        if self.identify:
+            item["image_id"] = content_id(sample[columns.image])
         embedded = self.sidecar[int(sample_id)] if self.sidecar is not None and columns.embedding_names() else sample
         for role in ("image_embedding", "text_embedding"):
             name = getattr(columns, role)
@@ -327,6 +333,11 @@ def blank(value: Any) -> Any:
     if isinstance(value, Span):
         return Span(0, 0, 0)
     return value if isinstance(value, int) else "" if isinstance(value, str) else b""
+
+
+def content_id(image: bytes) -> int:
+    """63 bits of the hash of an image's bytes."""
+    return int.from_bytes(hashlib.sha1(image).digest()[:8], "big") >> 1
 
 
 def opened(open_: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
-from clipcov_stream import build
+from clipcov_stream import build, evaluators
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
 from clipcov_stream.clock import check_duration
@@ -94,8 +94,9 @@ def build_trainer(config: TrainConfig) -> Trainer:
     reproducibility.seed_all(config.seed)
     num_survivors = build.survivors_per_rank(config.stream, config.selection)
     microbatch = build.check_microbatch(config.device_train_microbatch_size, num_survivors)
-    tasks = {task for section in config.eval.values() for task in section.tasks}
-    model = build.build_model(config.model, num_survivors, tasks & set(build.TASKS))
+    evals = evaluators.eval_sections(config.eval, config.eval_suite)
+    tasks = {task for section in evals.values() for task in evaluators.tasks_of(section)}
+    model = build.build_model(config.model, num_survivors, tasks & set(evaluators.TASKS))
     tokenizer = build.tokenizer_of(model.towers, config.model)
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
@@ -104,7 +105,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     deferred = build.defers(config.stream, selection)
     options = (config.seed, deferred, selection.scoring_size)
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, *options)
-    evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
+    splits, prompts = evaluators.build_evaluators(evals, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
     if config.ledger:
@@ -124,8 +125,8 @@ def build_trainer(config: TrainConfig) -> Trainer:
         algorithm_passes=[ours_first],
         optimizers=build.build_optimizer(config.optimizer, model),
         schedulers=scheduler,
-        eval_dataloader=evaluators or None,
-        eval_interval=config.eval_interval if evaluators else 0,
+        eval_dataloader=splits or None,
+        eval_interval=config.eval_interval if splits else 0,
         callbacks=[
             ClampLogitScale(),
             EndThreads(),
@@ -177,7 +178,7 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {redacted(error)}") from error
-    train(trainer, eval_first=config.eval_first and bool(config.eval))
+    train(trainer, config.eval_first and bool(trainer.state.evaluators))
     trainer.close()
     leave_group()
 

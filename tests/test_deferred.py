@@ -205,7 +205,7 @@ def test_gains_are_of_the_choice_that_is_trained_on(tmp_path: Path) -> None:
     """Of a selection that was told which of the images first chosen are none, not of the one that chose them."""
     folder = write_columns(tmp_path / "mds", 64, bad_images=20)
     knobs = {"max_invalid_ratio": 0.9, "learnability": 0.0}
-    trainer, recorder, _ = run(tmp_path, columns_recipe(folder, **knobs))
+    _, recorder, _ = run(tmp_path, columns_recipe(folder, **knobs))
     state, settings = None, Settings(learnability=0.0, half_life=float("inf"))
     for step, pool in enumerate(trainer_of(tmp_path, columns_recipe(folder, **knobs))[0].state.train_dataloader):
         rows = [pool[f"{side}_embedding"].float() for side in ("image", "text")]

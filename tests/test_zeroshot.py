@@ -1,7 +1,9 @@
 """Zero-shot and retrieval figures against NumPy, open_clip's own classifier, and any number of ranks."""
 
 import io
+import itertools
 import json
+import math
 import os
 import socket
 import time
@@ -25,8 +27,9 @@ with warnings.catch_warnings():
     from composer.core import Callback, Evaluator
     from composer.utils import dist
 
-    from clipcov_stream.build import build_evaluators, tokenizer_of
+    from clipcov_stream.build import tokenizer_of
     from clipcov_stream.config import EvalConfig, ModelConfig
+    from clipcov_stream.evaluators import build_evaluators
     from clipcov_stream.model import ClipModel, build_towers
     from clipcov_stream.zeroshot import (
         RETRIEVAL_METRICS,
@@ -34,6 +37,7 @@ with warnings.catch_warnings():
         RetrievalRecall,
         ZeroShotAccuracy,
         ZeroShotHead,
+        any_hit_share,
         class_embeddings,
         metrics_for,
         tokenize_prompts,
@@ -204,6 +208,111 @@ def test_a_diverged_model_retrieves_nothing() -> None:
         assert recall(kind, image, text, torch.arange(6), torch.ones(6, dtype=torch.bool)) == 0
 
 
+def several(seed: int, coarse: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Images with one to four captions each, on a grid where ties are frequent if coarse; which images are valid."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count: int) -> Tensor:
+        if coarse:
+            return torch.randint(-1, 2, (count, 3), generator=generator).float()
+        return torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=1)
+
+    image = rows(24)
+    text = [rows(1 + number % 4) + (0 if coarse else image[number]) for number in range(24)]
+    return image, text, torch.rand(24, generator=generator) > 0.1
+
+
+def expected_several(kind: str, image: Tensor, text: list[Tensor], valid: Tensor) -> float:
+    """Recall where any of an image's captions counts; ties by counting the ways to fill the places."""
+    way, k = kind.rsplit("_r", 1)[0], int(kind.rsplit("_r", 1)[1])
+    scores = image.double() @ torch.cat(text).double().T
+    owner = np.repeat(np.arange(len(text)), [len(own) for own in text])
+    hits = []
+    if way == "text_to_image":
+        scores = scores.masked_fill(~valid[:, None], -torch.inf)
+        for column, own in enumerate(owner):
+            hits.append(hit_probability(scores[:, column].numpy(), own, k) if valid[own] else 0.0)
+        return float(np.mean(hits))
+    for row in range(len(image)):
+        line = scores[row].numpy()
+        best = line[owner == row].max()
+        better, tied = int((line > best).sum()), int((line == best).sum())
+        mine = int(((line == best) & (owner == row)).sum())
+        places = min(max(k - better, 0), tied)
+        miss = math.comb(tied - mine, places) / math.comb(tied, places)
+        hits.append(1 - miss if valid[row] else 0.0)
+    return float(np.mean(hits))
+
+
+def padded(
+    image: Tensor, text: list[Tensor], valid: Tensor, part: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and batch of some images, captions padded with what must not count."""
+    most = max(map(len, text))
+    table = torch.full((len(part), most, image.shape[1]), 9.0)
+    present = torch.zeros(len(part), most, dtype=torch.bool)
+    for row, number in enumerate(part.tolist()):
+        table[row, : len(text[number])] = text[number]
+        present[row, : len(text[number])] = True
+    outputs = {"image_features": image[part], "text_features": table.flatten(0, 1)}
+    return outputs, {"id": part, "valid": valid[part], "text_valid": present}
+
+
+@pytest.mark.parametrize("kind", RETRIEVAL_METRICS)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_any_of_an_images_captions_counts(kind: str, coarse: bool) -> None:
+    image, text, valid = several(3, coarse)
+    metric = RetrievalRecall(kind)
+    for part in torch.cat([torch.randperm(24, generator=torch.Generator().manual_seed(0)), torch.arange(5)]).split(7):
+        metric.update(*padded(image, text, valid, part))
+    wanted = expected_several(kind, image, text, valid)
+    assert 0 < wanted < 1
+    assert metric.compute().item() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", RETRIEVAL_METRICS)
+def test_rows_of_one_image_are_its_captions(kind: str) -> None:
+    image, text, valid = several(4, coarse=False)
+    both, single = RetrievalRecall(kind), RetrievalRecall(kind)
+    both.update(*padded(image, text, valid, torch.arange(24)))
+    owner = torch.tensor([number for number, own in enumerate(text) for _ in own])
+    rows = {"id": torch.arange(len(owner)), "image_id": owner * 1000 + 7, "valid": valid[owner]}
+    single.update({"image_features": image[owner], "text_features": torch.cat(text)}, rows)
+    assert single.compute() == both.compute()
+
+
+@pytest.mark.parametrize(
+    ("tied", "own", "better", "k"), [(4, 1, 0, 1), (4, 2, 0, 1), (5, 3, 2, 4), (2, 2, 3, 3), (6, 2, 0, 10)]
+)
+def test_a_tie_is_won_as_often_as_in_all_orders(tied: int, own: int, better: int, k: int) -> None:
+    scores = torch.tensor([[2.0] * better + [1.0] * tied + [0.0] * 3])
+    is_own = torch.zeros_like(scores, dtype=torch.bool)
+    is_own[0, better : better + own] = True
+    orders = list(itertools.permutations(range(better, better + tied)))
+    won = sum(any(place < better + own for place in order[: max(k - better, 0)]) for order in orders)
+    assert any_hit_share(scores, is_own, k).item() == pytest.approx(won / len(orders))
+
+
+def test_of_a_class_with_several_names_the_nearest_counts() -> None:
+    metric = ZeroShotAccuracy("top1")
+    metric.class_embeddings, metric.owner = torch.eye(4), torch.tensor([0, 0, 1, 2])
+    image = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.6, 0.0, 0.7, 0.0], [0.2, 0.3, 0.0, 0.1]])
+    batch = {"id": torch.arange(3), "label": torch.tensor([0, 1, 2]), "valid": torch.ones(3, dtype=torch.bool)}
+    metric.update({"image_features": image}, batch)
+    assert metric.compute().item() == pytest.approx(2 / 3)
+
+
+def test_autocast_does_not_make_ties() -> None:
+    # 1 and 1 + 2^-10 are one number in bfloat16.
+    metric = ZeroShotAccuracy("top1")
+    metric.class_embeddings = torch.tensor([[1.0], [1 + 2.0**-10]])
+    batch = {"id": torch.arange(2), "label": torch.tensor([1, 0]), "valid": torch.ones(2, dtype=torch.bool)}
+    with torch.autocast("cpu", torch.bfloat16):
+        metric.update({"image_features": torch.ones(2, 1)}, batch)
+    assert metric.compute().item() == 0.5
+    assert torch.cat(metric.hits).tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("metric", [ZeroShotAccuracy, RetrievalRecall])
 def test_an_unknown_kind_names_the_known_ones(metric: type) -> None:
     with pytest.raises(ValueError, match="kind='top2' is not one of"):
@@ -266,17 +375,39 @@ def trainer_of(model: ClipModel, evaluators: list[Evaluator], callbacks: list[Ca
     )
 
 
-def evaluate(folder: Path, head: bool = True) -> dict[str, float]:
-    """Every figure of a split, through Composer."""
+def write_images(folder: Path) -> Path:
+    """Class folders with seven images, one of them no image, and a table of their captions, one of which has two."""
+    rng = np.random.default_rng(1)
+    rows = [("image", "caption")]
+    for number in range(7):
+        path = folder / "classes" / ("cat", "dog", "fish")[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(path)
+        rows.append((str(path), f"picture number {number}"))
+    path.write_bytes(b"no image")
+    rows.append((rows[1][0], "said again"))
+    (folder / "captions.csv").write_text("\n".join(",".join(row) for row in rows))
+    return folder
+
+
+def evaluate(folder: Path, head: bool = True, images: Path | None = None) -> dict[str, float]:
+    """Every figure of a split, through Composer; those of image files under `classes/...` and `captions/...`."""
     torch.manual_seed(0)
     towers = build_towers(config=CONFIG)
     metrics = metrics_for("zeroshot") | metrics_for("retrieval")
-    section = EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)
-    evaluators, prompts = build_evaluators({"noise": section}, towers, tokenizer_of(towers, ModelConfig()))
+    sections = {"noise": EvalConfig(tasks=("zeroshot", "retrieval"), local=str(folder), batch_size=3)}
+    if images is not None:
+        sections["classes"] = EvalConfig(dataset="folder", root=str(images / "classes"), batch_size=3)
+        sections["captions"] = EvalConfig(dataset="captions", root=str(images / "captions.csv"), batch_size=3)
+    evaluators, prompts = build_evaluators(sections, towers, tokenizer_of(towers, ModelConfig()))
     trainer = trainer_of(ClipModel(towers, metrics=metrics), evaluators, [ZeroShotHead(prompts)] if head else [])
     try:
         trainer.eval()
-        return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["noise"].items()}
+        return {
+            name if label == "noise" else f"{label}/{name}": metric.compute().item()
+            for label, own in trainer.state.eval_metrics.items()
+            for name, metric in own.items()
+        }
     finally:
         trainer.close()
 
@@ -289,7 +420,7 @@ def evaluate_on_rank(rank: int, port: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     dist.initialize_dist("cpu", timeout=60)
-    found = evaluate(Path(folder))
+    found = evaluate(Path(folder), images=Path(folder).parent / "images")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     leave_group()
 
@@ -301,7 +432,8 @@ def free_port() -> int:
 
 
 def test_two_ranks_report_what_one_reports(tmp_path: Path) -> None:
-    one = evaluate(write_split(tmp_path / "one"))
+    one = evaluate(write_split(tmp_path / "one"), images=write_images(tmp_path / "images"))
+    assert {name.split("/")[0] for name in one if "/" in name} == {"classes", "captions"}
     two = write_split(tmp_path / "two")
     processes = mp.spawn(evaluate_on_rank, (free_port(), str(two)), nprocs=2, join=False)
     deadline = time.monotonic() + 120
