@@ -19,6 +19,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.ledger import Ledger
@@ -174,7 +175,10 @@ def build_trainer(config: TrainConfig) -> Trainer:
 
 
 def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Command line: the recipe's path, unless the recipe itself is the script, then overrides `key.sub=value`."""
+    """Command line: the recipe's path or a shipped one's name, then overrides `key.sub=value`.
+
+    With `path` the recipe itself is the script, and all arguments are overrides.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if path is None:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -183,7 +187,7 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
     # The last batch of an evaluation split is shorter than the others; Composer warns of it every time.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     try:
-        config = load_config(path, arguments)
+        config = load_config(find_recipe(path), arguments)
         trainer = build_trainer(config)
     except ValueError as error:
         if os.environ.get("CLIPCOV_TRACEBACK"):
