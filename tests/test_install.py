@@ -1,4 +1,4 @@
-"""What an installation brings: the command `clipcov`, recipes by name, the entry point, and a wheel that works alone."""
+"""What an installation brings: `clipcov`, recipes by name, the entry point, and a wheel that works alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TINY
+from test_train import TINY, last_metrics
 
 import clipcov_stream
 from clipcov_stream import cli
@@ -172,4 +172,4 @@ def test_a_wheel_trains_a_shipped_recipe_by_name(installed: Path, tmp_path: Path
         cwd=tmp_path,
         executable=installed,
     )
-    assert json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])["selection/samples_seen"] == 2 * 8
+    assert last_metrics(tmp_path / "m.jsonl")["selection/samples_seen"] == 2 * 8
