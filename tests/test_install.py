@@ -68,21 +68,6 @@ def test_the_version_stands_in_one_place(metadata: importlib.metadata.Distributi
     assert clipcov_stream.__version__ not in (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.")[0]
 
 
-def test_catalogue_finds_the_algorithm_as_llm_foundry_does(
-    metadata: importlib.metadata.Distribution, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """llm-foundry's registry is catalogue's, of this namespace, with entry points; it calls the class with the YAML's
-    keywords (llmfoundry/registry.py, utils/builders.py of 0.22)."""
-    catalogue = pytest.importorskip("catalogue", reason="mosaicml-streaming brings it")
-    # The metadata just built stand in front of an older installation's.
-    monkeypatch.syspath_prepend(str(metadata._path.parent))  # pyright: ignore
-    registry = catalogue.Registry(("llmfoundry", "algorithms"), entry_points=True)
-    found = registry.get("clipcov")
-    assert found is clipcov_stream.ClipCov
-    algorithm = found(filter_ratio=0.75, selector="clip_score")
-    assert algorithm.num_survivors(32) == 8
-
-
 def test_the_command_names_every_tool_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([])
     said = capsys.readouterr().out
