@@ -11,6 +11,9 @@ would outlast a 5% run of CC3M (8,310 steps); the recipes warm up for 5% of the 
 
 Ours where the release is silent: the embedder is OpenAI's ViT-B/32 for all methods, offline and online; the learner of
 C-RHO is an RN50 after one pass over the data at random.
+
+Memory. Offline CLIPCov holds 24 n dim bytes: 35 GB for CC3M, 153 GB for CC12M, 236 GB and 2.4 TB for DataComp's small and
+medium pools; the other subsets two thirds of that. Online selection holds one pool.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class Step:
     def duration(self) -> int | None:
         """Optimizer steps of a training command; None for others, and for one pass over the data."""
         given = [text.removeprefix("max_duration=") for text in self.argv if text.startswith("max_duration=")]
+        if given and not given[-1].removesuffix("ba").isdigit():
+            raise ValueError(f"max_duration={given[-1]} of a cell must be in batches, such as 100ba")
         return int(given[-1].removesuffix("ba")) if given else None
 
     def done(self) -> bool:

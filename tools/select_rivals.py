@@ -18,8 +18,8 @@ where that code keeps what is below a threshold, takes the n least redundant: th
 each cluster is redundant to nothing. In c_rho u_i and v_i are the embeddings of a model in training: which pairs the
 reference matches and the learner does not yet. The paper does not say which learner; give its columns as --learner.
 
-The output is that of tools/select_offline.py, and tools/export.py reads it. Costs: the embeddings in memory, 8 n dim
-bytes; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim flops, BLOCK cosines at a time.
+The output is that of tools/select_offline.py, and tools/export.py reads it. Costs: about 16 n dim bytes of memory,
+twice that for c_rho; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim flops, BLOCK cosines at a time.
 """
 
 from __future__ import annotations
