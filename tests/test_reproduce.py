@@ -97,6 +97,8 @@ def test_what_was_not_run_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFi
     assert line.endswith("  12.5")
     assert reproduce.main(["run", "cc3m_7_random"]) == 2
     assert "no cell 'cc3m_7_random'; those are cc3m_5_clipcov_online" in capsys.readouterr().err
+    assert reproduce.main(["run", "cc3m_5_random", "--dry-run", "max_duration=1ep"]) == 2
+    assert "max_duration=1ep of a cell must be in batches" in capsys.readouterr().err
 
 
 def test_class_texts_are_the_mean_over_templates() -> None:

@@ -12,8 +12,8 @@ would outlast a 5% run of CC3M (8,310 steps); the recipes warm up for 5% of the 
 Ours where the release is silent: the embedder is OpenAI's ViT-B/32 for all methods, offline and online; the learner of
 C-RHO is an RN50 after one pass over the data at random.
 
-Memory. Offline CLIPCov holds 24 n dim bytes: 35 GB for CC3M, 153 GB for CC12M, 236 GB and 2.4 TB for DataComp's small and
-medium pools; the other subsets two thirds of that. Online selection holds one pool.
+Memory. Offline CLIPCov holds 24 n dim bytes: 35 GB for CC3M, 153 GB for CC12M, 236 GB and 2.4 TB for DataComp's small
+and medium pools; the other subsets some two thirds of that, C-RHO more. Online selection holds one pool.
 """
 
 from __future__ import annotations
