@@ -135,23 +135,25 @@ def main(argv: list[str] | None = None) -> int:
         places.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} ({default})")
     for name in ("list", "table"):
         commands.add_parser(name, parents=[places])
-    runner = commands.add_parser("run", parents=[places])
+    usage = "reproduce.py run [OPTION ...] CELL [KEY=VALUE ...], for every training of the cell"
+    runner = commands.add_parser("run", parents=[places], usage=usage)
     runner.add_argument("cell", metavar="CELL", help="a name of `list`")
     runner.add_argument("--dry-run", action="store_true", help="print the commands")
-    runner.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every training of the cell")
     prompts = commands.add_parser("prompts")
     prompts.add_argument("out", type=Path, metavar="OUT.npy")
     prompts.add_argument("--name", required=True, help="an open_clip model")
     prompts.add_argument("--pretrained", required=True, help="open_clip tag, or a checkpoint")
-    args = parser.parse_args(argv)
+    # Not positional arguments: argparse takes none of those that follow an option.
+    args, overrides = parser.parse_known_args(argv)
+    wrong = [text for text in overrides if args.command != "run" or text.startswith("-") or "=" not in text]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     try:
         if args.command == "prompts":
             write_prompts(args)
             return 0
-        own = {
-            field.name: getattr(args, field.name) for field in dataclasses.fields(Places) if hasattr(args, field.name)
-        }
-        where = Places(**{**own, "overrides": tuple(own.get("overrides", ()))})
+        names = [field.name for field in dataclasses.fields(Places) if hasattr(args, field.name)]
+        where = Places(**{name: getattr(args, name) for name in names}, overrides=tuple(overrides))
         if args.command == "run":
             named = {cell.name: cell for cell in cells()}
             if args.cell not in named:
