@@ -44,7 +44,7 @@ def from_wandb(folder: Path) -> Found:
         row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
             if isinstance(value, (int, float)):
-                found.setdefault(name, {})[int(row["_step"])] = float(value)
+                found.setdefault(name, {})[int(row.get("_step", record.history.step.num))] = float(value)
     return found
 
 

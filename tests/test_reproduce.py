@@ -141,7 +141,8 @@ def test_every_method_runs_from_end_to_end(tmp_path: Path, capfd: pytest.Capture
     capfd.readouterr()
     for method in METHODS:
         metrics = [json.loads(line) for line in (tmp_path / f"repro_cc3m_10_{method}_0.jsonl").read_text().splitlines()]
-        assert max(row["step"] for row in metrics) == 2 and 0 <= metrics[-1]["metrics/imagenet/top1"] <= 1
+        (accuracy,) = [row["metrics/imagenet/top1"] for row in metrics if "metrics/imagenet/top1" in row]
+        assert max(row["step"] for row in metrics) == 2 and 0 <= accuracy <= 1
         assert max(row.get("selection/samples_seen", 0) for row in metrics) == 2 * 4
     # Again: everything is there.
     assert reproduce.main(["run", *options, "cc3m_10_sem_dedup", *SMALL]) == 0
