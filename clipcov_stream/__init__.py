@@ -12,6 +12,7 @@ from clipcov_stream.sketch import CrossCovSketch
 if TYPE_CHECKING:
     from clipcov_stream.algorithm import ClipCov
 
+__version__ = "0.1.0"
 __all__ = ["SELECTORS", "ClipCov", "CrossCovSketch", "LowRankSketch", "Pool", "Selector", "Settings"]
 
 

@@ -43,8 +43,9 @@ class MetricsFile(LoggerDestination):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.pending["samples_streamed"] = int(state.timestamp.sample)
-        seen = [getattr(algorithm, "samples_seen", None) for algorithm in state.algorithms]
-        self.pending.update({"samples_seen": count for count in seen if count is not None})
+        for algorithm in state.algorithms:
+            if (seen := getattr(algorithm, "samples_seen", None)) is not None:
+                self.pending["samples_seen"] = seen
         # Before the next step's metrics join: evaluations come after batch_end, after epoch_end and on their own.
         self.flush(int(state.timestamp.batch))
 

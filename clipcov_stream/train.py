@@ -19,6 +19,7 @@ from composer.utils import dist, get_device, reproducibility
 from clipcov_stream import build, evaluators
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
+from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.guard import SkippedShards
@@ -161,7 +162,10 @@ def build_trainer(config: TrainConfig) -> Trainer:
 
 
 def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Command line: the recipe's path, unless the recipe itself is the script, then overrides `key.sub=value`."""
+    """Command line: the recipe's path or a shipped one's name, then overrides `key.sub=value`.
+
+    With `path` the recipe itself is the script, and all arguments are overrides.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if path is None:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -172,7 +176,7 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
     # Remarks on odd files; what cannot be decoded is counted.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        config = load_config(path, arguments)
+        config = load_config(find_recipe(path), arguments)
         trainer = build_trainer(config)
     except ValueError as error:
         if os.environ.get("CLIPCOV_TRACEBACK"):

@@ -24,7 +24,9 @@ import matplotlib.pyplot as plt
 
 from clipcov_stream import SELECTORS
 
-ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(__file__).resolve().parent
+# A checkout and an installed package have both folders side by side.
+RECIPE = TOOLS.parent / "yamls" / "quickstart.yaml"
 METRIC = "metrics/shapes/mean_per_class"
 COLUMNS = {
     METRIC: "mean per class",
@@ -34,6 +36,12 @@ COLUMNS = {
     "samples_seen": "samples_seen",
     "seconds": "seconds",
 }
+
+
+def as_typed(path: Path) -> str:
+    """A path as one would type it here: relative, where it lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -53,8 +61,8 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     """
     metrics = out / f"{selector}.jsonl"
     metrics.unlink(missing_ok=True)
-    # The launcher beside this interpreter, so that no environment has to be activated.
-    launcher = str(Path(sys.executable).with_name("composer"))
+    # This interpreter's launcher, so that no environment has to be activated.
+    launcher = [sys.executable, "-m", "composer.cli"]
     # What tells the runs apart comes last, where no override can make two of them share it.
     own = [
         f"seed={seed}",
@@ -62,10 +70,10 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
         f"selection.selector={selector}",
         f"metrics_file={metrics}",
     ]
-    command = ["yamls/quickstart.yaml", *overrides, *own]
+    command = [as_typed(RECIPE), *overrides, *own]
     print(f"$ composer {shlex.join(command)}", flush=True)
     start = time.perf_counter()
-    result = subprocess.run([launcher, *command], cwd=ROOT)
+    result = subprocess.run([*launcher, *command])
     if result.returncode:
         raise SystemExit(f"error: the run with selector={selector} ended with exit code {result.returncode}")
     rows = [row for row in read_metrics(metrics) if METRIC in row] if metrics.is_file() else []
@@ -138,8 +146,8 @@ def main() -> None:
     parser.add_argument(
         "--selectors", type=selector_names, default="random,clipcov", metavar="NAME,NAME", help=", ".join(SELECTORS)
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "shapes")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--data", type=Path, default=Path("data/shapes"))
     parser.add_argument("overrides", nargs="*", help="key.sub=value, for every run")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
@@ -147,13 +155,12 @@ def main() -> None:
     for item in args.overrides:
         if "=" not in item:
             parser.error(f"override {item!r} is not of the form key.sub=value (selectors are separated by commas)")
-    # The launcher runs in ROOT, so paths must not depend on the working directory.
     args.data, args.out = args.data.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.data / "train" / "index.json").is_file():
-        command = [sys.executable, str(ROOT / "tools" / "make_mds.py"), "synthetic", str(args.data)]
-        print(f"$ {shlex.join(['python', 'tools/make_mds.py', 'synthetic', str(args.data)])}", flush=True)
-        subprocess.run(command, check=True)
+        command = [as_typed(TOOLS / "make_mds.py"), "synthetic", str(args.data)]
+        print(f"$ python {shlex.join(command)}", flush=True)
+        subprocess.run([sys.executable, *command], check=True)
     overrides = [
         f"stream.local={args.data / 'train'}",
         f"eval.shapes.local={args.data / 'eval'}",

@@ -1,0 +1,166 @@
+"""The paper's four baselines, offline: random, CLIP score, SemDeDup and C-RHO subsets of an MDS folder.
+
+    python tools/select_rivals.py random FOLDER OUT --fraction 0.05 --mds
+    python tools/select_rivals.py clip_score FOLDER OUT --fraction 0.05 --mds
+    python tools/select_rivals.py sem_dedup FOLDER OUT --fraction 0.05 --mds --clusters 1000
+    python tools/select_rivals.py c_rho FOLDER OUT --fraction 0.05 --mds --learner LEARNERS_FOLDER
+
+FOLDER has embedding columns (tools/embed_mds.py). With x_i and y_i the unit embeddings of image and caption, the best
+n by score are taken, the lower row first where scores are equal:
+
+    random       a uniform draw
+    clip_score   <x_i, y_i>                                       (Hessel et al., EMNLP 2021)
+    sem_dedup    -max_{j before i in its cluster} <x_i, x_j>      (Abbas et al., 2303.09540)
+    c_rho        <x_i, y_i> - <u_i, v_i>                          (Maini et al., T-MARS, ICLR 2024)
+
+sem_dedup orders a spherical k-means cluster by growing cosine to its centre, as the released code does by default, and
+where that code keeps what is below a threshold, takes the n least redundant: the threshold that leaves n. The first of
+each cluster is redundant to nothing. In c_rho u_i and v_i are the embeddings of a model in training: which pairs the
+reference matches and the learner does not yet. The paper does not say which learner; give its columns as --learner.
+
+The output is that of tools/select_offline.py, and tools/export.py reads it. Costs: about 16 n dim bytes of memory,
+twice that for c_rho; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim flops, BLOCK cosines at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mds_folder import write_source_json
+from pairs import positive
+from select_offline import BLOCK, spherical_kmeans, unit_rows, usable_rows
+from subset_folder import PairFolder, subset_folder, write_subset
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+METHODS = ("random", "clip_score", "sem_dedup", "c_rho")
+COLUMNS = {"image": "image_embedding", "text": "text_embedding"}
+
+
+def redundancy(
+    image: Float[Tensor, "n dim"], labels: Int64[Tensor, " n"], centers: Float[Tensor, "clusters dim"]
+) -> Float[Tensor, " n"]:
+    """Highest cosine of each row to one before it in its cluster, -1 for the first; the farthest from the centre first.
+
+    Args:
+        image: unit rows.
+        labels: cluster of each.
+        centers: unit rows; rows that no label names are not read.
+    """
+    closest = torch.full((len(image),), -1.0)
+    for label in labels.unique().tolist():
+        own = (labels == label).nonzero()[:, 0]
+        own = own[torch.argsort(image[own] @ centers[label], stable=True)]
+        rows = image[own]
+        step = max(1, BLOCK // len(own))
+        for start in range(0, len(own), step):
+            cosines = rows[start : start + step] @ rows.T
+            closest[own[start : start + step]] = (
+                cosines.tril(start - 1)
+                .masked_fill(torch.ones_like(cosines, dtype=torch.bool).triu(start), -1.0)
+                .amax(1)
+            )
+    return closest
+
+
+def centers_of(image: Float[Tensor, "n dim"], labels: Int64[Tensor, " n"]) -> Float[Tensor, "clusters dim"]:
+    """Normalized mean of each cluster; zeros where a cluster has no row."""
+    sums = torch.zeros(int(labels.max()) + 1, image.shape[1]).index_add_(0, labels, image)
+    return torch.nn.functional.normalize(sums)
+
+
+def scores_of(
+    method: str, image: Tensor, text: Tensor, labels: Tensor, learner: tuple[Tensor, Tensor] | None, seed: int
+) -> Tensor:
+    """(n,) what `method` ranks by, the highest first; rows are unit, `learner` holds those of --learner."""
+    if method == "random":
+        return torch.rand(len(image), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if method == "sem_dedup":
+        return -redundancy(image, labels, centers_of(image, labels))
+    aligned = (image * text).sum(1)
+    if method == "clip_score":
+        return aligned
+    assert learner is not None
+    return aligned - (learner[0] * learner[1]).sum(1)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line asks; returns the figures that are printed last.
+
+    Raises: ValueError for whatever the user can mend; OUT is then as it was.
+    """
+    began = time.monotonic()
+    if args.num is None and not 0 < args.fraction <= 1:
+        raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
+    if (args.method == "c_rho") != (args.learner is not None):
+        raise ValueError("--learner is for c_rho, which needs it: a folder with a model in training's embeddings")
+    pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
+    if out == pairs.path or out in pairs.path.parents:
+        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    with subset_folder(args.out, args.overwrite) as folder:
+        tables = pairs.embeddings(COLUMNS)
+        if args.learner is not None:
+            other = PairFolder(args.learner)
+            if len(other) != len(pairs):
+                raise ValueError(f"--learner {args.learner!r} has {len(other)} samples, FOLDER has {len(pairs)}")
+            tables += other.embeddings(COLUMNS)
+        usable = torch.stack([usable_rows(table) for table in tables]).all(0)
+        rows = usable.nonzero()[:, 0]
+        image, text, *rest = (unit_rows(table[rows]) for table in tables)
+        num = args.num or max(1, int(args.fraction * len(rows) + 1e-9))
+        if num > len(rows):
+            raise ValueError(f"{num} samples to pick, but {len(rows)} of {len(pairs)} are usable (--num)")
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+        if args.method == "sem_dedup":
+            labels = spherical_kmeans(image, args.clusters, args.seed, progress=True)
+        scores = scores_of(args.method, image, text, labels, (rest[0], rest[1]) if rest else None, args.seed)
+        picks = torch.argsort(scores, descending=True, stable=True)[:num]
+        counts = {
+            "samples": len(pairs),
+            "invalid": len(pairs) - len(rows),
+            "selected": num,
+            "alignment_all": (image * text).sum(1, dtype=torch.float64).mean().item(),
+            "alignment_selected": (image[picks] * text[picks]).sum(1, dtype=torch.float64).mean().item(),
+        }
+        write_subset(folder, pairs, rows[picks].tolist(), labels[picks].tolist(), scores[picks].tolist(), args.mds)
+        paths = {key: Path(value) for key in ("folder", "learner") if (value := getattr(args, key))}
+        arguments = {key: value for key, value in vars(args).items() if key != "out"} | paths
+        write_source_json(folder, {"tool": "select_rivals.py", "arguments": arguments}, counts)
+    return {**counts, "seconds": round(time.monotonic() - began, 3)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; the last line on stdout is one JSON document. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
+    parser.add_argument("out", metavar="OUT", help="folder to write: subset.csv, source.json, train/ with --mds")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--fraction", type=float, help="share of the usable samples to pick, rounded down, at least one")
+    size.add_argument("--num", type=positive, metavar="N", help="number of samples to pick")
+    parser.add_argument("--clusters", type=positive, default=1000, metavar="K", help="of sem_dedup (1000)")
+    parser.add_argument("--learner", metavar="FOLDER", help="of c_rho: the same samples with another's embeddings")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and of --clusters (0)")
+    parser.add_argument("--mds", action="store_true", help="write the chosen samples too, byte for byte, to OUT/train")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
+    args = parser.parse_args(argv)
+    try:
+        figures = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{figures['selected']} of {figures['samples']} samples written to {args.out}")
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
