@@ -166,6 +166,11 @@ class ClipCov(Algorithm):
         """Seconds that run-ahead's threads wait for those of other ranks; None is PyTorch's default."""
         self.survivor_ids: Tensor | None = None
         """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
+        self.pool_ids: Tensor | None = None
+        """Ids of this rank's candidates in this step, in the pool's order; None where pools have none."""
+        self.notes_alignment = False
+        """Whether `alignment` is kept: the cosine of each candidate's image and caption, in the pool's order."""
+        self.alignment: Tensor | None = None
         self._lags = Lags(lag_delay)
         self._group: Group = None
         self._asked, self._begun = 0.0, False
@@ -251,6 +256,7 @@ class ClipCov(Algorithm):
             self._learn(state, logger)
         else:
             self._end_step(state)
+            logger.log_metrics({"selection/step_ms": 1e3 * (time.perf_counter() - self._asked)})
 
     def _end_step(self, state: State) -> None:
         if self.uses_lag and self.selection is not None:
@@ -405,7 +411,9 @@ class ClipCov(Algorithm):
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares, self._begun = None, None, True
+        self.pool_ids = state.batch.get("id") if isinstance(state.batch, Mapping) else None
         prepared = self._prepared(state)
+        self.alignment = prepared.alignment
         self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
         if prepared.selection is not None:
             self.selection = prepared.selection

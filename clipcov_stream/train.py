@@ -18,9 +18,11 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build
+from clipcov_stream.about import About
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.gallery import Gallery
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.stream import PoolLoader
@@ -129,9 +131,12 @@ def build_trainer(config: TrainConfig) -> Trainer:
     evaluators, prompts = build.build_evaluators(config.eval, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
+        callbacks.append(About(config.metrics_file, config))
+    chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
     if config.ledger:
-        chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
         callbacks.append(Ledger(config.ledger, seed=config.seed, **chosen))
+    if config.gallery:
+        callbacks.append(Gallery(config.gallery, config.gallery_interval, seed=config.seed, **chosen))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
     return Trainer(
         model=model,
