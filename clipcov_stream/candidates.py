@@ -113,8 +113,8 @@ def recorded(taken: Noted, step: int, loader: Any, words: Sequence[str] | None) 
 
 
 def chosen_to_show(taken: Noted, place: Mapping[int, int]) -> list[int]:
-    """Rows of the pool: SHOWN kept ones from the first pick to the last, and SHOWN dropped ones from the best aligned to
-    the worst, or in the pool's order."""
+    """Rows of the pool: SHOWN kept ones from the first pick to the last, and as many dropped ones from the best aligned
+    to the worst, or in the pool's order."""
     rows, sample = range(len(taken.candidates)), taken.candidates
     kept = sorted((row for row in rows if sample[row] in place), key=lambda row: place[sample[row]])
     dropped = [row for row in rows if sample[row] not in place]

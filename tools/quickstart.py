@@ -3,7 +3,8 @@
     python tools/quickstart.py [--steps N] [--seed S] [--selectors random,clipcov] [--out runs/quickstart]
 
 All runs take the same steps over the same stream, from the same initial weights, and see the same number of samples.
-Prints a table and saves a plot of zero-shot accuracy over samples_seen; the last line is one JSON document.
+Prints a table and saves a plot of zero-shot accuracy over samples_seen, and a page about the runs with what was kept
+and what was dropped (`report.py`); the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from metrics_file import read_metrics
 
 from clipcov_stream import SELECTORS
 
@@ -36,13 +39,9 @@ COLUMNS = {
 }
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """A run's metrics, one dict per step, in order; a later line of the same step adds to the earlier."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        steps.setdefault(row["step"], {}).update(row)
-    return [steps[step] for step in sorted(steps)]
+def folder_of(out: Path, selector: str, seed: int) -> Path:
+    """Where a run leaves what it records."""
+    return out / f"{selector}_{seed}"
 
 
 def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
@@ -51,8 +50,9 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     Raises:
         SystemExit: the run failed, or ended without an evaluation.
     """
-    metrics = out / f"{selector}.jsonl"
-    metrics.unlink(missing_ok=True)
+    folder = folder_of(out, selector, seed)
+    metrics = folder / "metrics.jsonl"
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's, whose metrics and gallery these would join
     # The launcher beside this interpreter, so that no environment has to be activated.
     launcher = str(Path(sys.executable).with_name("composer"))
     # What tells the runs apart comes last, where no override can make two of them share it.
@@ -61,6 +61,7 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
         f"run_name=quickstart_{selector}_{seed}",
         f"selection.selector={selector}",
         f"metrics_file={metrics}",
+        f"gallery={folder / 'gallery'}",
     ]
     command = ["yamls/quickstart.yaml", *overrides, *own]
     print(f"$ composer {shlex.join(command)}", flush=True)
@@ -168,6 +169,10 @@ def main() -> None:
         ratio = run["final"][METRIC] / base if base else float("nan")
         print(f"{run['selector']}: {ratio:.2f}x the mean-per-class accuracy of {runs[0]['selector']}, one seed")
     print(f"plot: {args.out / 'accuracy.png'}")
+    folders = [str(folder_of(args.out, selector, args.seed)) for selector in args.selectors]
+    report = [sys.executable, str(ROOT / "tools" / "report.py"), *folders, "-o", str(args.out / "report.html")]
+    subprocess.run(report, check=True, stdout=subprocess.DEVNULL)
+    print(f"report: {args.out / 'report.html'} (open it in a browser)")
     print(json.dumps({"seed": args.seed, "runs": runs}))
 
 
