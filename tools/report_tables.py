@@ -20,9 +20,16 @@ NUM_BINS = 6
 
 
 def numbers(runs: Sequence[Run], key: str) -> list[float]:
-    """The last value of each run that has one and whose value is a finite number."""
-    found = [run.last(key) for run in runs]
-    return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+    """A figure of each run that has it: at the last step at which all of these do, so that a run which stopped early is
+    not averaged with one that went on; the last of each where they have no step in common."""
+    series = [{row["step"]: row[key] for row in run.rows if is_number(row.get(key))} for run in runs]
+    series = [values for values in series if values]
+    shared = set.intersection(*map(set, series)) if series else set()
+    return [float(values[max(shared or values)]) for values in series]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -53,7 +60,7 @@ def telling(keys: Sequence[str], most: int) -> list[str]:
 
 
 def is_evaluation(key: str, value: Any) -> bool:
-    return key.startswith("metrics/") and not key.startswith("metrics/train/") and isinstance(value, (int, float))
+    return key.startswith("metrics/") and not key.startswith("metrics/train/") and is_number(value)
 
 
 def titles_of(keys: Sequence[str]) -> dict[str, str]:
@@ -74,7 +81,7 @@ def curve(run: Run, key: str, axis: str) -> tuple[list[float], list[float]]:
     x, y = [], []
     for row in run.rows:
         value = row.get(key)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if value is not None and is_number(value):
             x.append(float(row.get(f"selection/{axis}", row.get(axis, 0) if axis == "samples_streamed" else 0)))
             y.append(float(value))
     return x, y

@@ -67,7 +67,7 @@ class Run:
         """Whether it came to its end."""
         if not self.about:
             return "unknown"
-        return "finished" if self.about.get("ended") else f"stopped or running, step {self.steps}"
+        return "finished" if self.about.get("ended") else f"at step {self.steps}, not ended"
 
     def last(self, key: str) -> Any:
         """The last value logged under a key; None if there is none."""

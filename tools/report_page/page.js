@@ -28,8 +28,3 @@ for (const button of document.querySelectorAll("th button")) {
     sortBy(heading.closest("table"), heading.cellIndex, ascending);
   });
 }
-
-// On paper nothing can be opened: galleries are printed, listings stay as they are.
-addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details.gallery")) part.open = true;
-});
