@@ -29,7 +29,7 @@ from clipcov_stream.sidecar import SPAN_COLUMN
 from clipcov_stream.stream import PairDataset
 
 CLASS, DUPLICATE, FLAGS = "class_id", "duplicate_of", ("mismatched", "generic")
-"""Columns that know the truth: int class, str name of what is repeated or "", and ints that are 0 or 1."""
+"""Columns that know the truth: class, name of what is repeated or "", and whether it is so, 0 or 1."""
 SHOWN = 12
 """Kept candidates, and dropped ones, of a recorded step."""
 LOOKED_AT = 1024
@@ -149,7 +149,7 @@ def read_sample(dataset: PairDataset, sample_id: int) -> dict[str, Any] | None:
     shard, row = dataset.spanner[sample_id]
     try:
         return dataset.shards[shard][row]
-    except (OSError, IndexError):  # a cache with a limit has let go of it
+    except (OSError, IndexError, ValueError):  # a cache with a limit has let go of it, perhaps just now
         return None
 
 
@@ -180,7 +180,7 @@ def said(sample: Mapping[str, Any], caption: str | None) -> dict[str, Any]:
     """A sample's caption, and what its folder knows about it."""
     known: dict[str, Any] = {"caption": "" if caption is None else str(sample[caption])[:LONGEST_CAPTION]}
     if CLASS in sample:
-        known["class"] = int(sample[CLASS])
+        known["class"] = str(sample[CLASS])
     if flags := [flag for flag in FLAGS if sample.get(flag)]:
         known["flags"] = flags
     if sample.get(DUPLICATE):
@@ -193,9 +193,9 @@ def counted(
 ) -> dict[str, Any]:
     """Candidates and survivors by kind.
 
-    Returns: `classes` by number; `flags`; `copies`, those whose group of copies has two or more candidates in the pool,
-        and `groups`, of copies, those with a candidate and those with a survivor; `copies_by`, what makes them copies;
-        `words`, those whose captions have a word.
+    Returns: `classes` by their value; `flags`; `copies`, those that say what they are a duplicate of, or else those whose
+        bytes the pool has twice; `groups` of copies, those with a candidate and those with a survivor; `copies_by`,
+        what makes them copies, None where images were not read; `words`, those whose captions have a word.
     """
     columns = found[0][0] if found else {}
     captions = [vocabulary(str(sample[caption])) if caption else set() for sample, _ in found]
@@ -209,22 +209,25 @@ def counted(
             of_words[word][1] += kept
     record: dict[str, Any] = {"words": of_words}
     if CLASS in columns:
-        record["classes"] = tally((str(int(sample[CLASS])), kept) for sample, kept in found)
+        record["classes"] = tally((str(sample[CLASS]), kept) for sample, kept in found)
     if flags := [flag for flag in FLAGS if flag in columns]:
         record["flags"] = {flag: [0, 0] for flag in flags}
         record["flags"] |= tally((flag, kept) for sample, kept in found for flag in flags if sample[flag])
-    if DUPLICATE in columns:
-        names = [str(sample[DUPLICATE]) or None for sample, _ in found]
-    else:
-        encoded = [sample.get(image) for sample, _ in found]
-        names = [hashlib.sha1(data).hexdigest() if isinstance(data, bytes) else None for data in encoded]
-    groups = tally((name, kept) for name, (_, kept) in zip(names, found, strict=True) if name is not None)
-    if DUPLICATE not in columns:
+    by = DUPLICATE if DUPLICATE in columns else "bytes" if isinstance(columns.get(image), bytes) else None
+    groups = tally((name, kept) for sample, kept in found if (name := copy_name(sample, by, image)))
+    if by == "bytes":
         groups = {name: counts for name, counts in groups.items() if counts[0] > 1}
-    record["copies_by"] = DUPLICATE if DUPLICATE in columns else "bytes"
+    record["copies_by"] = by
     record["copies"] = [sum(counts[side] for counts in groups.values()) for side in (0, 1)]
     record["groups"] = [len(groups), sum(counts[1] > 0 for counts in groups.values())]
     return record
+
+
+def copy_name(sample: Mapping[str, Any], by: str | None, image: str) -> str | None:
+    """What is the same for all copies of a sample; None for a sample that is known to be none."""
+    if by == "bytes":
+        return hashlib.sha1(sample[image]).hexdigest()
+    return None if by is None else str(sample[by])
 
 
 def tally(kinds: Iterable[tuple[str, bool]]) -> Counts:

@@ -55,8 +55,7 @@ class Gallery(Callback):
         self.path = Path(folder) / FILE
         self.interval = parse_interval(interval)
         self.about = about
-        self._every = 1
-        self._classes: list[str] | None = None
+        self._every, self._is_full = 1, False
         self._words: list[str] | None = None
         self._noted: Noted | None = None
 
@@ -69,20 +68,18 @@ class Gallery(Callback):
         notes_alignment(state)
         if dist.get_global_rank() != 0:
             return
-        self._classes = class_names(dataset)
-        header = {"version": 1, "run_name": state.run_name, "classes": self._classes, **self.about}
+        run = {"version": 1, "run_name": state.run_name, **self.about}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         records = []
         if self.path.exists():
             saved, records = read_gallery(self.path)
-            other = [
-                f"{key}={saved.get(key)!r}, not {header[key]!r}" for key in header if saved.get(key) != header[key]
-            ]
+            other = [f"{key}={saved.get(key)!r}, not {run[key]!r}" for key in run if saved.get(key) != run[key]]
             if other:
                 raise ValueError(f"{self.path} is the gallery of a run with {'; '.join(other)}; give another folder")
         step = int(state.timestamp.batch)
         records = [record for record in records if record["step"] < step]
-        self._words = list(records[0]["words"]) if records else None
+        self._words = next((list(record["words"]) for record in records if record["words"]), None)
+        header = {**run, "classes": class_names(dataset)}
         new = self.path.with_suffix(".new")
         new.write_text("".join(json.dumps(line) + "\n" for line in (header, *records)), encoding="utf-8")
         new.replace(self.path)
@@ -103,13 +100,14 @@ class Gallery(Callback):
         if taken is None or dist.get_global_rank() != 0:
             return
         if self.path.stat().st_size > MOST_BYTES:
-            warnings.warn(f"{self.path} has {MOST_BYTES >> 20} MiB: no more is recorded in it", stacklevel=2)
-            self._every = 1 << 62
+            if not self._is_full:
+                warnings.warn(f"{self.path} has {MOST_BYTES >> 20} MiB: no more is recorded in it", stacklevel=2)
+            self._is_full = True  # steps are still noted: other ranks take part in it
             return
         step = int(state.timestamp.batch) - 1  # the clock has moved on to the next step
         loader: Any = state.dataloader
         record, thumbnails = recorded(taken, step, loader, self._words)
-        self._words = list(record["words"])
+        self._words = self._words or list(record["words"]) or None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if any(takes_images(destination) for destination in logger.destinations):
@@ -195,10 +193,10 @@ def read_gallery(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise ValueError(f"{path}: no gallery there") from error
-    if lines and not lines[-1].endswith("\n"):
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     try:
         found = [json.loads(line) for line in lines]

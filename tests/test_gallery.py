@@ -120,7 +120,7 @@ def test_records_are_the_pools_and_what_the_ledger_has_of_them(tmp_path: Path, c
         for entry in shown:
             sample = truth[entry["id"]]
             assert entry["kept"] == (entry["id"] in kept)
-            assert (entry["caption"], entry["class"]) == (sample["caption"], sample["class_id"])
+            assert (entry["caption"], entry["class"]) == (sample["caption"], str(sample["class_id"]))
             assert entry.get("flags", []) == [flag for flag in ("mismatched", "generic") if sample[flag]]
             assert entry.get("duplicate_of", "") == sample["duplicate_of"]
             assert ("alignment" in entry) == (not record["is_warmup"])
@@ -262,6 +262,13 @@ def test_copies_are_equal_bytes_where_no_column_says_so() -> None:
     assert record["words"] == {"red": [3, 2], "shoe": [1, 1], "shoes": [1, 0], "hat": [1, 1]}
     assert counted(found, "caption", "image", ["hat", "scarf"])["words"] == {"hat": [1, 1], "scarf": [0, 0]}
     assert "classes" not in record and "flags" not in record
+    apart = [
+        ({**sample, "duplicate_of": name}, kept) for (sample, kept), name in zip(found, ["h", "", "h", ""], strict=True)
+    ]
+    record = counted(apart, "caption", "image", None)
+    assert (record["copies"], record["groups"], record["copies_by"]) == ([2, 2], [1, 1], "duplicate_of")
+    unread = counted([({"caption": "red"}, True)], "caption", "image", None)  # as with range reads
+    assert (unread["copies"], unread["groups"], unread["copies_by"]) == ([0, 0], [0, 0], None)
 
 
 @pytest.mark.parametrize(("length", "most"), [(0, 5), (3, 5), (5, 5), (128, 12), (13, 12)])

@@ -70,7 +70,7 @@ def write_run(folder: Path, selector: str, seed: int, scores: list[float], **rec
 
 
 def write_gallery(folder: Path, caption: str) -> None:
-    entry = {"id": 1, "caption": caption, "class": 0, "duplicate_of": caption, "flags": [caption], "jpeg": PIXEL}
+    entry = {"id": 1, "caption": caption, "class": "0", "duplicate_of": caption, "flags": [caption], "jpeg": PIXEL}
     shown = [{**entry, "kept": kept, "place": 0, "gain": 1.5, "alignment": 0.5} for kept in (True, False)]
     counts = {"words": {caption: [9, 4]}, "classes": {"0": [9, 4]}, "flags": {"mismatched": [4, 0]}}
     record = {"step": 9, "is_warmup": False, "pool_size": 10, "num_kept": 5, "num_looked_at": 10, "num_unread": 0}

@@ -17,7 +17,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     steps: dict[int, dict[str, Any]] = {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -25,7 +25,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             steps.setdefault(int(row["step"]), {}).update(row)
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise ValueError(f"{path}, line {number}, is not a step's metrics: {error!r}") from error
     return [steps[step] for step in sorted(steps)]

@@ -52,7 +52,8 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     """
     folder = folder_of(out, selector, seed)
     metrics = folder / "metrics.jsonl"
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's, whose metrics and gallery these would join
+    metrics.unlink(missing_ok=True)  # an earlier run's, which this one's would join
+    shutil.rmtree(folder / "gallery", ignore_errors=True)
     # The launcher beside this interpreter, so that no environment has to be activated.
     launcher = str(Path(sys.executable).with_name("composer"))
     # What tells the runs apart comes last, where no override can make two of them share it.

@@ -110,7 +110,7 @@ def shown_record(record: Mapping[str, Any], classes: Sequence[str] | None, in_or
     entries = [
         {
             **entry,
-            "url": jpeg_url(entry["jpeg"]),
+            "url": "data:image/jpeg;base64," + entry["jpeg"],
             "class": class_name(entry.get("class"), classes),
             "facts": facts(entry, in_order and not record["is_warmup"]),
         }
@@ -127,16 +127,11 @@ def facts(entry: Mapping[str, Any], in_order: bool) -> list[str]:
     return said + ([f"cos {entry['alignment']:.2f}"] if "alignment" in entry else [])
 
 
-def jpeg_url(encoded: str) -> str:
-    """A thumbnail as a data URL; what is no base64 becomes none."""
-    data = base64.b64decode(encoded, validate=False)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-def class_name(number: Any, classes: Sequence[str] | None) -> str | None:
-    if number is None:
-        return None
-    return classes[int(number)] if classes and 0 <= int(number) < len(classes) else f"class {number}"
+def class_name(kind: str | None, classes: Sequence[str] | None) -> str | None:
+    """A class as its folder's classes.json calls it, or as the samples do."""
+    if kind is None or not kind.isdigit():
+        return kind
+    return classes[int(kind)] if classes and int(kind) < len(classes) else f"class {kind}"
 
 
 def survival(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
@@ -160,7 +155,7 @@ def survival(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
         "flags": flags,
         "has_rows": bool(flags) or any(truth["copies"]["counts"][0] for truth in found.values()),
         "figure": figure,
-        "classes": rates(classes, MOST_CLASSES, lambda kind: class_name(int(kind), names) or kind),
+        "classes": rates(classes, MOST_CLASSES, lambda kind: class_name(kind, names)),
         "words": rates(words, MOST_WORDS, str),
         "ledger": {label: on for label, runs in groups.items() if (on := tables.trained_on(runs)) is not None},
     }

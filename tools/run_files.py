@@ -107,8 +107,8 @@ def read_run(metrics_file: Path) -> Run:
     rows, missing = read_metrics(metrics_file), []
     about, gallery, classes, ledger = {}, None, None, None
     try:
-        about = json.loads(about_path(metrics_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        about = dict(json.loads(about_path(metrics_file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         missing.append("recipe and versions (written beside metrics_file by every run of this version)")
     recipe = about.get("recipe", {})
     folder = beside(metrics_file, recipe, "gallery")
@@ -162,11 +162,10 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
         recipe = flat(run.recipe)
         kind = (run.selector, *(json.dumps(recipe.get(key)) for key in keys))
         if kind not in labels:
-            parts = [f"{key.split('.')[-1]}={short(recipe.get(key))}" for key in keys[:named]]
-            more = [f"{len(keys) - named} keys more"] if len(keys) > named else []
-            label = ", ".join([run.selector, *parts, *more]) if run.recipe else run.selector
-            taken = list(labels.values()).count(label)
-            labels[kind] = label if label not in labels.values() else f"{label} ({taken + 1})"
+            parts = [f"{key.split('.')[-1]}={short(recipe.get(key))}" for key in keys[:named] if run.recipe]
+            label = ", ".join([run.selector, *parts])
+            alike = sum(other == label or other.startswith(f"{label} (") for other in labels.values())
+            labels[kind] = f"{label} ({alike + 1})" if alike else label
         groups.setdefault(labels[kind], []).append(run)
     return groups
 
