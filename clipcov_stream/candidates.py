@@ -103,7 +103,7 @@ def recorded(taken: Noted, step: int, loader: Any, words: Sequence[str] | None) 
         "is_warmup": taken.is_warmup,
         "pool_size": len(rows),
         "num_kept": sum(sample in place for sample in taken.candidates),
-        "num_looked_at": len(found),
+        "looked_at": [len(found), sum(kept for _, kept in found)],
         "num_unread": len(looked_at) - len(found),
         "num_undecodable": len(pictures) - len(entries),
         **counted(found, dataset.columns.caption, dataset.columns.image, words),
@@ -193,9 +193,9 @@ def counted(
 ) -> dict[str, Any]:
     """Candidates and survivors by kind.
 
-    Returns: `classes` by their value; `flags`; `copies`, those that say what they are a duplicate of, or else those whose
-        bytes the pool has twice; `groups` of copies, those with a candidate and those with a survivor; `copies_by`,
-        what makes them copies, None where images were not read; `words`, those whose captions have a word.
+    Returns: `classes` by their value; `flags`; `copies`, those that say what they are a duplicate of, or else those
+        whose bytes the pool has twice; `groups` of copies, those with a candidate and those with a survivor;
+        `copies_by`, what makes them copies, None where images were not read; `words`, those whose captions have a word.
     """
     columns = found[0][0] if found else {}
     captions = [vocabulary(str(sample[caption])) if caption else set() for sample, _ in found]

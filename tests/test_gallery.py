@@ -99,7 +99,7 @@ def test_records_are_the_pools_and_what_the_ledger_has_of_them(tmp_path: Path, c
     for record, survivors in zip(records, survivors_by_step(tmp_path), strict=True):
         step, kept = record["step"], set(survivors)
         pool = range(step * POOL, (step + 1) * POOL)
-        assert (record["pool_size"], record["num_kept"], record["num_looked_at"]) == (POOL, len(kept), POOL)
+        assert (record["pool_size"], record["num_kept"], record["looked_at"]) == (POOL, len(kept), [POOL, len(kept)])
         for kind in {truth[sample]["class_id"] for sample in pool}:
             of_kind = {sample for sample in pool if truth[sample]["class_id"] == kind}
             assert record["classes"][str(kind)] == [len(of_kind), len(of_kind & kept)]
@@ -173,7 +173,7 @@ def test_only_what_is_shown_is_decoded_and_running_ahead_changes_nothing(
         survivors = survivors_by_step(tmp_path)[record["step"]]
         assert [entry["id"] for entry in record["shown"] if entry["kept"]] == survivors
         assert record["copies_by"] == "bytes"
-        assert record["num_looked_at"] == POOL
+        assert record["looked_at"] == [POOL, 8]
 
 
 def test_a_resumed_run_leaves_the_straight_runs_gallery(tmp_path: Path, corpus: Path) -> None:
@@ -223,7 +223,8 @@ def test_bad_keys_stop_before_training(tmp_path: Path, corpus: Path, sections: d
 
 def test_an_interval_is_a_share_of_the_run(tmp_path: Path, corpus: Path) -> None:
     # One epoch is six pools.
-    fit(trainer_of(tmp_path, tree_of(corpus, tmp_path, max_duration="1ep", gallery_interval="0.5dur")))
+    lasting = {"max_duration": "1ep", "gallery_interval": "0.5dur", "scheduler": {"t_warmup": "0.1dur"}}
+    fit(trainer_of(tmp_path, tree_of(corpus, tmp_path, **lasting)))
     assert [record["step"] for record in read_gallery(tmp_path / "gallery")[1]] == [2, 5]
 
 

@@ -73,7 +73,7 @@ def write_gallery(folder: Path, caption: str) -> None:
     entry = {"id": 1, "caption": caption, "class": "0", "duplicate_of": caption, "flags": [caption], "jpeg": PIXEL}
     shown = [{**entry, "kept": kept, "place": 0, "gain": 1.5, "alignment": 0.5} for kept in (True, False)]
     counts = {"words": {caption: [9, 4]}, "classes": {"0": [9, 4]}, "flags": {"mismatched": [4, 0]}}
-    record = {"step": 9, "is_warmup": False, "pool_size": 10, "num_kept": 5, "num_looked_at": 10, "num_unread": 0}
+    record = {"step": 9, "is_warmup": False, "pool_size": 10, "num_kept": 5, "looked_at": [10, 5], "num_unread": 0}
     record |= {"num_undecodable": 0, "copies_by": "duplicate_of", "copies": [2, 1], "groups": [1, 1], "shown": shown}
     (folder / "gallery").mkdir()
     lines = ({"version": 1, "classes": [caption]}, {**record, **counts})
@@ -173,8 +173,10 @@ def test_keep_rates_are_of_all_records(tmp_path: Path) -> None:
     write_gallery(write_run(tmp_path / "b", "clipcov", 1, [0.1]), "shoe")
     groups = grouped([read_run(path) for path in find_runs(tmp_path)])
     truth = tables.truth(tables.selecting_records(groups["clipcov"])) or {}
-    assert truth["flags"]["mismatched"] == {"counts": [8, 0], "of_candidates": 0.4, "of_survivors": 0.0, "kept": 0.0}
-    assert truth["copies"] == {"counts": [4, 2], "of_candidates": 0.2, "of_survivors": 0.2, "kept": 0.5}
+    kinds = truth["kinds"]
+    assert kinds["mismatched"] == {"counts": [8, 0], "of_candidates": 0.4, "of_survivors": 0.0, "kept": 0.0}
+    assert kinds["clean"] == {"counts": [12, 10], "of_candidates": 0.6, "of_survivors": 1.0, "kept": 10 / 12}
+    assert kinds["near-duplicate"] == {"counts": [4, 2], "of_candidates": 0.2, "of_survivors": 0.2, "kept": 0.5}
     assert report.survival(groups)["words"]["rows"] == [{"name": "shoe", "candidates": 18, "kept": [8 / 18]}]
 
 

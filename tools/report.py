@@ -139,7 +139,6 @@ def survival(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
     style = figures.colours(list(groups))
     records = {label: tables.selecting_records(runs) for label, runs in groups.items()}
     found = {label: truth for label, of in records.items() if (truth := tables.truth(of)) is not None}
-    flags = list(dict.fromkeys(flag for truth in found.values() for flag in truth["flags"]))
     classes = {label: tables.summed(records[label], "classes") for label in found}
     words = {label: tables.summed(records[label], "words") for label in found}
     names = next((run.classes for runs in groups.values() for run in runs if run.classes), None)
@@ -152,8 +151,8 @@ def survival(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
         figure = figures.bars("share of candidates kept", "classes by frequency, the most frequent first", ticks, drawn)
     return {
         "truth": found,
-        "flags": flags,
-        "has_rows": bool(flags) or any(truth["copies"]["counts"][0] for truth in found.values()),
+        "has_rows": any(truth["kinds"] for truth in found.values()),
+        "knows_matches": any("clean" in truth["kinds"] for truth in found.values()),
         "figure": figure,
         "classes": rates(classes, MOST_CLASSES, lambda kind: class_name(kind, names)),
         "words": rates(words, MOST_WORDS, str),
@@ -211,7 +210,9 @@ def recipes(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
                 "status": run.status,
                 "about": {key: value for key, value in run.about.items() if key not in ("recipe", "versions")},
                 "versions": run.about.get("versions", {}),
-                "yaml": yaml.safe_dump(without_empty(run.recipe), sort_keys=False, allow_unicode=True),
+                "yaml": yaml.safe_dump(
+                    without_empty(run.recipe), sort_keys=False, allow_unicode=True, default_flow_style=None
+                ),
             }
             for run in runs
         ],
@@ -236,15 +237,10 @@ def tiles(rows: Sequence[Mapping[str, Any]], title: str | None, who: Mapping[str
     truth = who["truth"].get(ours["label"])
     if truth is None:
         return found
-    wrong = truth["flags"].get("mismatched", {})
-    if wrong.get("of_survivors") is not None:
-        text = f"of survivors match their caption, of candidates {1 - wrong['of_candidates']:.0%}"
-        found.append((f"{1 - wrong['of_survivors']:.0%}", text))
-    copies = truth["copies"]
-    if copies["counts"][0] and copies["of_survivors"] is not None:
-        what = "identical images" if truth["copies_by"] == "bytes" else "near-duplicates"
-        text = f"of survivors are {what}, of candidates {copies['of_candidates']:.0%}"
-        found.append((f"{copies['of_survivors']:.0%}", text))
+    for kind, what in (("clean", "match their caption"), ("near-duplicate", "are near-duplicates")):
+        of = truth["kinds"].get(kind)
+        if of is not None and of["of_survivors"] is not None:
+            found.append((f"{of['of_survivors']:.0%}", f"of survivors {what}, of candidates {of['of_candidates']:.0%}"))
     return found
 
 

@@ -106,7 +106,7 @@ def bars(what: str, over: str, ticks: Sequence[str], drawn: Mapping[str, tuple[S
         axes.set(xlabel=over, ylabel=what, ylim=(0, None))
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        legend(axes, len(drawn))
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9)  # there is no free corner
         ends = [f"{label} from {values[0]:.0%} to {values[-1]:.0%}" for label, (values, _) in drawn.items() if values]
         return f"Bar chart of {what} over {over}: {'; '.join(ends)}.", data_url(figure)
 

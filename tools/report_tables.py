@@ -15,6 +15,8 @@ PREFERRED = ("mean_per_class", "top1", "image_to_text_r1", "text_to_image_r1", "
 SAME = {"top1": "mean_per_class", "text_to_image_r1": "image_to_text_r1"}
 """Figures that say much the same as another."""
 PARTS = ("waiting for data", "embedding", "selection", "training", "noting the lag")
+COPIES = {"duplicate_of": "near-duplicate", "bytes": "image that a pool has twice"}
+"""What copies are called, by what made them known."""
 NUM_BINS = 6
 """Of classes by their frequency."""
 
@@ -172,22 +174,26 @@ def summed(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[int
 
 def truth(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What survivors are made of beside what candidates are; None without records."""
-    looked_at = sum(record["num_looked_at"] for record in records)
-    kept = sum(record["num_kept"] * record["num_looked_at"] / max(1, record["pool_size"]) for record in records)
+    looked_at, kept = (sum(record["looked_at"][side] for record in records) for side in (0, 1))
     if not looked_at:
         return None
-    flags = {flag: shares(counts, looked_at, kept) for flag, counts in summed(records, "flags").items()}
-    copies = [sum(record["copies"][side] for record in records) for side in (0, 1)]
-    groups = [sum(record["groups"][side] for record in records) for side in (0, 1)]
+    kinds: dict[str, Any] = {}
+    for flag, (candidates, survivors) in summed(records, "flags").items():
+        if flag == "mismatched":
+            kinds["clean"] = shares((looked_at - candidates, kept - survivors), looked_at, kept)
+        kinds[flag] = shares((candidates, survivors), looked_at, kept)
+    by = records[0]["copies_by"]
+    copies = shares([sum(record["copies"][side] for record in records) for side in (0, 1)], looked_at, kept)
+    if copies["counts"][0]:
+        kinds[COPIES[by]] = copies
     return {
         "num_records": len(records),
         "looked_at": looked_at,
-        "flags": flags,
-        "copies": shares(copies, looked_at, kept),
-        "groups": groups,
-        "copies_by": records[0]["copies_by"],
+        "kinds": kinds,
+        "copies": copies,
+        "groups": [sum(record["groups"][side] for record in records) for side in (0, 1)],
+        "copies_by": by,
         "unread": sum(record["num_unread"] for record in records),
-        "undecodable": sum(record["num_undecodable"] for record in records),
     }
 
 
