@@ -13,7 +13,6 @@ import platform
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from clipcov_stream.config import TrainConfig
+from clipcov_stream.records import about_path
 
 PACKAGES = ("clipcov-stream", "torch", "mosaicml", "mosaicml-streaming", "open_clip_torch", "numpy", "pillow")
 SECRET = re.compile(r"pass|secret|token$|api_?key|credential", re.IGNORECASE)
@@ -63,10 +63,6 @@ class About(Callback):
             new = self.path.with_suffix(".new")
             new.write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
             new.replace(self.path)
-
-
-def about_path(metrics_file: str | Path) -> Path:
-    return Path(metrics_file).with_suffix(".about.json")
 
 
 def plain(value: Any, key: str = "") -> Any:

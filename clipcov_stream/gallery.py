@@ -24,9 +24,9 @@ from composer.utils import dist
 from torch import Tensor
 
 from clipcov_stream.candidates import Noted, class_names, contact_sheet, recorded
+from clipcov_stream.records import GALLERY_FILE, read_gallery
 from clipcov_stream.stream import PairDataset
 
-FILE = "gallery.jsonl"
 MOST_BYTES = 32 << 20
 """Of the file: a record takes about 60 kB, so the default interval of a twentieth stays far below."""
 
@@ -52,7 +52,7 @@ class Gallery(Callback):
     def __init__(self, folder: str, interval: str | int = "0.05dur", **about: str | float | None) -> None:
         if "://" in folder:
             raise ValueError(f"gallery={folder!r} is remote, where nothing can be appended to a file; give a local one")
-        self.path = Path(folder) / FILE
+        self.path = Path(folder) / GALLERY_FILE
         self.interval = parse_interval(interval)
         self.about = about
         self._every, self._is_full = 1, False
@@ -179,29 +179,3 @@ def batches_of(interval: Time, state: State) -> int:
             "batches (ba)"
         )
     return max(1, round(interval.value * end.value))
-
-
-def read_gallery(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A gallery's header and its records, in order; a line at the end that was not written in full is left out.
-
-    Args:
-        path: the file, or its folder.
-
-    Raises:
-        ValueError: no gallery, or one that is damaged elsewhere than at its end.
-    """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise ValueError(f"{path}: no gallery there") from error
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    try:
-        found = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not found or not isinstance(found[0], dict) or found[0].get("version") != 1:
-        raise ValueError(f"{path} is not a gallery of this version")
-    return found[0], found[1:]

@@ -11,8 +11,9 @@ import torch
 from corpora import draw_corpus, recipe, write_recipe
 from runs import Interrupt
 
-from clipcov_stream.about import about_path, plain
+from clipcov_stream.about import plain
 from clipcov_stream.config import load_config
+from clipcov_stream.records import about_path
 from clipcov_stream.train import build_trainer
 
 

@@ -23,9 +23,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from metrics_file import read_metrics
 
 from clipcov_stream import SELECTORS
+from clipcov_stream.records import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "metrics/shapes/mean_per_class"

@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metrics_file import read_metrics
+from clipcov_stream.records import GALLERY_FILE, about_path, read_gallery, read_metrics
 
-from clipcov_stream.about import about_path
-from clipcov_stream.gallery import FILE, read_gallery
-from clipcov_stream.ledger import Record, read_ledger
+if TYPE_CHECKING:
+    from clipcov_stream.ledger import Record
 
 OWN = ("seed", "selection.seed", "selection.selector", "stream.shuffle_seed", "run_name", "metrics_file", "ledger")
 OWN += ("gallery", "gallery_interval", "save_folder", "progress_bar", "log_to_console", "console_log_interval")
@@ -95,7 +94,7 @@ def find_runs(place: Path) -> list[Path]:
 
 
 def is_metrics(path: Path) -> bool:
-    return path.name != FILE and (path.name == "metrics.jsonl" or about_path(path).is_file())
+    return path.name != GALLERY_FILE and (path.name == "metrics.jsonl" or about_path(path).is_file())
 
 
 def read_run(metrics_file: Path) -> Run:
@@ -120,13 +119,26 @@ def read_run(metrics_file: Path) -> Run:
         missing.append(f"gallery of what was kept and dropped ({key if not folder.exists() else error})")
     folder = beside(metrics_file, recipe, "ledger")
     try:
-        ledger = read_ledger(folder)
+        ledger = ledger_of(folder)
     except ValueError as error:
         key = "ledger=runs/{run_name}/ledger records one"
         missing.append(f"ledger of the samples trained on ({key if not folder.exists() else error})")
     if not any(key.startswith("metrics/") for row in rows for key in row):
         missing.append("evaluations (eval.NAME.local=FOLDER)")
     return Run(metrics_file, rows, about, gallery, classes, ledger, tuple(missing))
+
+
+def ledger_of(folder: Path) -> list[Record]:
+    """A ledger's records.
+
+    Raises:
+        ValueError: there is none, or a damaged one.
+    """
+    if not folder.exists():
+        raise ValueError(f"{folder}: no ledger there")
+    from clipcov_stream.ledger import read_ledger  # which imports Composer: seconds, spent only where there is one
+
+    return read_ledger(folder)
 
 
 def beside(metrics_file: Path, recipe: Mapping[str, Any], key: str) -> Path:
