@@ -181,11 +181,16 @@ def test_keep_rates_are_of_all_records(tmp_path: Path) -> None:
 
 
 def test_bins_hold_all_classes_once() -> None:
-    classes = {str(kind): [100 - kind, 10] for kind in range(40)}
-    binned = tables.by_frequency(classes)
-    assert [name for name, _ in binned][:2] == ["1–7", "8–14"] and binned[-1][0] == "35–40"
-    assert binned[0][1] == pytest.approx(70 / sum(100 - kind for kind in range(7)))
-    assert len(tables.by_frequency({"0": [3, 1]})) == 1
+    often = {str(kind): [100 - kind, 10] for kind in range(40)}
+    seldom = {str(kind): [1, kind % 2] for kind in range(0, 40, 3)}
+    ranks, rates = tables.by_frequency({"a": often, "b": seldom})
+    assert ranks[:2] == ["1–7", "8–14"] and ranks[-1] == "35–40"
+    in_order = sorted(range(40), key=lambda kind: -(100 - kind) - (kind % 3 == 0))
+    first, last = in_order[:7], in_order[34:]
+    assert rates["a"][0] == pytest.approx(70 / sum(100 - kind for kind in first))
+    ours = [kind for kind in last if kind % 3 == 0]
+    assert rates["b"][-1] == pytest.approx(sum(kind % 2 for kind in ours) / len(ours))
+    assert tables.by_frequency({"a": {"0": [3, 1]}, "b": {"1": [1, 1]}}) == (["1", "2"], {"a": [1 / 3, 0], "b": [0, 1]})
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:

@@ -139,28 +139,35 @@ def survival(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
     style = figures.colours(list(groups))
     records = {label: tables.selecting_records(runs) for label, runs in groups.items()}
     found = {label: truth for label, of in records.items() if (truth := tables.truth(of)) is not None}
-    classes = {label: tables.summed(records[label], "classes") for label in found}
     words = {label: tables.summed(records[label], "words") for label in found}
-    names = next((run.classes for runs in groups.values() for run in runs if run.classes), None)
-    binned = {label: tables.by_frequency(counts) for label, counts in classes.items() if len(counts) > 1}
+    classes = {label: counts for label in found if (counts := named_classes(groups[label]))}
     figure = None
-    if binned:
-        ticks = [ranks for ranks, _ in next(iter(binned.values()))]
-        drawn = {label: ([rate for _, rate in of], style[label][0]) for label, of in binned.items()}
-        drawn = {label: each for label, each in drawn.items() if len(each[0]) == len(ticks)}
+    if max(map(len, classes.values()), default=0) > 1:
+        ticks, rates_of = tables.by_frequency(classes)
+        drawn = {label: (rates_of[label], style[label][0]) for label in classes}
         figure = figures.bars("share of candidates kept", "classes by frequency, the most frequent first", ticks, drawn)
     return {
         "truth": found,
         "has_rows": any(truth["kinds"] for truth in found.values()),
         "knows_matches": any("clean" in truth["kinds"] for truth in found.values()),
         "figure": figure,
-        "classes": rates(classes, MOST_CLASSES, lambda kind: class_name(kind, names)),
-        "words": rates(words, MOST_WORDS, str),
+        "classes": rates(classes, MOST_CLASSES),
+        "words": rates(words, MOST_WORDS),
         "ledger": {label: on for label, runs in groups.items() if (on := tables.trained_on(runs)) is not None},
     }
 
 
-def rates(by_label: Mapping[str, Mapping[str, Sequence[int]]], most: int, name: Any) -> dict[str, Any]:
+def named_classes(runs: Sequence[Run]) -> dict[str, list[int]]:
+    """Candidates and survivors by class, as each run's folder calls it."""
+    total: dict[str, list[int]] = {}
+    for run in runs:
+        for kind, counts in tables.summed(tables.selecting_records([run]), "classes").items():
+            of_class = total.setdefault(class_name(kind, run.classes) or kind, [0, 0])
+            of_class[:] = [old + new for old, new in zip(of_class, counts, strict=True)]
+    return total
+
+
+def rates(by_label: Mapping[str, Mapping[str, Sequence[int]]], most: int) -> dict[str, Any]:
     """A table of keep rates: the kinds with the most candidates, a column per kind of run."""
     total: dict[str, int] = {}
     for counts in by_label.values():
@@ -169,7 +176,7 @@ def rates(by_label: Mapping[str, Mapping[str, Sequence[int]]], most: int, name: 
     kinds = sorted(total, key=lambda kind: -total[kind])[:most]
     rows = [
         {
-            "name": name(kind),
+            "name": kind,
             "candidates": total[kind],
             "kept": [
                 counts[kind][1] / counts[kind][0] if counts.get(kind, [0])[0] else None for counts in by_label.values()
@@ -185,12 +192,11 @@ def step_times(groups: Mapping[str, list[Run]]) -> dict[str, Any] | None:
     parts = {label: of for label, runs in groups.items() if (of := tables.step_parts(runs)) is not None}
     if not parts:
         return None
-    tones = (figures.GREY, *figures.PALETTE[:2], figures.PALETTE[2], figures.PALETTE[3])
     ahead = any(run.recipe.get("selection", {}).get("run_ahead") for runs in groups.values() for run in runs)
     return {
         "parts": tables.PARTS,
         "rows": parts,
-        "figure": figures.stacked("milliseconds of a step", parts, tones),
+        "figure": figures.stacked("milliseconds of a step", parts, (figures.GREY, *figures.PALETTE[:4])),
         "ahead": ahead,
     }
 

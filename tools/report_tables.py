@@ -126,11 +126,11 @@ def training_minutes(run: Run) -> float | None:
     return sum(steps) / 60_000 if steps else None
 
 
-def equal_samples(groups: Mapping[str, list[Run]]) -> bool:
-    """Whether all runs saw, and streamed, as many samples."""
+def equal_samples(groups: Mapping[str, list[Run]]) -> bool | None:
+    """Whether all runs saw, and streamed, as many samples; None if one does not say."""
     runs = [run for each in groups.values() for run in each]
     counts = {(run.last("selection/samples_seen"), run.last("selection/samples_streamed")) for run in runs}
-    return len(counts) == 1
+    return None if any(None in count for count in counts) else len(counts) == 1
 
 
 def step_parts(runs: Sequence[Run]) -> dict[str, float] | None:
@@ -207,16 +207,23 @@ def shares(counts: Sequence[int], looked_at: float, kept: float) -> dict[str, An
     }
 
 
-def by_frequency(classes: Mapping[str, Sequence[int]]) -> list[tuple[str, float]]:
-    """Keep rates of classes in bins, each of about as many classes, from the most frequent to the rarest."""
-    ordered = sorted(classes.items(), key=lambda item: -item[1][0])
-    found = []
-    for part in np.array_split(np.arange(len(ordered)), min(NUM_BINS, len(ordered))):
-        candidates = sum(ordered[place][1][0] for place in part)
-        kept = sum(ordered[place][1][1] for place in part)
-        ranks = f"{part[0] + 1}–{part[-1] + 1}" if len(part) > 1 else f"{part[0] + 1}"
-        found.append((ranks, kept / candidates if candidates else 0.0))
-    return found
+def by_frequency(classes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[list[str], dict[str, list[float]]]:
+    """Keep rates by kind of run and bins of classes, from the most frequent of all runs' candidates to the rarest.
+
+    Returns: the bins' ranks, and the rates; 0 where a run had no candidate.
+    """
+    total: dict[str, int] = {}
+    for counts in classes.values():
+        for kind, (candidates, _) in counts.items():
+            total[kind] = total.get(kind, 0) + candidates
+    ordered = sorted(total, key=lambda kind: -total[kind])
+    bins = [part.tolist() for part in np.array_split(np.arange(len(ordered)), min(NUM_BINS, len(ordered)))]
+    ranks = [f"{part[0] + 1}–{part[-1] + 1}" if len(part) > 1 else f"{part[0] + 1}" for part in bins]
+    found: dict[str, list[float]] = {}
+    for label, counts in classes.items():
+        sums = [[sum(counts.get(ordered[at], (0, 0))[side] for at in part) for side in (0, 1)] for part in bins]
+        found[label] = [kept / candidates if candidates else 0.0 for candidates, kept in sums]
+    return ranks, found
 
 
 def trained_on(runs: Sequence[Run]) -> dict[str, Any] | None:
