@@ -90,7 +90,7 @@ def lines(what: str, over: str, drawn: Sequence[Line], from_zero: bool = True, l
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        legend(axes, len(drawn))
+        legend(figure, axes, [line.label for line in drawn])
         ends = [f"{line.label} ends at {averaged(line.runs)[1][-1]:.3g}" for line in drawn if line.runs]
         return f"Line plot of {what} over {over}: {'; '.join(ends)}.", data_url(figure)
 
@@ -106,7 +106,7 @@ def bars(what: str, over: str, ticks: Sequence[str], drawn: Mapping[str, tuple[S
         axes.set(xlabel=over, ylabel=what, ylim=(0, None))
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="outside upper left", ncols=2, fontsize=9)  # there is no free corner
+        legend(figure, axes, list(drawn), has_room=False)
         ends = [f"{label} from {values[0]:.0%} to {values[-1]:.0%}" for label, (values, _) in drawn.items() if values]
         return f"Bar chart of {what} over {over}: {'; '.join(ends)}.", data_url(figure)
 
@@ -115,7 +115,9 @@ def stacked(what: str, rows: Mapping[str, Mapping[str, float]], tones: Sequence[
     """One lying bar per row, of the parts it is made of."""
     parts = list(next(iter(rows.values())))
     with mpl.rc_context(STYLE):
-        figure = MplFigure(figsize=(4.8, 0.9 + 0.42 * len(rows)), layout="constrained")
+        figure = MplFigure(
+            figsize=(4.8, 0.9 + sum(0.26 + 0.16 * -(-len(row) // 20) for row in rows)), layout="constrained"
+        )
         axes = figure.add_subplot()
         left = np.zeros(len(rows))
         hatches = ("", "///", "...", "xx", "")
@@ -124,7 +126,7 @@ def stacked(what: str, rows: Mapping[str, Mapping[str, float]], tones: Sequence[
             style = {"color": tone, "hatch": hatch, "edgecolor": INK, "linewidth": 0}
             axes.barh(range(len(rows)), values, 0.62, left=left, label=part, **style)
             left += values
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.set(xlabel=what)
         axes.grid(visible=False, axis="y")
@@ -138,10 +140,18 @@ def canvas() -> tuple[MplFigure, Axes]:
     return figure, figure.add_subplot()
 
 
-def legend(axes: Axes, num: int) -> None:
-    if num:
-        handles = {"ncols": 2} if num > 3 else {}
-        axes.legend(loc="best", fontsize=9, handlelength=2.2, **handles)
+def legend(figure: MplFigure, axes: Axes, labels: Sequence[str], has_room: bool = True) -> None:
+    """Where there is room inside, or above: then the figure grows by it."""
+    longest = max(map(len, labels), default=0)
+    if has_room and len(labels) <= 3 and longest <= 40:
+        if labels:
+            axes.legend(loc="best", fontsize=9, handlelength=2.2)
+        return
+    columns = 2 if longest <= 20 else 1
+    handles, texts = axes.get_legend_handles_labels()
+    texts = [text if len(text) <= 60 else text[:57] + "…" for text in texts]
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.19 * -(-len(labels) // columns))
+    figure.legend(handles, texts, loc="outside upper left", ncols=columns, fontsize=9)
 
 
 def averaged(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

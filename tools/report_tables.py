@@ -91,10 +91,12 @@ def curve(run: Run, key: str, axis: str) -> tuple[list[float], list[float]]:
 
 def headline(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """A row of the headline table per kind of run: figures as (mean, spread, text, what it is of)."""
-    base = next((runs for label, runs in groups.items() if runs[0].selector == "random"), None)
+    first = next((runs for runs in groups.values() if runs[0].selector == "random"), None)
     rows = []
     for label, runs in groups.items():
         cells = [figure(numbers(runs, key)) for key in keys]
+        # The twin, of the same other settings, if there is one.
+        base = groups.get("random" + label.removeprefix(runs[0].selector), first)
         ratio = None
         if base is not None and keys and runs is not base:
             mine, random = mean(numbers(runs, keys[0])), mean(numbers(base, keys[0]))
