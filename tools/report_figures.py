@@ -115,9 +115,9 @@ def stacked(what: str, rows: Mapping[str, Mapping[str, float]], tones: Sequence[
     """One lying bar per row, of the parts it is made of."""
     parts = list(next(iter(rows.values())))
     with mpl.rc_context(STYLE):
-        figure = MplFigure(
-            figsize=(4.8, 0.9 + sum(0.26 + 0.16 * -(-len(row) // 20) for row in rows)), layout="constrained"
-        )
+        names = [textwrap.fill(row, 20) for row in rows]
+        height = 0.9 + sum(0.26 + 0.16 * (1 + name.count("\n")) for name in names)
+        figure = MplFigure(figsize=(4.8, height), layout="constrained")
         axes = figure.add_subplot()
         left = np.zeros(len(rows))
         hatches = ("", "///", "...", "xx", "")
