@@ -124,7 +124,8 @@ def facts(entry: Mapping[str, Any], in_order: bool) -> list[str]:
     """What selection said of a candidate."""
     said = [f"pick {entry['place'] + 1}"] if in_order and "place" in entry else []
     said += [f"gain {entry['gain']:.2f}"] if "gain" in entry else []
-    return said + ([f"cos {entry['alignment']:.2f}"] if "alignment" in entry else [])
+    said += [f"cos {entry['alignment']:.2f}"] if "alignment" in entry else []
+    return [fact.replace(" ", "\u00a0") for fact in said]  # a line breaks between them alone
 
 
 def class_name(kind: str | None, classes: Sequence[str] | None) -> str | None:
