@@ -293,7 +293,7 @@ def page(runs: Sequence[Run]) -> str:
         who=who,
         times=step_times(groups),
         recipes=recipes(groups),
-        missing=[(run.name, run.missing) for run in runs if run.missing],
+        missing=[(run.name, run.missing) for of in groups.values() for run in of if run.missing],
     )
 
 
