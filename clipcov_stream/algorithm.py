@@ -168,6 +168,11 @@ class ClipCov(Algorithm):
         """Ids of what this rank trains on in this step, in the batch's order; None where pools have none."""
         self.survivor_gains: Tensor | None = None
         """What each of them gained when it was picked (`selection.Selected`)."""
+        self.pool_ids: Tensor | None = None
+        """Ids of this rank's candidates in this step, in the pool's order; None where pools have none."""
+        self.notes_alignment = False
+        """Whether `alignment` is kept: the cosine of each candidate's image and caption, in the pool's order."""
+        self.alignment: Tensor | None = None
         self._lags = Lags(lag_delay)
         self._group: Group = None
         self._asked, self._begun = 0.0, False
@@ -253,6 +258,7 @@ class ClipCov(Algorithm):
             self._learn(state, logger)
         else:
             self._end_step(state)
+            logger.log_metrics({"selection/step_ms": 1e3 * (time.perf_counter() - self._asked)})
 
     def _end_step(self, state: State) -> None:
         if self.uses_lag and self.selection is not None:
@@ -419,7 +425,9 @@ class ClipCov(Algorithm):
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares, self._begun = None, None, True
+        self.pool_ids = state.batch.get("id") if isinstance(state.batch, Mapping) else None
         prepared = self._prepared(state)
+        self.alignment = prepared.alignment
         self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
         if prepared.selection is not None:
             self.selection = prepared.selection

@@ -204,8 +204,9 @@ class EvalSuiteConfig:
 class TrainConfig:
     """A whole recipe; keys without a section of ours are the Composer Trainer's own.
 
-    `{selector}` and `{seed}` are filled in in `run_name`, `save_folder`, `metrics_file` and `ledger`, and `{run_name}`
-    in the latter three, so that a recipe's twins never share a folder. `ledger` is a folder, see `ledger.Ledger`.
+    `{selector}` and `{seed}` are filled in in `run_name`, `save_folder`, `metrics_file`, `ledger` and `gallery`, and
+    `{run_name}` in the latter four, so that a recipe's twins never share a folder. `ledger` is a folder, see
+    `ledger.Ledger`; so is `gallery`, see `gallery.Gallery`, which records every `gallery_interval`, in ba or dur.
     """
 
     model: ModelConfig
@@ -241,6 +242,8 @@ class TrainConfig:
     dist_timeout: float = 600
     metrics_file: str | None = None
     ledger: str | None = None
+    gallery: str | None = None
+    gallery_interval: str | int = "0.05dur"
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -280,14 +283,14 @@ def filled(config: TrainConfig) -> TrainConfig:
     """The recipe with names filled in and every seed that was not given taken from `seed`.
 
     Raises:
-        ValueError: `{run_name}` in `metrics_file` or `ledger` where there is none.
+        ValueError: `{run_name}` in `metrics_file`, `ledger` or `gallery` where there is none.
     """
     selection, stream = config.selection, config.stream
     known = {"selector": selection.selector, "seed": str(config.seed)}
     run_name = put(config.run_name, known)
     if run_name is not None:
         known["run_name"] = run_name
-    paths = {name: put(getattr(config, name), known) for name in ("metrics_file", "ledger")}
+    paths = {name: put(getattr(config, name), known) for name in ("metrics_file", "ledger", "gallery")}
     for name, path in paths.items():
         if path is not None and run_name is None and put(path, {"run_name": ""}) != path:
             raise ValueError(f"{name}={path!r} needs a run_name")

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from composer.core import State
 from composer.core.precision import get_precision_context
 from composer.utils import dist
@@ -64,6 +65,7 @@ class Prepared:
         survivors: the embedder's rows of the survivors chosen, where the lag is kept up.
         shares: who trains which of them, with scope="global".
         figures: of the step, by metric.
+        alignment: cosine of each candidate's image and caption, float32 on the CPU, where it is noted.
     """
 
     step: int
@@ -76,6 +78,7 @@ class Prepared:
     survivors: Pool | None
     shares: Shares | None
     figures: dict[str, float]
+    alignment: Tensor | None = None
 
     def __len__(self) -> int:
         """Survivors per rank."""
@@ -111,6 +114,7 @@ class Preparation:
         embedder: the teacher's or proxy's model; None for columns.
         uses_learner: whether the model in training embeds pools too.
         uses_lag: whether survivors' rows are kept for the lag.
+        notes_alignment: whether candidates' alignments are kept.
         selecting: `select`, in the form that is fast where the pool is.
         saved: the selection state of a checkpoint, to begin from.
         materialize: makes tensors of encoded survivors.
@@ -132,6 +136,7 @@ class Preparation:
     text_key: str
     uses_learner: bool
     uses_lag: bool
+    notes_alignment: bool
     selecting: GraphedSelect
     saved: Mapping[str, Any] | None = None
     materialize: Materializer | None = None
@@ -160,9 +165,9 @@ class Preparation:
                 raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
             placement = Placement.of(device.tensor_to_device(batch["id"]), self.group)
             num_chosen *= dist.get_world_size()
-        pool, embed_ms = None, None
+        pool, embed_ms, alignment = None, None, None
         if ticket.selects:
-            pool, embed_ms = self._embedded(batch, chunk, valid, placement)
+            pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -189,7 +194,7 @@ class Preparation:
         ids = rows.pop("id", None)
         gains = chosen.gain if shares is None else chosen.gain[shares.of_rank(dist.get_global_rank())]
         left = (chosen.num_invalid, chosen.selection, chosen.survivors)
-        return Prepared(ticket.step, rows, ids, gains, pool_size, *left, shares, figures)
+        return Prepared(ticket.step, rows, ids, gains, pool_size, *left, shares, figures, alignment)
 
     def _at_random(self, valid: Tensor, num_chosen: int, step: int) -> Chosen:
         rank = dist.get_global_rank() if self.scope == "local" else 0
@@ -254,8 +259,9 @@ class Preparation:
 
     def _embedded(
         self, batch: Mapping[str, Any], chunk: int, valid: Tensor, placement: Placement | None
-    ) -> tuple[Pool, Callable[[], float]]:
-        """The pool's embeddings, or all ranks', and a function that tells how many milliseconds they took."""
+    ) -> tuple[Pool, Callable[[], float], Tensor | None]:
+        """The pool's embeddings, or all ranks', a function that tells how many milliseconds they took, and this rank's
+        candidates' alignments where they are noted."""
         device = self.state.device
         sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
 
@@ -288,6 +294,7 @@ class Preparation:
             named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
+            alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
             if self.uses_learner:
                 learner_image, learner_text, learner_scale = towers(unwrap(self.state.model), learner=True)
                 pool = replace(
@@ -295,7 +302,7 @@ class Preparation:
                 )
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
-        return pool, watch.milliseconds
+        return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""

@@ -17,11 +17,13 @@ from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
 from clipcov_stream import build, evaluators
+from clipcov_stream.about import About
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.gallery import Gallery
 from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.metrics_file import MetricsFile
@@ -109,9 +111,12 @@ def build_trainer(config: TrainConfig) -> Trainer:
     splits, prompts = evaluators.build_evaluators(evals, model.towers, tokenizer)
     if config.metrics_file:
         loggers.append(MetricsFile(config.metrics_file))
+        callbacks.append(About(config.metrics_file, config))
+    chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
     if config.ledger:
-        chosen = {name: getattr(config.selection, name) for name in ("selector", "embed", "scope", "filter_ratio")}
         callbacks.append(Ledger(config.ledger, seed=config.seed, **chosen))
+    if config.gallery:
+        callbacks.append(Gallery(config.gallery, config.gallery_interval, seed=config.seed, **chosen))
     load_path, load_weights_only, autoresume = resume_from(config)
     if config.save_folder and saves_files_here(config):
         keep = config.save_num_checkpoints_to_keep

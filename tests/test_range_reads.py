@@ -22,6 +22,7 @@ from test_embed_mds import in_shards, options
 
 from clipcov_stream import ranges as ranges_module
 from clipcov_stream.ledger import folder_hash
+from clipcov_stream.records import read_gallery
 
 if TYPE_CHECKING:
     from s3 import Bucket, Request
@@ -71,6 +72,24 @@ def test_ranges_change_nothing(tmp_path: Path, embedded: Path, selection: dict[s
         assert folder_hash(dataset) == folder_hash(whole[0].state.train_dataloader.dataset)  # pyright: ignore
         by_ranges[0].close()
     assert not torch.equal(whole[1].images[-1], whole[1].images[-2])
+
+
+@pytest.mark.parametrize("run_ahead", [0, 2])
+def test_a_gallery_shows_the_same_by_ranges(tmp_path: Path, embedded: Path, run_ahead: int) -> None:
+    found = {}
+    for range_reads in (False, True):
+        tree = tree_of(embedded, range_reads, {"run_ahead": run_ahead})
+        tree |= {"gallery": str(tmp_path / str(range_reads)), "gallery_interval": "2ba", "run_name": "run"}
+        run(tmp_path, tree)[0].close()
+        found[range_reads] = read_gallery(tmp_path / str(range_reads))[1]
+    assert [record["step"] for record in found[True]] == [1, 3, 5]
+    for by_ranges, whole in zip(found[True], found[False], strict=True):
+        assert [(e["id"], e["kept"], e["caption"], e["jpeg"]) for e in by_ranges["shown"]] == [
+            (e["id"], e["kept"], e["caption"], e["jpeg"]) for e in whole["shown"]
+        ]
+        assert (whole["copies_by"], by_ranges["copies_by"]) == ("bytes", None)  # it fetches only what it shows
+        same = ("words", "looked_at", "num_kept", "num_unread", "num_undecodable")
+        assert [by_ranges[key] for key in same] == [whole[key] for key in same]
 
 
 @pytest.mark.parametrize("run_ahead", [0, 2])

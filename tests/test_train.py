@@ -47,6 +47,7 @@ def test_the_quickstart_recipe_trains_on_two_ranks(tmp_path: Path, corpus: Path)
         *("-n", "2", "yamls/quickstart.yaml", "max_duration=4ba", "selection.warmup=2ba", "eval_interval=4ba"),
         *(TINY, "stream.global_pool_size=80", "stream.num_workers=0"),
         *(f"stream.local={corpus / 'train'}", f"eval.shapes.local={corpus / 'eval'}", f"metrics_file={metrics}"),
+        f"gallery={tmp_path / 'gallery'}",
     )
     figures = last_metrics(metrics)
     assert figures["selection/samples_streamed"] == 4 * 80
@@ -173,3 +174,5 @@ def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None
         assert [point["samples_seen"] for point in run["curve"]] == [0, 2 * 8, 4 * 8]
         assert [point["samples_streamed"] for point in run["curve"]] == [0, 2 * 40, 4 * 40]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
+    assert f"report: {tmp_path / 'report.html'}" in done.stdout
+    assert "clipcov against random" in (tmp_path / "report.html").read_text(encoding="utf-8")

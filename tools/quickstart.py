@@ -3,7 +3,8 @@
     python tools/quickstart.py [--steps N] [--seed S] [--selectors random,clipcov] [--out runs/quickstart]
 
 All runs take the same steps over the same stream, from the same initial weights, and see the same number of samples.
-Prints a table and saves a plot of zero-shot accuracy over samples_seen; the last line is one JSON document.
+Prints a table and saves a plot of zero-shot accuracy over samples_seen, and a page about the runs with what was kept
+and what was dropped (`report.py`); the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from clipcov_stream import SELECTORS
+from clipcov_stream.records import read_metrics
 
 TOOLS = Path(__file__).resolve().parent
 # A checkout and an installed package have both folders side by side.
@@ -44,13 +47,9 @@ def as_typed(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """A run's metrics, one dict per step, in order; a later line of the same step adds to the earlier."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        steps.setdefault(row["step"], {}).update(row)
-    return [steps[step] for step in sorted(steps)]
+def folder_of(out: Path, selector: str, seed: int) -> Path:
+    """Where a run leaves what it records."""
+    return out / f"{selector}_{seed}"
 
 
 def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
@@ -59,8 +58,10 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     Raises:
         SystemExit: the run failed, or ended without an evaluation.
     """
-    metrics = out / f"{selector}.jsonl"
-    metrics.unlink(missing_ok=True)
+    folder = folder_of(out, selector, seed)
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)  # an earlier run's, which this one's would join
+    shutil.rmtree(folder / "gallery", ignore_errors=True)
     # This interpreter's launcher, so that no environment has to be activated.
     launcher = [sys.executable, "-m", "composer.cli"]
     # What tells the runs apart comes last, where no override can make two of them share it.
@@ -69,6 +70,7 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
         f"run_name=quickstart_{selector}_{seed}",
         f"selection.selector={selector}",
         f"metrics_file={metrics}",
+        f"gallery={folder / 'gallery'}",
     ]
     command = [as_typed(RECIPE), *overrides, *own]
     print(f"$ composer {shlex.join(command)}", flush=True)
@@ -175,6 +177,10 @@ def main() -> None:
         ratio = run["final"][METRIC] / base if base else float("nan")
         print(f"{run['selector']}: {ratio:.2f}x the mean-per-class accuracy of {runs[0]['selector']}, one seed")
     print(f"plot: {args.out / 'accuracy.png'}")
+    folders = [str(folder_of(args.out, selector, args.seed)) for selector in args.selectors]
+    report = [sys.executable, str(ROOT / "tools" / "report.py"), *folders, "-o", str(args.out / "report.html")]
+    subprocess.run(report, check=True, stdout=subprocess.DEVNULL)
+    print(f"report: {args.out / 'report.html'} (open it in a browser)")
     print(json.dumps({"seed": args.seed, "runs": runs}))
 
 

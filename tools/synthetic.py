@@ -347,7 +347,8 @@ def run(args: argparse.Namespace) -> None:
         with mds_split(folder / "eval", EVAL_COLUMNS, source=source) as writer:
             for index in tqdm(range(args.eval_per_class * len(classes)), desc="eval", unit="sample"):
                 writer.write(corpus.eval_sample(index))
-        write_classes_json(folder / "eval", [class_name(kind) for kind in classes], TEMPLATES)
+        for split in ("train", "eval"):
+            write_classes_json(folder / split, [class_name(kind) for kind in classes], TEMPLATES)
     print(
         f"{Path(args.out)}: {args.samples} training samples of {len(classes)} classes "
         f"({args.mismatched:.0%} mismatched, {args.duplicates:.0%} near-duplicates, {args.generic:.0%} generic), "

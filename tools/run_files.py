@@ -1,0 +1,187 @@
+"""What a run left behind: its metrics, and beside them what it was, its gallery and its ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipcov_stream.records import GALLERY_FILE, about_path, read_gallery, read_metrics
+
+if TYPE_CHECKING:
+    from clipcov_stream.ledger import Record
+
+OWN = ("seed", "selection.seed", "selection.selector", "stream.shuffle_seed", "run_name", "metrics_file", "ledger")
+OWN += ("gallery", "gallery_interval", "save_folder", "progress_bar", "log_to_console", "console_log_interval")
+"""Keys of a recipe that may differ between runs of one kind."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as it left something.
+
+    Args:
+        metrics_file: its path.
+        rows: metrics, one dict per step, in order.
+        about: of `about.About`; empty where there is no such file.
+        gallery: records of steps; None where there is none.
+        classes: names of the gallery's classes.
+        ledger: all ranks' records; None where there is none.
+        missing: what is not there, and the key that records it.
+    """
+
+    metrics_file: Path
+    rows: list[dict[str, Any]]
+    about: dict[str, Any] = field(default_factory=dict)
+    gallery: list[dict[str, Any]] | None = None
+    classes: list[str] | None = None
+    ledger: list[Record] | None = None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.about.get("recipe", {})
+
+    @property
+    def name(self) -> str:
+        stem = self.metrics_file.parent.name if self.metrics_file.stem == "metrics" else self.metrics_file.stem
+        return str(self.recipe.get("run_name") or stem)
+
+    @property
+    def selector(self) -> str:
+        return str(self.recipe.get("selection", {}).get("selector") or self.name)
+
+    @property
+    def seed(self) -> Any:
+        return self.recipe.get("seed", "?")
+
+    @property
+    def steps(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def status(self) -> str:
+        """Whether it came to its end."""
+        if not self.about:
+            return "unknown"
+        return "finished" if self.about.get("ended") else f"at step {self.steps}, not ended"
+
+    def last(self, key: str) -> Any:
+        """The last value logged under a key; None if there is none."""
+        return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+
+def find_runs(place: Path) -> list[Path]:
+    """Metrics files of a metrics file, of a run's folder, or of a folder of runs.
+
+    Raises:
+        ValueError: none there.
+    """
+    if place.is_file():
+        return [place]
+    beside = place.with_suffix(".jsonl") if place.suffix != ".jsonl" else place
+    found = [path for path in sorted(place.glob("*.jsonl")) if is_metrics(path)]
+    found = found or ([beside] if beside.is_file() else [])
+    found = found or [path for path in sorted(place.glob("*/*.jsonl")) if is_metrics(path)]
+    if not found:
+        raise ValueError(
+            f"{place}: no run there; a run is a metrics file (metrics_file: runs/{{run_name}}/metrics.jsonl), the "
+            "folder that holds it, or a folder of such folders"
+        )
+    return found
+
+
+def is_metrics(path: Path) -> bool:
+    return path.name != GALLERY_FILE and (path.name == "metrics.jsonl" or about_path(path).is_file())
+
+
+def read_run(metrics_file: Path) -> Run:
+    """All of a run that can be read.
+
+    Raises:
+        ValueError: metrics that cannot be read; whatever else cannot is named in `missing`.
+    """
+    rows, missing = read_metrics(metrics_file), []
+    about, gallery, classes, ledger = {}, None, None, None
+    try:
+        about = dict(json.loads(about_path(metrics_file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        missing.append("recipe and versions (written beside metrics_file by every run of this version)")
+    recipe = about.get("recipe", {})
+    folder = beside(metrics_file, recipe, "gallery")
+    try:
+        header, gallery = read_gallery(folder)
+        classes = header.get("classes")
+    except ValueError as error:
+        key = "gallery=runs/{run_name}/gallery records one"
+        missing.append(f"gallery of what was kept and dropped ({key if not folder.exists() else error})")
+    folder = beside(metrics_file, recipe, "ledger")
+    try:
+        ledger = ledger_of(folder)
+    except ValueError as error:
+        key = "ledger=runs/{run_name}/ledger records one"
+        missing.append(f"ledger of the samples trained on ({key if not folder.exists() else error})")
+    if not any(key.startswith("metrics/") for row in rows for key in row):
+        missing.append("evaluations (eval.NAME.local=FOLDER)")
+    return Run(metrics_file, rows, about, gallery, classes, ledger, tuple(missing))
+
+
+def ledger_of(folder: Path) -> list[Record]:
+    """A ledger's records.
+
+    Raises:
+        ValueError: there is none, or a damaged one.
+    """
+    if not folder.exists():
+        raise ValueError(f"{folder}: no ledger there")
+    from clipcov_stream.ledger import read_ledger  # which imports Composer: seconds, spent only where there is one
+
+    return read_ledger(folder)
+
+
+def beside(metrics_file: Path, recipe: Mapping[str, Any], key: str) -> Path:
+    """Where a run's folder of that key is: beside its metrics, also if they were moved, or where its recipe says."""
+    near = metrics_file.parent / key
+    return near if near.exists() or not recipe.get(key) else Path(recipe[key])
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by their full keys; lists are values."""
+    if isinstance(tree, Mapping) and tree:
+        return {key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Keys whose values differ between runs' recipes, other than OWN."""
+    recipes = [flat(run.recipe) for run in runs if run.recipe]
+    keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
+    apart = [key for key in keys if len({json.dumps(recipe.get(key)) for recipe in recipes}) > 1]
+    return [key for key in apart if key not in OWN]
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of one kind, by its name: the selector, and what else of the recipe differs; seeds come together.
+
+    Random comes first, then the others as they come.
+    """
+    keys, named = differing(runs), 2
+    labels: dict[tuple[str, ...], str] = {}
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.selector != "random"):
+        recipe = flat(run.recipe)
+        kind = (run.selector, *(json.dumps(recipe.get(key)) for key in keys))
+        if kind not in labels:
+            parts = [f"{key.split('.')[-1]}={short(recipe.get(key))}" for key in keys[:named] if run.recipe]
+            label = ", ".join([run.selector, *parts])
+            alike = sum(other == label or other.startswith(f"{label} (") for other in labels.values())
+            labels[kind] = f"{label} ({alike + 1})" if alike else label
+        groups.setdefault(labels[kind], []).append(run)
+    return groups
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else "…" + text[-22:]
