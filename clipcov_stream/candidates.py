@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from streaming.base.format.mds.encodings import mds_decode
 
-from clipcov_stream.materialize import UndecodableImage, decode_image
+from clipcov_stream.captions import caption_of
+from clipcov_stream.decode import UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Span
 from clipcov_stream.sidecar import SPAN_COLUMN
@@ -145,18 +147,24 @@ def evenly(rows: Sequence[int], most: int) -> list[int]:
 
 
 def read_sample(dataset: PairDataset, sample_id: int) -> dict[str, Any] | None:
-    """All columns of a sample, as they are stored; None if its shard is not at hand any more."""
+    """All columns of a sample, texts and numbers decoded; None if its shard is not at hand any more."""
     shard, row = dataset.spanner[sample_id]
     try:
-        return dataset.shards[shard][row]
+        sample: dict[str, Any] = dict(dataset.shards[shard][row])
+        for name, kind in dataset.left_encoded.items():
+            if kind == "str":
+                sample[name] = caption_of(sample[name])
+            elif re.fullmatch(r"u?int\d*", kind):
+                sample[name] = mds_decode(kind, sample[name])
     except (OSError, IndexError, ValueError):  # a cache with a limit has let go of it, perhaps just now
         return None
+    return sample
 
 
 def encoded_images(loader: Any, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Encoded images of samples; a folder that is read by ranges is asked for them."""
     if loader.dataset.source is None:
-        return [sample[loader.dataset.columns.image] for sample in samples]
+        return [loader.dataset.encoded_image(sample) for sample in samples]
     return list(loader.materialize.fetch([Span(*sample[SPAN_COLUMN].tolist()) for sample in samples]))
 
 

@@ -236,8 +236,9 @@ class PairDataset(GuardedDataset):
                 )
         for shard in map(bounded, shards):
             shard.column_encodings = encodings
+        self.left_encoded = {name: kind for name, kind in zip(names, kinds, strict=True) if name not in read}
 
-    def _image(self, sample: dict[str, Any]) -> Any:
+    def encoded_image(self, sample: dict[str, Any]) -> Any:
         """A sample's image as `decode_image` takes it; no bytes for raw pixels that are none."""
         data = sample[self.columns.image]
         if self.image_encoding != "pil":
@@ -291,7 +292,7 @@ class PairDataset(GuardedDataset):
         seed = mix(self.seed, self.next_epoch, int(sample_id))
         tokenizer, caption = self.tokenizer, None if columns.caption is None else caption_of(sample[columns.caption])
         if self.deferred:
-            image = self._image(sample) if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
+            image = self.encoded_image(sample) if self.source is None else Span(*sample[SPAN_COLUMN].tolist())
             item |= {"image": image, "augmentation": seed}
             if tokenizer is not None and caption is not None:
                 item["text"] = caption if self.scoring_crop is None else tokenizer(caption)
@@ -303,7 +304,7 @@ class PairDataset(GuardedDataset):
                     item["valid"] = False
         else:
             try:
-                image = decode_image(self._image(sample), max_pixels=self.max_pixels)
+                image = decode_image(self.encoded_image(sample), max_pixels=self.max_pixels)
                 item["image"] = self.transform.augmented(image, seed) if self.transform.augments else self.crop(image)
             except UndecodableImage:
                 item["image"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)

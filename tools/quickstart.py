@@ -178,7 +178,7 @@ def main() -> None:
         print(f"{run['selector']}: {ratio:.2f}x the mean-per-class accuracy of {runs[0]['selector']}, one seed")
     print(f"plot: {args.out / 'accuracy.png'}")
     folders = [str(folder_of(args.out, selector, args.seed)) for selector in args.selectors]
-    report = [sys.executable, str(ROOT / "tools" / "report.py"), *folders, "-o", str(args.out / "report.html")]
+    report = [sys.executable, str(TOOLS / "report.py"), *folders, "-o", str(args.out / "report.html")]
     subprocess.run(report, check=True, stdout=subprocess.DEVNULL)
     print(f"report: {args.out / 'report.html'} (open it in a browser)")
     print(json.dumps({"seed": args.seed, "runs": runs}))
