@@ -201,6 +201,7 @@ def train(trainer: Trainer, eval_first: bool = False) -> None:
     state = trainer.state
     if state.max_duration is not None and state.timestamp >= state.max_duration:
         log.warning("nothing is left to train: the checkpoint is of max_duration=%s", state.max_duration)
+        state.previous_timestamp = state.timestamp  # None would be that of a run which has not begun: no evaluation
         trainer._train_loop()  # what fit does once it has checked its arguments
         return
     # A resumed run has been evaluated at its start.

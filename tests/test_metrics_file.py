@@ -25,7 +25,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def tree_of(corpus: Path, folder: Path) -> dict[str, Any]:
-    split = {"local": str(corpus / "eval"), "batch_size": 64}
+    split = {"local": str(corpus / "eval"), "batch_size": 9}
     return recipe(
         corpus,
         run_name="r",
@@ -39,6 +39,7 @@ def tree_of(corpus: Path, folder: Path) -> dict[str, Any]:
     )
 
 
+@pytest.mark.filterwarnings("ignore:No batches were trained")  # Composer's, of an epoch whose last pool it has seen
 @pytest.mark.parametrize("torn", [False, True])
 def test_stopped_runs_leave_the_lines_of_a_straight_one(tmp_path: Path, corpus: Path, torn: bool) -> None:
     # Six pools make an epoch: the second stop is in the second.
@@ -66,7 +67,7 @@ def test_stopped_runs_leave_the_lines_of_a_straight_one(tmp_path: Path, corpus: 
 def test_a_run_that_starts_anew_loses_no_lines(tmp_path: Path, corpus: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     for number in range(3):
-        trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="1ba", metrics_file=str(metrics)))
+        trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="3ba", metrics_file=str(metrics)))
         if number == 0:
             trainer.fit()
         else:

@@ -95,6 +95,7 @@ def test_what_a_killed_run_left_is_removed_and_a_live_runs_is_not(tmp_path: Path
     assert not live.blocks()
 
 
+@pytest.mark.slow
 def test_a_dead_runs_worker_is_waited_for(tmp_path: Path, corpus: Path) -> None:
     holder = Holder(corpus, tmp_path / "a", "worker", "3")
     began = time.monotonic()
@@ -119,6 +120,7 @@ next(iter(pool_loader(dataset, 8, num_workers=1)))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stuck_ends_with_its_parent(corpus: Path) -> None:
     command = [sys.executable, "-c", STUCK, str(corpus)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -141,6 +143,7 @@ stream.claim = lambda dataset: os.killpg(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_one_killed_while_its_dataset_was_made_is_known_by_its_folder(tmp_path: Path, corpus: Path) -> None:
     live = Holder(corpus, tmp_path / "live")
     before = {path.name for path in MEMORY.glob("0*")}
