@@ -29,7 +29,8 @@ def test_the_recipe_and_versions_stand_beside_the_metrics(tmp_path: Path) -> Non
     about: dict[str, Any] = json.loads((tmp_path / "run" / "metrics.about.json").read_text())
     assert about["started"] and about["ended"] is None
     trainer = build_trainer(config)
-    trainer.fit()
+    with pytest.warns(UserWarning, match="had lines, but the run starts anew"):
+        trainer.fit()
     about = json.loads(about_path(tmp_path / "run" / "metrics.jsonl").read_text())
     assert about["ended"] >= about["started"]
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
