@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from streaming.base.format.mds.encodings import mds_decode
 
-from clipcov_stream.captions import caption_of
 from clipcov_stream.decode import UndecodableImage, decode_image
 from clipcov_stream.objective import mix
 from clipcov_stream.ranges import Span
@@ -150,15 +148,9 @@ def read_sample(dataset: PairDataset, sample_id: int) -> dict[str, Any] | None:
     """All columns of a sample, texts and numbers decoded; None if its shard is not at hand any more."""
     shard, row = dataset.spanner[sample_id]
     try:
-        sample: dict[str, Any] = dict(dataset.shards[shard][row])
-        for name, kind in dataset.left_encoded.items():
-            if kind == "str":
-                sample[name] = caption_of(sample[name])
-            elif re.fullmatch(r"u?int\d*", kind):
-                sample[name] = mds_decode(kind, sample[name])
+        return dataset.readable(dataset.shards[shard][row])
     except (OSError, IndexError, ValueError):  # a cache with a limit has let go of it, perhaps just now
         return None
-    return sample
 
 
 def encoded_images(loader: Any, samples: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from streaming import StreamingDataLoader
 from streaming.base.distributed import get_world_size
+from streaming.base.format.mds.encodings import mds_decode
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -237,6 +239,16 @@ class PairDataset(GuardedDataset):
         for shard in map(bounded, shards):
             shard.column_encodings = encodings
         self.left_encoded = {name: kind for name, kind in zip(names, kinds, strict=True) if name not in read}
+
+    def readable(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """A sample as it is stored, its texts and whole numbers decoded; images and pickles are left as bytes."""
+        found = dict(sample)
+        for name, kind in self.left_encoded.items():
+            if kind == "str":
+                found[name] = caption_of(found[name])
+            elif re.fullmatch(r"u?int\d*", kind):
+                found[name] = mds_decode(kind, found[name])
+        return found
 
     def encoded_image(self, sample: dict[str, Any]) -> Any:
         """A sample's image as `decode_image` takes it; no bytes for raw pixels that are none."""

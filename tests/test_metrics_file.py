@@ -74,7 +74,11 @@ def test_a_run_that_starts_anew_loses_no_lines(tmp_path: Path, corpus: Path) -> 
             with pytest.warns(UserWarning, match=rf"had lines, but .* are in 'metrics.jsonl.{number}'"):
                 trainer.fit()
         trainer.close()
-    assert {path.name for path in tmp_path.glob("metrics*")} == {metrics.name, f"{metrics.name}.1", f"{metrics.name}.2"}
+    assert {path.name for path in tmp_path.glob("metrics.jsonl*")} == {
+        metrics.name,
+        f"{metrics.name}.1",
+        f"{metrics.name}.2",
+    }
     assert len(lines_of(metrics)) == len(lines_of(tmp_path / "metrics.jsonl.1"))
 
 

@@ -87,7 +87,7 @@ def check_stream(name: str, stream: tuple[int, list[tuple[str, str, int]], int, 
         pool = pool_of(size, image, text, seed, scale)
         valid = prepared(pool).valid
         assert valid is not None
-        after, survivors, report = select(state, pool, num_survivors, SELECTORS[name])
+        after, survivors, report, gain = select(state, pool, num_survivors, SELECTORS[name])
         assert int(report["num_invalid"]) == int((~valid).sum())
         assert not_finite({"state": after.state_dict(), "report": report}) == []
         if int(valid.sum()) < num_survivors:
@@ -97,6 +97,7 @@ def check_stream(name: str, stream: tuple[int, list[tuple[str, str, int]], int, 
             assert selector.state_dict().get("step", 0) == before.get("step", 0)  # as if the pool had not come
             continue
         assert len(set(survivors.tolist())) == num_survivors and bool(valid[survivors].all())
+        assert bool(gain.isfinite().all()) if name == "clipcov" else bool(gain.isnan().all())
         assert torch.equal(selector(pool, num_survivors), survivors)
         learner = torch.randn(num_survivors, 3, generator=torch.Generator().manual_seed(seed))
         odd = {0: math.nan, 1: math.inf}.get(seed % 7, 100.0)

@@ -22,6 +22,7 @@ from test_embed_mds import in_shards, options
 from test_make_mds_sources import COLUMNS, make, write_numbers
 from test_sidecar import trained
 
+from clipcov_stream import sidecar as sidecar_module
 from clipcov_stream.sidecar import Sidecar
 
 
@@ -117,7 +118,9 @@ def test_folders_and_files_of_a_staged_folder_keep_their_names(bucket: Bucket, s
 # A remote sidecar --------------------------------------------------------------------------------------
 
 
-def test_a_sidecar_in_a_bucket_is_fetched_as_needed_and_checked(tmp_path: Path, bucket: Bucket) -> None:
+def test_a_sidecar_in_a_bucket_is_fetched_as_needed_and_checked(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = draw_corpus(tmp_path / "shapes")
     folder = in_shards(corpus, tmp_path / "mds", rows=160)
     embed_mds.main([*options(tmp_path, folder, "beside"), "--sidecar"])
@@ -139,6 +142,7 @@ def test_a_sidecar_in_a_bucket_is_fetched_as_needed_and_checked(tmp_path: Path, 
     assert len(list((tmp_path / "fresh").glob(".sidecar-*/*.mds"))) == 1
     data = (tmp_path / "beside" / "shard.00001.mds").read_bytes()
     bucket.client.put_object(Bucket=bucket.name, Key="sidecar/shard.00001.mds", Body=data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"shard.00001.mds of stream.sidecar .* fails its sha1 check"):
+    monkeypatch.setattr(sidecar_module, "FIRST_PAUSE", 0.001)
+    with pytest.raises(OSError, match=r"shard.00001.mds of stream.sidecar .* fails its sha1 check"):
         sidecar[sidecar.ends[0]]
     assert len(list((tmp_path / "fresh").glob(".sidecar-*/*.mds"))) == 1

@@ -177,7 +177,7 @@ def read(folder: Path, label: str, truth: tuple[str, ...] = ()) -> tuple[Split, 
         sample = dataset.get_item(row)
         image[row], text[row], labels[row] = sample["image"], sample["text"], sample["label"]
         if truth:
-            raw = super(PairDataset, dataset).get_item(row)
+            raw = dataset.readable(super(PairDataset, dataset).get_item(row))
             for key in truth:
                 flags[key][row] = bool(raw[key])
     return Split(image, text, labels), flags
