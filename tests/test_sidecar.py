@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def test_a_sidecar_has_the_embeddings_and_says_where_the_images_lie(embedded: Pa
     decoded = beside.samples(rows, decode=["image_span"])
     for row, copied, original in zip(decoded, whole.samples(rows), source.samples(rows), strict=True):
         assert all(row[name] == copied[name] for name in (*EMBEDDINGS, "caption"))
-        number, offset, length = row["image_span"].tolist()
+        number, offset, length, checksum = row["image_span"].tolist()
         data = (embedded / "mds" / shards[number]["raw_data"]["basename"]).read_bytes()
         assert data[offset : offset + length] == original["image"]
+        assert checksum == zlib.crc32(original["image"])
     record = json.loads((embedded / "beside" / "embedder.json").read_text())
     assert record["sidecar"] and record["counts"] == {"samples": 160, "undecodable": 2}
     files = {path.name.split(".")[0] for path in (embedded / "beside").iterdir()}
