@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -106,11 +107,23 @@ def whole_writes() -> Iterator[None]:
 
 
 def write_whole(write: Callable[[dict[str, Any], str], None], state_dict: dict[str, Any], filename: str) -> None:
-    """Have `write` write a file beside its place, and move it there once it is on the disk."""
+    """Have `write` write a file beside its place, and move it there once it is on the disk.
+
+    Raises:
+        OSError: it could not be written; what torch says of a full disk names neither the file nor the disk.
+    """
     place = Path(filename)
     partial_ = place.with_name(PARTIAL + place.name)
-    write(state_dict, str(partial_))
-    sync(partial_)
+    try:
+        write(state_dict, str(partial_))
+        sync(partial_)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(place.parent).free
+        partial_.unlink(missing_ok=True)
+        raise OSError(
+            f"checkpoint {filename} could not be written with {free} bytes left on its disk: {error}; those before it "
+            "are whole"
+        ) from error
     partial_.replace(place)
     sync(place.parent)
 

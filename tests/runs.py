@@ -62,6 +62,7 @@ class MemoryLog(LoggerDestination):
 
 
 def trainer_of(tmp_path: Path, tree: dict[str, Any]) -> tuple[Trainer, Recorder, MemoryLog]:
+    tmp_path.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
     recorder, memory = Recorder(), MemoryLog()
     trainer.state.callbacks.append(recorder)

@@ -32,7 +32,8 @@ def test_two_hundred_steps_use_up_nothing(tmp_path: Path, bucket: "Bucket") -> N
     early = [row for row in meter.rows if 32 < row["step"] <= 100]
     late = [row for row in meter.rows if row["step"] > 100]
     for key in soak.BOUNDED:
-        assert max(row[key] for row in late) <= max(row[key] for row in early), key
+        # A connection more or less comes and goes with the store's answers; a leak of a step is a hundred.
+        assert max(row[key] for row in late) <= max(row[key] for row in early) + 3, key
     evicted = len(list((tmp_path / "corpus").glob("shard.*"))) - max(row["cached"] for row in meter.rows)
     assert evicted > 0  # the cache is smaller than the folder
 
