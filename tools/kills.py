@@ -265,7 +265,8 @@ def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[st
         if said is None:
             break
         if not isinstance(said, dict):
-            done.faults.append(said)
+            print(said, file=sys.stderr)
+            done.faults.append(said.strip().splitlines()[-1])  # without the machine's paths
             return done  # its folder stays until the end, for a look
         if kill is not None and kill.kind == "torn":
             said["torn"] = tear(folder / "saved", kill.share)
