@@ -158,6 +158,8 @@ def recipe_of(remote: str, out: Path, steps: int) -> dict[str, Any]:
             "local": str(out / "cache"),
             "global_pool_size": 32,
             "num_workers": 1,
+            # Shards come and go in turn: shuffled, each pool would wait for some that were just evicted.
+            "shuffle": False,
             "cache_limit": 1 << 19,
             "validate_hash": "sha1",
             "predownload": 64,
