@@ -22,9 +22,11 @@ from composer.utils import dist
 
 from clipcov_stream.config import TrainConfig
 from clipcov_stream.records import about_path
+from clipcov_stream.redact import redacted
 
 PACKAGES = ("clipcov-stream", "torch", "mosaicml", "mosaicml-streaming", "open_clip_torch", "numpy", "pillow")
-SECRET = re.compile(r"pass|secret|token$|api_?key|credential", re.IGNORECASE)
+SECRET = re.compile(r"pass|secret|tokens?$|keys?$|key_?id$|credential|auth(orization)?$|sas$|webhook", re.IGNORECASE)
+"""Keys whose values, and all below them, are hidden; loggers and callbacks are given such things."""
 
 
 class About(Callback):
@@ -66,13 +68,15 @@ class About(Callback):
 
 
 def plain(value: Any, key: str = "") -> Any:
-    """A recipe as JSON can hold it, without its secrets: values of keys that name one, and passwords in URLs."""
+    """A recipe as JSON can hold it, without its secrets: all below keys that name one, and what `redacted` hides."""
+    if SECRET.search(key) and value:
+        return "***"
     if isinstance(value, Mapping):
         return {str(name): plain(item, str(name)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, key) for item in value]
     if isinstance(value, str):
-        return "***" if SECRET.search(key) and value else re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", value)
+        return redacted(value)
     return value if isinstance(value, (int, float, bool, type(None))) else repr(value)
 
 

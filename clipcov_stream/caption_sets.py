@@ -9,6 +9,7 @@ import csv
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class CaptionedImages:
     captions: tuple[tuple[str, ...], ...]
     note: str = ""
 
-    @property
+    @cached_property
     def most(self) -> int:
         """Captions of the image that has most."""
         return max(map(len, self.captions))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import mmap
 import os
 import random
 import time
@@ -25,12 +26,15 @@ from streaming import Stream
 from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash
 
+from clipcov_stream.redact import redacted
 from clipcov_stream.remote import FIRST_PAUSE, within
 
 log = logging.getLogger(__name__)
 
 FASTEST = ("xxh3_64", "xxh64", "xxh128", "sha1", "md5")
 """Hashes in the order in which they are taken where an index has several."""
+LONGEST_PAUSE = 8.0
+"""Seconds between two attempts."""
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 """Errors that are no shard's: another attempt will not help, and to skip the shard would be wrong."""
 
@@ -53,7 +57,8 @@ def check_file(path: Path, info: Any, hash_name: str | None = None) -> None:
     names = [name for name in FASTEST if name in info.hashes] or sorted(info.hashes)
     name = hash_name or (names[0] if names else None)
     if name is not None:
-        found = get_hash(name, path.read_bytes())
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = get_hash(name, data)  # pyright: ignore[reportArgumentType]
         if found != info.hashes[name]:
             raise OSError(f"its {name} is {found}, the index says {info.hashes[name]}")
 
@@ -130,7 +135,7 @@ class CheckedStream(Stream):
             self._make_sound(shard)
         except Exception as error:  # of the store, the disk, the decompressor
             self.note(name, f"{type(error).__name__}: {error}", getattr(error, "errno", None) in OF_THIS_MACHINE)
-            log.error("shard %s of %s cannot be used: %s", name, self.where, error)
+            log.error("shard %s of %s cannot be used: %s", name, self.where, redacted(error))
         return self._num_bytes(shard) - before
 
     def _num_bytes(self, shard: Any) -> int:
@@ -162,9 +167,10 @@ class CheckedStream(Stream):
                 if final or attempt == attempts - 1:
                     raise
                 self._downloader.clean_up()
-                log.warning("shard %s of %s, attempt %d: %s", raw.basename, self.where, attempt + 1, error)
+                log.warning("shard %s of %s, attempt %d: %s", raw.basename, self.where, attempt + 1, redacted(error))
                 if self.can_fetch:
-                    time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))
+                    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))
+                    time.sleep(pause if until is None else max(0.0, min(pause, until - time.monotonic())))
 
     def _check(self, path: Path, shard: Any) -> None:
         check_file(path, shard.raw_data, self.validate_hash)
@@ -176,6 +182,7 @@ class CheckedStream(Stream):
         raw, packed = shard.raw_data, shard.zip_data
         path = self.path(raw.basename)
         part = path.with_name(f"{path.name}.part")
+        parts = [part]
         try:
             if packed is None:
                 self._download(raw.basename, part, until)
@@ -183,6 +190,7 @@ class CheckedStream(Stream):
                 zipped = self.path(packed.basename)
                 if not zipped.is_file():
                     zip_part = zipped.with_name(f"{zipped.name}.part")
+                    parts.append(zip_part)
                     self._download(packed.basename, zip_part, until)
                     os.replace(zip_part, zipped)
                 check_file(zipped, packed, self.validate_hash if self.validate_hash in packed.hashes else None)
@@ -190,8 +198,9 @@ class CheckedStream(Stream):
             self._check(part, shard)
             os.replace(part, path)
         finally:
-            for left in (part, part.with_name(f"{part.name}.tmp")):  # the latter where `remote` is a path
+            for left in parts:
                 left.unlink(missing_ok=True)
+                left.with_name(f"{left.name}.tmp").unlink(missing_ok=True)  # where `remote` is a path
 
     def _download(self, basename: str, part: Path, until: float | None) -> None:
         if not self.can_fetch:
@@ -217,6 +226,7 @@ class CheckedStream(Stream):
 
     def note(self, basename: str, error: str, is_fatal: bool = False) -> None:
         """Note a bad shard for all processes of this machine; `is_fatal` if it must not be skipped."""
+        error = redacted(error)
         if self.notes is None:
             raise BadShard(f"shard {basename} of {self.where} cannot be used: {error}")
         self.notes.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ class EvalConfig:
 
     Either an MDS folder, by `local`, `remote`, `split`, with the tasks zeroshot (needs labels and classes.json; the
     default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`, `folder` (a folder
-    of images per class) or `captions` (root is an annotation file, see `captions.open_captions`, `images` the folder
+    of images per class) or `captions` (root is an annotation file, `caption_sets.open_captions`; `images` is the folder
     that its paths are relative to). `split: train` opens a set's training images.
     """
 

@@ -99,6 +99,8 @@ class GuardedDataset(StreamingDataset):
         shard: Any = self.shards[shard_id]
         for _ in range(1 + retry):
             if shard_id not in self._sound:
+                # Read before its turn, it has not been looked at yet.
+                self.prepare_shard(shard_id)
                 if self._is_skipped(shard.raw_data.basename):
                     return None
                 self._sound.add(shard_id)
@@ -111,7 +113,7 @@ class GuardedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
             except Exception as error:  # what damage that no hash has shown makes a decoder say
                 message = f"sample {row} of shard {shard.raw_data.basename} of {self.stream.where} cannot be read"
-                if self.on_bad_shard == "skip" and not isinstance(error, OSError):
+                if self.on_bad_shard == "skip" and not isinstance(error, (OSError, MemoryError)):
                     log.error("%s: %r", message, error)
                     return None
                 raise BadShard(f"{message}: {error!r}; {self._help()}") from error
@@ -228,8 +230,14 @@ class GuardedDataset(StreamingDataset):
         it.on_exit()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Streaming's, and the shards that are skipped: a resumed run skips them too, lest it choose otherwise."""
+        """Streaming's, and the shards that are skipped: a resumed run skips them too, lest it choose otherwise.
+
+        Of a checkpoint at the end of an epoch Streaming says the epoch that is over, and no sample of it: a run resumed
+        from there would go through it once more.
+        """
         state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = self.next_epoch
         return {**state, "bad_shards": self.bad_shards()} if self.on_bad_shard == "skip" else state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:

@@ -63,12 +63,30 @@ def build_towers(
             assert name is not None
             check_name(name)
             tag = None if pretrained is None or Path(pretrained).exists() else pretrained
+            if tag is not None:
+                check_activation(name, tag)
             towers = open_clip.create_model(name, pretrained=tag, output_dict=True, **bias)  # pyright: ignore
     except (TypeError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {error}") from error
     if pretrained is not None and (config is not None or Path(pretrained).exists()):
         load_towers(towers, pretrained)
     return towers
+
+
+def check_activation(name: str, tag: str) -> None:
+    """Raise ValueError if a tag's weights were trained with QuickGELU and the model has none, or the other way round.
+
+    open_clip only warns, and the model's outputs are then worth little.
+    """
+    known = open_clip.get_pretrained_cfg(name, tag)
+    own, theirs = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), known))
+    if not known or own == theirs:
+        return
+    other = name.removesuffix("-quickgelu") if own else f"{name}-quickgelu"
+    have, lack = ("without", "with") if own else ("with", "without")
+    raise ValueError(
+        f"model: the weights {tag!r} were trained {have} QuickGELU, {name!r} is {lack} it; use the name {other!r}"
+    )
 
 
 def check_name(name: str) -> None:

@@ -32,6 +32,7 @@ from streaming.base.util import bytes_to_int
 from clipcov_stream.decode import MAX_PIXELS, UndecodableImage, raw_image
 from clipcov_stream.mds_index import checked_index
 from clipcov_stream.range_cache import RangeCache
+from clipcov_stream.redact import redacted
 from clipcov_stream.remote import FIRST_PAUSE, RangeReader, is_missing, is_remote, within
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
@@ -223,7 +224,7 @@ def sidecar_of(source: Source, where: str | None, local: str | None, image: str)
     sidecar = Sidecar(where, local or tempfile.gettempdir())
     source.check_sidecar(sidecar, image)
     remote = sidecar.where if sidecar.is_remote else None
-    return {"local": str(sidecar.folder), "remote": remote, "split": None}
+    return {"local": str(sidecar.folder), "remote": remote, "split": None, "index": sidecar.index}
 
 
 class Ranges:
@@ -279,7 +280,8 @@ class Ranges:
         kept: dict[Span, bytes] = {}
         if self.cache is not None:
             by_place = self.cache.get([span[:3] for span in images if span not in outside])
-            kept = {span: by_place[span[:3]] for span in images if span[:3] in by_place}
+            found = {span: by_place[span[:3]] for span in images if span[:3] in by_place}
+            kept = {span: data for span, data in found.items() if span.crc < 0 or zlib.crc32(data) == span.crc}
         for span, image in images.items():
             if span not in outside and (span.length == 0 or span in kept):
                 self._give(image, kept.get(span, b""))
@@ -345,7 +347,7 @@ class Ranges:
         raise OSError(
             f"stream.range_reads: cannot read {length} bytes at offset {request.begin} of shard {request.shard}, "
             f"{self.source.remote or self.source.local}/{name}, after {attempt} attempts: "
-            f"{type(error).__name__}: {error}"
+            + redacted(f"{type(error).__name__}: {error}")
         ) from error
 
     def _read(self, shard: int, begin: int, length: int, trusts_local: bool) -> bytes:

@@ -163,7 +163,7 @@ def claims() -> dict[Path, dict[str, Any]]:
             with path.open(encoding="utf-8") as file:
                 said = json.loads(file.read())
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look at the same time
                     said["held"] = False
                 except BlockingIOError:
                     said["held"] = True

@@ -28,7 +28,9 @@ from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 
+from clipcov_stream.checked import check_file
 from clipcov_stream.mds_index import checked_index
+from clipcov_stream.redact import redacted
 from clipcov_stream.remote import FIRST_PAUSE, is_remote, read_agreed, within
 
 EMBEDDER_FILE = "embedder.json"
@@ -57,7 +59,7 @@ class Sidecar:
         self.where = where.rstrip("/")
         self.is_remote = is_remote(where)
         try:
-            index = self._small_file("index.json")
+            self.index = index = self._small_file("index.json")
             self.record: dict[str, Any] = json.loads(self._small_file(EMBEDDER_FILE))
             name = f".sidecar-{hashlib.sha1(index).hexdigest()[:16]}"
             self.folder = Path(cache) / name if self.is_remote else Path(self.where)
@@ -73,6 +75,8 @@ class Sidecar:
         first = self.shards[0]
         self.columns: dict[str, str] = dict(zip(first.column_names, first.column_encodings, strict=True))
         self.mapped: dict[int, mmap.mmap] = {}
+        self.sound: set[int] = set()
+        """Shards that this process has looked at."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "mapped": {}}  # another process maps its own
@@ -116,13 +120,31 @@ class Sidecar:
     def _map(self, number: int) -> mmap.mmap:
         if number not in self.mapped:
             path = self.folder / self.shards[number].raw_data.basename
-            if self.is_remote and not path.is_file():
-                self._fetch(self.shards[number], path)
+            if number not in self.sound:
+                self._make_sound(self.shards[number], path)
+                self.sound.add(number)
             if len(self.mapped) >= MAX_MAPPED:
                 self.mapped.pop(next(iter(self.mapped)))
             with path.open("rb") as file:
                 self.mapped[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self.mapped[number]
+
+    def _make_sound(self, shard: Any, path: Path) -> None:
+        """Raise OSError unless a shard's file is what the index promises; a store's is fetched, again if need be."""
+        if self.is_remote and path.is_file():
+            try:
+                return check_file(path, shard.raw_data)
+            except OSError:
+                path.unlink(missing_ok=True)  # another process may have just done so
+        if self.is_remote:
+            self._fetch(shard, path)
+        try:
+            check_file(path, shard.raw_data)
+        except OSError as error:
+            raise OSError(
+                f"shard {shard.raw_data.basename} of stream.sidecar {self.where!r} cannot be used: {error}; python "
+                f"tools/verify_mds.py {self.where} says what else is bad"
+            ) from error
 
     def _small_file(self, name: str) -> bytes:
         return read_agreed(f"{self.where}/{name}") if self.is_remote else Path(self.where, name).read_bytes()
@@ -141,7 +163,7 @@ class Sidecar:
                 except Exception as error:  # every back end has kinds of its own
                     if attempt == DOWNLOAD_ATTEMPTS - 1:
                         text = f"{shard.raw_data.basename} of stream.sidecar {self.where!r} cannot be had"
-                        raise OSError(f"{text} after {DOWNLOAD_ATTEMPTS} attempts: {error}") from error
+                        raise OSError(redacted(f"{text} after {DOWNLOAD_ATTEMPTS} attempts: {error}")) from error
                     time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))
             os.replace(part, path)
 

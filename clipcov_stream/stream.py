@@ -168,7 +168,7 @@ class PairDataset(GuardedDataset):
         for stream in self.streams:
             # What Streaming has read, should a store have told it another index than us. Nothing was fetched by it yet.
             read = Path(stream.local, stream.split or "", "index.json").read_bytes()
-            if read != index:
+            if read != where["index"]:
                 checked_index(read, repr(stream.local), allow_pickle, Path(stream.local, stream.split or ""))
         self.columns = columns
         self.transform = transform
@@ -450,9 +450,10 @@ class PoolLoader(StreamingDataLoader):
             self.dataset.check_selected()
         self._end_ahead()
         dataset: Any = self.dataset
+        promise = dataset.promise(len(self))  # before workers move on to the next epoch
         # Here, not in a generator or a thread: this may fork the workers.
         pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
-        return named(complete(pools, dataset.promise(len(self)), dataset.stream.where), dataset)
+        return named(complete(pools, promise, dataset.stream.where), dataset)
 
     def _running_ahead(
         self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None

@@ -30,6 +30,7 @@ from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
+from clipcov_stream.remote import is_remote
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import VALIDATION, is_data
 from clipcov_stream.zeroshot import ZeroShotHead
@@ -47,7 +48,7 @@ class EndThreads(Callback):
 
 def saves_files_here(config: TrainConfig) -> bool:
     """Whether checkpoints are files of their own on a local disk; else they are Composer's matter."""
-    return "://" not in (config.save_folder or "") and not config.fsdp_config
+    return not is_remote(config.save_folder) and not config.fsdp_config
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
@@ -63,7 +64,8 @@ def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
         if getattr(config, name) is None:
             raise ValueError(f"autoresume=true needs a {name}, by which it finds its checkpoints")
     newest = newest_whole(folder_of(str(config.save_folder), str(config.run_name)))
-    return (*as_given, False) if newest is None else (str(newest), False, False)
+    # Nothing here: a logger that uploads checkpoints may have some, which Composer looks for.
+    return (*as_given, True) if newest is None else (str(newest), False, False)
 
 
 def ours_first(algorithms: Sequence[Any], event: Any) -> Sequence[Any]:

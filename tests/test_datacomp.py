@@ -107,7 +107,10 @@ def test_every_sample_gets_its_own_embeddings(tmp_path: Path, kind: str) -> None
     assert json.loads((tmp_path / "out" / "source.json").read_text())["counts"]["not_downloaded"] == 3
     record = columns_embedder(StreamConfig(8, local=str(tmp_path / "out")))
     assert record is not None and record["logit_scale"] == 100.0 and record["transform"]["size"] == 224
-    assert record["model"] == {"b32": "ViT-B-32", "l14": "ViT-L-14"}[kind] and record["pretrained"] == "openai"
+    assert (
+        record["model"] == {"b32": "ViT-B-32-quickgelu", "l14": "ViT-L-14-quickgelu"}[kind]
+        and record["pretrained"] == "openai"
+    )
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "pool/shards/metadata", "pool/shards/small"])

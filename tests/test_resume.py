@@ -14,7 +14,7 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from runs import assert_same, columns_recipe, run, run_ranks, trained_rows, trainer_of, write_columns
+from runs import assert_same, assert_same_run, columns_recipe, run, run_ranks, trained_rows, trainer_of, write_columns
 
 from clipcov_stream import ClipCov
 from clipcov_stream.config import load_config
@@ -234,3 +234,17 @@ def test_one_two_four_one_ranks_choose_the_same_survivors(tmp_path: Path, corpus
     for step in range(12):
         ids = np.concatenate([record.sample[record.step == step] for record in chain])
         assert sorted(ids) == sorted(whole[0].sample[whole[0].step == step]), step
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(tmp_path: Path, num_workers: int) -> None:
+    """Streaming says of it that the epoch which is over has just begun."""
+    folder = write_columns(tmp_path / "mds", 96)
+    tree = {**columns_recipe(folder), "max_duration": "8ba"}
+    tree["stream"] |= {"shuffle": True, "num_workers": num_workers, "min_scale": 0.4}
+    saved = {"save_folder": str(tmp_path / "saved"), "save_interval": "1ep"}
+    straight = run(tmp_path / "straight", {**tree, **saved})
+    onward = {**tree, "load_path": str(tmp_path / "saved" / "ep1-ba3-rank0.pt")}
+    assert_same_run(run(tmp_path / "resumed", onward), straight, skipped=3)
+    # The epochs differ, so that another one would show.
+    assert not torch.equal(straight[1].batches[0], straight[1].batches[3])

@@ -28,7 +28,7 @@ from tqdm import tqdm
 COLUMNS = ("image_embedding", "text_embedding")
 ARRAYS = {"b32": ("b32_img", "b32_txt"), "l14": ("l14_img", "l14_txt")}
 WIDTHS = {"b32": 512, "l14": 768}
-MODELS = {"b32": "ViT-B-32", "l14": "ViT-L-14"}
+MODELS = {"b32": "ViT-B-32-quickgelu", "l14": "ViT-L-14-quickgelu"}  # as OpenAI trained them
 OPENAI_LOGIT_SCALE = 100.0  # both models ended at the bound that their training clipped it to
 UID_BYTES = 16
 NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -120,8 +120,15 @@ def cells() -> list[Cell]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The documents of a JSON-lines file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The documents of a JSON-lines file; none if there is no such file. A last line that is torn is left out."""
+    if not path.is_file():
+        return []
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    try:
+        return [*rows, json.loads(last)] if last else rows
+    except ValueError:  # of a run that was stopped, or a disk that was full
+        return rows
 
 
 def steps_of_run(metrics: Path) -> int:
@@ -145,7 +152,7 @@ def training(cell: Cell, places: Places, local: Path, steps: int, name: str, *ke
             *("composer", "-n", str(places.ranks), f"yamls/clip_{cell.data}_rn50.yaml"),
             *(f"run_name={name}", f"seed={places.seed}", f"stream.local={local}", *keys),
             *(f"max_duration={steps}ba", f"eval_interval={steps}ba"),
-            f"eval.imagenet.local={places.data / 'imagenet' / 'val'}",
+            *(f"eval_suite.root={places.data}", "eval_suite.sets=[imagenet]"),
             *(f"save_folder={places.runs / name}", f"metrics_file={metrics}", *places.overrides),
         ),
         metrics,
@@ -170,7 +177,7 @@ def paper_steps(cell: Cell, places: Places) -> list[Step]:
     folder = places.data / cell.data
     columns, pairs = folder / "train_b32", num_pairs(cell.data, places)
     offline_steps = EPOCHS * max(1, pairs * cell.budget // 100 // BATCH)
-    steps = [embedding(folder / "train", columns, "--name", "ViT-B-32", "--pretrained", "openai")]
+    steps = [embedding(folder / "train", columns, "--name", "ViT-B-32-quickgelu", "--pretrained", "openai")]
     if cell.method == "clipcov_online":
         pool, survivors = POOLS[cell.budget]
         keys = (
@@ -188,7 +195,7 @@ def paper_steps(cell: Cell, places: Places) -> list[Step]:
         latest = str(places.runs / name / "latest-rank0.pt")
         steps.append(embedding(folder / "train", learner, *weights, latest, "--sidecar"))
         options += ["--learner", str(learner)]
-    steps += subset_of(cell, places, columns, ("ViT-B-32", "openai"), *options)
+    steps += subset_of(cell, places, columns, ("ViT-B-32-quickgelu", "openai"), *options)
     local = steps[-1].makes.parent / "train"
     return [*steps, training(cell, places, local, offline_steps, cell.run_name(places), *plain)]
 
@@ -201,6 +208,9 @@ def datacomp_steps(cell: Cell, places: Places) -> list[Step]:
     """Filter the pool into a uid subset, then DataComp's own resharding, training and evaluation."""
     folder, name = places.data / cell.data, cell.run_name(places)
     pool, columns, subset = folder / "pool" / "shards", folder / "train", folder / f"{name}.npy"
+    scale = cell.data.removeprefix("datacomp_")
+    if (pool / scale).is_dir():  # where some versions of its download script put them
+        pool = pool / scale
     made = ("python", "tools/make_mds.py", "pairs", str(pool), str(columns), "--embeddings", "l14")
     steps = [Step(made, columns / "index.json")]
     if cell.method == "clipcov_online":
@@ -212,7 +222,7 @@ def datacomp_steps(cell: Cell, places: Places) -> list[Step]:
         steps.append(Step((*argv, *keys, *files, *places.overrides), subset))
         source = ledger
     else:
-        steps += subset_of(cell, places, columns, ("ViT-L-14", "openai"))
+        steps += subset_of(cell, places, columns, ("ViT-L-14-quickgelu", "openai"))
         source = steps[-1].makes
     export = ("python", "tools/export.py", "datacomp", str(source), str(columns), str(subset))
     return [*steps, Step(export, subset), *datacomp_training(cell, places, pool, subset)]

@@ -4,13 +4,14 @@
     python tools/reproduce.py run cc3m_5_clipcov_online --dry-run   the commands of one cell
     python tools/reproduce.py run cc3m_5_clipcov_online             run them, but for what is there already
     python tools/reproduce.py table                                 ImageNet top-1 over budgets and methods, as Markdown
-    python tools/reproduce.py prompts OUT.npy --name ViT-B-32 --pretrained openai     class texts of ImageNet
+    python tools/reproduce.py prompts OUT.npy --name ViT-B-32-quickgelu --pretrained openai     class texts of ImageNet
 
 CC3M and CC12M at 5, 6, 8 and 10% with an RN50, and DataComp's small and medium pools at 30%; what a cell is, and what
 is the release's and what ours, is told in paper_cells.py. No cell has been run by us: none of the figures is known.
 
-Before: data/cc3m/train and data/cc12m/train from `make_mds.py pairs`, data/imagenet/val from `make_mds.py classes`; for
-DataComp data/datacomp_small/pool as its download_upstream.py --download_npz leaves it, and its code in ../datacomp.
+Before: data/cc3m/train and data/cc12m/train from `make_mds.py pairs`; ImageNet's folders by WordNet id in
+data/imagenet/val (tools/README.md, Evaluation); for DataComp data/datacomp_small/pool as its download_upstream.py
+--download_npz leaves it, and its code in ../datacomp.
 DataComp trains and evaluates in an environment of its own: `run` stops before those commands and prints them.
 """
 
