@@ -127,7 +127,7 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert (clipcov["seen"], clipcov["streamed"], clipcov["minutes"]) == (2560, 12800, pytest.approx(0.2 / 60))
     said = Text.of(page_of(tmp_path)).said
     assert f"{statistics.fmean(last):.3f} ± {statistics.stdev(last):.3f}" in said
-    assert "2.09× as much as random survivors reach" in said
+    assert "2.09× as much as random survivors reach with the same settings, at step 20, the last at which" in said
     assert "All saw, and streamed, as many samples as each other" in said
 
 
@@ -143,6 +143,33 @@ def test_a_run_that_stopped_early_is_compared_where_both_were(tmp_path: Path) ->
     assert row["cells"][0]["mean"] == pytest.approx((0.2 + 0.4) / 2)
     assert row["status"] == "finished; at step 20, not ended"
     assert not tables.equal_samples(groups)
+
+
+def test_the_random_twin_has_all_the_same_settings_and_a_step_in_common(tmp_path: Path) -> None:
+    def settings(value: int) -> dict[str, Any]:
+        return {"stream": {"global_pool_size": value, "num_workers": value, "batch_size": value}}
+
+    write_run(tmp_path / "r1", "random", 0, [0.1, 0.2, 0.4], **settings(1))
+    write_run(tmp_path / "c1", "clipcov", 1, [0.3, 0.5], **settings(1))
+    write_run(tmp_path / "c2", "clipcov", 0, [0.3, 0.5], **settings(2))  # no random run has these settings
+    three = settings(1)
+    three["stream"]["batch_size"] = 3  # the third key that differs, which no label has
+    write_run(tmp_path / "c3", "clipcov", 0, [0.3, 0.5], **three)
+    write_run(tmp_path / "r3", "random", 0, [0.1, 0.1], **three)
+    (tmp_path / "clipcov").mkdir()
+    (tmp_path / "clipcov" / "metrics.jsonl").write_text(json.dumps({"step": 20, METRIC: 0.5}) + "\n")
+    runs = [read_run(path) for path in find_runs(tmp_path)]
+    groups = grouped(runs)
+    rows = {groups[row["label"]][0].metrics_file.parent.name: row for row in tables.headline(groups, [METRIC])}
+    found = {name: (row["ratio"], row["ratio_step"]) for name, row in rows.items()}
+    none = (None, None)
+    assert found.pop("c1") == (pytest.approx(0.5 / 0.2), 20) and found.pop("c3") == (pytest.approx(5), 20)
+    assert found == {"r1": none, "r3": none, "c2": none, "clipcov": none}  # the last has no recipe
+    apart = [write_run(tmp_path / "other" / name, name, 0, [0.1]) for name in ("clipcov", "random")]
+    metrics = apart[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 10', '"step": 11'))
+    rows = tables.headline(grouped([read_run(path / "metrics.jsonl") for path in apart]), [METRIC])
+    assert [row["ratio"] for row in rows] == [None, None]
 
 
 def test_runs_of_other_recipes_are_other_kinds(tmp_path: Path) -> None:

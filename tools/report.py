@@ -240,7 +240,8 @@ def tiles(rows: Sequence[Mapping[str, Any]], title: str | None, who: Mapping[str
     if title and (value := ours["cells"][0]["mean"]) is not None:
         found.append((f"{value:.3f}", f"{title}, {ours['label']}"))
     if ours["ratio"] is not None:
-        found.append((f"{ours['ratio']:.2f}×", "as much as random survivors reach"))
+        what = f"as much as random survivors reach with the same settings, at step {ours['ratio_step']:,}"
+        found.append((f"{ours['ratio']:.2f}×", f"{what}, the last at which both were evaluated"))
     truth = who["truth"].get(ours["label"])
     if truth is None:
         return found

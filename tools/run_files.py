@@ -182,6 +182,24 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def random_twins(groups: Mapping[str, Sequence[Run]]) -> dict[str, str | None]:
+    """For each kind of run the kind that is random and else of the same recipe, up to OWN; None where there is none,
+    for random itself, and for runs of unknown recipe."""
+    keys = differing([run for runs in groups.values() for run in runs])
+    settings = {label: settings_of(runs[0], keys) for label, runs in groups.items()}
+    random = {settings[label]: label for label, runs in groups.items() if runs[0].selector == "random"}
+    return {
+        label: random.get(settings[label]) if runs[0].recipe and runs[0].selector != "random" else None
+        for label, runs in groups.items()
+    }
+
+
+def settings_of(run: Run, keys: Sequence[str]) -> tuple[str, ...] | None:
+    """A recipe's values of those keys; None where there is no recipe."""
+    recipe = flat(run.recipe)
+    return tuple(json.dumps(recipe.get(key)) for key in keys) if run.recipe else None
+
+
 def short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else "…" + text[-22:]
