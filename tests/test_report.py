@@ -23,6 +23,7 @@ from PIL import Image
 from run_files import find_runs, grouped, read_run
 
 from clipcov_stream.candidates import encoded_thumbnail
+from clipcov_stream.ledger import encoded_header, path_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
@@ -69,14 +70,16 @@ def write_run(folder: Path, selector: str, seed: int, scores: list[float], **rec
     return folder
 
 
-def write_gallery(folder: Path, caption: str) -> None:
+def write_gallery(folder: Path, caption: str, run_name: str | None = None) -> None:
+    """A gallery beside a run's metrics, of that run unless another is named."""
     entry = {"id": 1, "caption": caption, "class": "0", "duplicate_of": caption, "flags": [caption], "jpeg": PIXEL}
     shown = [{**entry, "kept": kept, "place": 0, "gain": 1.5, "alignment": 0.5} for kept in (True, False)]
     counts = {"words": {caption: [9, 4]}, "classes": {"0": [9, 4]}, "flags": {"mismatched": [4, 0]}}
     record = {"step": 9, "is_warmup": False, "pool_size": 10, "num_kept": 5, "looked_at": [10, 5], "num_unread": 0}
     record |= {"num_undecodable": 0, "copies_by": "duplicate_of", "copies": [2, 1], "groups": [1, 1], "shown": shown}
     (folder / "gallery").mkdir()
-    lines = ({"version": 1, "classes": [caption]}, {**record, **counts})
+    run_name = run_name or read_run(folder / "metrics.jsonl").name
+    lines = ({"version": 1, "run_name": run_name, "classes": [caption]}, {**record, **counts})
     (folder / "gallery" / "gallery.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -270,6 +273,53 @@ def test_runs_are_found_by_file_folder_and_folder_of_folders(tmp_path: Path) -> 
     assert report.main([str(tmp_path / "nothing")]) == 2
     (tmp_path / "bad.jsonl").write_text("{\n{}\n")
     assert report.main([str(tmp_path / "bad.jsonl")]) == 2
+
+
+def test_all_runs_of_a_folder_are_found_and_none_of_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = write_run(tmp_path / "runs" / "q", "random", 0, [0.1]) / "metrics.jsonl"
+    for name in ("metrics.jsonl", "metrics.about.json"):
+        shutil.copy(inner.with_name(name), tmp_path / "runs" / name.replace("metrics", "b"))
+    assert find_runs(tmp_path / "runs") == [tmp_path / "runs" / "b.jsonl", inner]
+    # A name with a dot has no suffix to take off: lr0.jsonl is of another run.
+    (tmp_path / "lr0.jsonl").write_text("")
+    (tmp_path / "lr0.5").mkdir()
+    with pytest.raises(ValueError, match="no run there"):
+        find_runs(tmp_path / "lr0.5")
+    (tmp_path / "lr0.5.jsonl").write_text("")
+    assert find_runs(tmp_path / "lr0.5") == [tmp_path / "lr0.5.jsonl"]
+    monkeypatch.chdir(inner.parent)
+    assert find_runs(Path()) == [Path("metrics.jsonl")]
+
+
+def write_ledger(folder: Path, run_name: str) -> None:
+    folder.mkdir()
+    header = {"version": 2, "run_name": run_name, "pool_size": 4, "num_ranks": 1, "rank": 0}
+    path_of(folder, 0).write_bytes(encoded_header(header))
+
+
+def test_a_gallery_and_a_ledger_are_shown_only_of_their_own_run(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    run = write_run(
+        tmp_path / "a", "clipcov", 0, [0.1], run_name="a", **{k: str(own / k) for k in ("gallery", "ledger")}
+    )
+    write_gallery(run, "theirs", "b")
+    write_ledger(run / "ledger", "b")
+    missing = " ".join(read_run(run / "metrics.jsonl").missing)
+    assert missing.count("is of run 'b', not 'a'") == 2
+    shutil.copytree(run, own)  # both where the recipe says, of run a
+    for key in ("gallery", "ledger"):
+        shutil.rmtree(own / key)
+    write_gallery(own, "ours", "a")
+    write_ledger(own / "ledger", "a")
+    read = read_run(run / "metrics.jsonl")
+    assert read.classes == ["ours"] and [record.header["run_name"] for record in read.ledger or []] == ["a"]
+    assert read.missing == ()
+    moved = tmp_path / "moved"
+    own.rename(moved)  # with its metrics, gallery and ledger together
+    read = read_run(moved / "metrics.jsonl")
+    assert read.classes == ["ours"] and read.ledger and read.missing == ()
 
 
 def test_thumbnails_stay_within_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
