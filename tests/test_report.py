@@ -322,6 +322,31 @@ def test_a_gallery_and_a_ledger_are_shown_only_of_their_own_run(tmp_path: Path) 
     assert read.classes == ["ours"] and read.ledger and read.missing == ()
 
 
+def test_a_page_shows_no_folder_of_the_machine_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = tmp_path / "jane doe" / "deep" / "er"
+    monkeypatch.chdir(
+        write_run(tmp_path / "here", "random", 0, [0.1], stream={"local": str(tmp_path / "here" / "mds")})
+    )
+    paths = {"gallery": str(away / "gallery"), "remotes": ["s3://bucket/a", f"file://{away}/b"]}
+    run = write_run(away, "clipcov", 0, [0.1], stream={"local": str(away / "mds")}, **paths)
+    write_gallery(run, "shoe")
+    (run / "gallery" / "gallery.jsonl").write_text("{}\n")
+    (run / "ledger").mkdir()  # whose run nothing says
+    page = page_of(tmp_path / "here", away)
+    assert "jane" not in page and str(tmp_path) not in page
+    said = Text.of(page).said
+    for shown in ("metrics metrics.jsonl", '"mds"', '"…/er/mds"', "local=…/er/mds", "file://…/er/b", "s3://bucket/a"):
+        assert shown in said, shown
+    assert "…/er/gallery/gallery.jsonl is not a gallery of this version" in said
+    assert "…/er/ledger is of no run that it names, not 'clipcov_0'" in said
+
+
+def test_classes_are_named_by_decimal_numbers_alone() -> None:
+    names = ["shoe", "hat"]
+    found = [report.class_name(kind, names) for kind in ("1", "2", "²", "red", None)]
+    assert found == ["hat", "class 2", "²", "red", None]
+
+
 def test_thumbnails_stay_within_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "a", "clipcov", 0, [0.1])
     write_gallery(run, "shoe")

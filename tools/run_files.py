@@ -119,17 +119,47 @@ def read_run(metrics_file: Path) -> Run:
         else:
             missing.append("gallery of what was kept and dropped (gallery=runs/{run_name}/gallery records one)")
     except ValueError as error:
-        missing.append(f"gallery of what was kept and dropped ({error})")
+        missing.append(f"gallery of what was kept and dropped ({said(error, run)})")
     try:
         if (folder := folder_of(run, "ledger")) is not None:
             ledger = ledger_of(folder)
         else:
             missing.append("ledger of the samples trained on (ledger=runs/{run_name}/ledger records one)")
     except ValueError as error:
-        missing.append(f"ledger of the samples trained on ({error})")
+        missing.append(f"ledger of the samples trained on ({said(error, run)})")
     if not any(key.startswith("metrics/") for row in rows for key in row):
         missing.append("evaluations (eval.NAME.local=FOLDER)")
     return Run(metrics_file, rows, about, gallery, classes, ledger, tuple(missing))
+
+
+def said(error: ValueError, run: Run) -> str:
+    """An error's text, with a run's folders as a page shows them."""
+    keys = ("gallery", "ledger")
+    told = [Path(run.recipe[key]) for key in keys if run.recipe.get(key)]
+    folders = [*told, *(run.metrics_file.parent / key for key in keys)]
+    text = str(error)
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        text = text.replace(folder, shown(folder)) if Path(folder).is_absolute() else text
+    return text
+
+
+def shown(value: Any) -> Any:
+    """A recipe's value as a page shows it that others may read: without the folders of this machine.
+
+    Absolute paths, also of file:// URLs, become relative to the working directory where they lie below it, and else
+    "…/" and their last two parts.
+    """
+    if isinstance(value, Mapping):
+        return {key: shown(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    scheme = "file://" if value.startswith("file:///") else ""
+    path, here = Path(value[len(scheme) :]), Path.cwd()
+    if not path.is_absolute():
+        return value
+    return scheme + (str(path.relative_to(here)) if path.is_relative_to(here) else "…/" + "/".join(path.parts[1:][-2:]))
 
 
 def ledger_of(folder: Path) -> list[Record]:
@@ -158,7 +188,9 @@ def folder_of(run: Run, key: str) -> Path | None:
         name = named_in(folder, key)
         if name == run.name or (folder == told and (name is None or not run.recipe.get("run_name"))):
             return folder
-        others.append(f"{folder} is of run {name!r}, not {run.name!r}")
+        others.append(
+            f"{folder} is {'of no run that it names' if name is None else f'of run {name!r}'}, not {run.name!r}"
+        )
     if others:
         raise ValueError("; ".join(others))
     return None
@@ -230,5 +262,5 @@ def settings_of(run: Run, keys: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def short(value: Any) -> str:
-    text = str(value)
+    text = str(shown(value))
     return text if len(text) <= 24 else "…" + text[-22:]
