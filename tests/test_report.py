@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import report
+import report_figures as figures
 import report_tables as tables
 from browser import chromium
 from corpora import TINY_MODEL, draw_corpus
 from PIL import Image
-from run_files import find_runs, grouped, read_run
+from run_files import find_runs, grouped, random_twins, read_run
 
 from clipcov_stream.candidates import encoded_thumbnail
 from clipcov_stream.ledger import encoded_header, path_of
@@ -341,6 +343,29 @@ def test_a_page_shows_no_folder_of_the_machine_it_was_made_on(tmp_path: Path, mo
     assert "…/er/ledger is of no run that it names, not 'clipcov_0'" in said
 
 
+def test_runs_evaluated_at_different_times_are_all_drawn() -> None:
+    runs = [([1.0, 2.0], [0.1, 0.2]), ([1.5, 2.5], [0.1, 0.4])]
+    text, url = figures.lines("top1", "samples_seen", [figures.Line("clipcov", runs, "#0b64b5")])
+    assert text.endswith(": run 1 of clipcov ends at 0.2; run 2 of clipcov ends at 0.4.")
+    _, one = figures.lines("top1", "samples_seen", [figures.Line("clipcov", runs[:1], "#0b64b5")])
+    drawn = [base64.b64decode(each.partition(",")[2]).decode() for each in (url, one)]
+    strokes = [svg.count("stroke-width: 1.8") for svg in drawn]
+    assert strokes[0] == strokes[1] + 1  # a line more, and no second entry of the legend
+    assert [svg.count(">clipcov<") for svg in drawn] == [1, 1]
+    text, _ = figures.lines("top1", "samples_seen", [figures.Line("clipcov", [*runs[:1] * 2], "#0b64b5")])
+    assert text.endswith(": clipcov ends at 0.2.")
+
+
+def test_a_pick_without_a_place_is_shown_without_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "jest", 0, [0.1])
+    write_gallery(run, "shoe")
+    assert "pick 1" in Text.of(page_of(run)).said
+    path = run / "gallery" / "gallery.jsonl"
+    path.write_text(path.read_text().replace('"place": 0, ', ""))
+    said = Text.of(page_of(run)).said
+    assert "pick 1" not in said and "Kept: 1 of 5" in said
+
+
 def test_classes_are_named_by_decimal_numbers_alone() -> None:
     names = ["shoe", "hat"]
     found = [report.class_name(kind, names) for kind in ("1", "2", "²", "red", None)]
@@ -359,6 +384,12 @@ def test_thumbnails_stay_within_their_room(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(report, "MOST_THUMBNAILS", 5 * len(PIXEL))
     (gallery,) = report.galleries(groups)
     assert [each["step"] for each in gallery["records"]] == [8, 4]
+
+
+def test_real_runs_that_differ_in_their_selector_are_twins(trained: Path) -> None:
+    groups = grouped([read_run(path) for path in find_runs(trained)])
+    assert random_twins(groups) == {"random": None, "clipcov": "random"}
+    assert all(run.gallery for runs in groups.values() for run in runs)
 
 
 def test_the_same_runs_give_the_same_page(trained: Path) -> None:
