@@ -7,13 +7,15 @@ Where a folder knows the truth about its samples (columns `class_id`, `duplicate
 captions, and by equal bytes of their images.
 
 A step is written by one call once its optimizer step is done, so a process that is killed leaves whole lines and at
-most one torn at the end. A resumed run drops the lines of steps that are to come.
+most one torn at the end. A resumed run drops the lines of steps that are to come; one that starts anew sets a gallery
+of its name aside, as gallery.jsonl.1, gallery.jsonl.2, ..., with a warning.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from clipcov_stream.candidates import Noted, class_names, contact_sheet, recorded
+from clipcov_stream.metrics_file import set_aside
 from clipcov_stream.records import GALLERY_FILE, read_gallery
 from clipcov_stream.stream import PairDataset
 
@@ -58,6 +61,7 @@ class Gallery(Callback):
         self._every, self._is_full = 1, False
         self._words: list[str] | None = None
         self._noted: Noted | None = None
+        self._has_order = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop what an earlier process recorded of the steps that are to come."""
@@ -77,6 +81,8 @@ class Gallery(Callback):
             if other:
                 raise ValueError(f"{self.path} is the gallery of a run with {'; '.join(other)}; give another folder")
         step = int(state.timestamp.batch)
+        if step == 0 and records:
+            set_aside(self.path, "gallery")
         records = [record for record in records if record["step"] < step]
         self._words = next((list(record["words"]) for record in records if record["words"]), None)
         header = {**run, "classes": class_names(dataset)}
@@ -93,7 +99,10 @@ class Gallery(Callback):
             raise ValueError(
                 "gallery: no algorithm says what its candidates were; it needs ClipCov, and pools with 'id'"
             )
-        self._noted = noted(selecting[0])
+        selection: Any = selecting[0]
+        self._noted = noted(selection)
+        num_ranks = dist.get_world_size() if selection.scope == "global" else 1
+        self._has_order = has_order(self._noted.gain, num_ranks)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         taken, self._noted = self._noted, None
@@ -107,6 +116,8 @@ class Gallery(Callback):
         step = int(state.timestamp.batch) - 1  # the clock has moved on to the next step
         loader: Any = state.dataloader
         record, thumbnails = recorded(taken, step, loader, self._words)
+        if not self._has_order:
+            record["shown"] = [without_place(entry) for entry in record["shown"]]
         self._words = self._words or list(record["words"]) or None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -130,6 +141,18 @@ def noted(selection: Any) -> Noted:
     alignment = as_list(selection.alignment)
     is_warmup = selection.uses_embeddings and alignment is None
     return Noted(selection.pool_ids.tolist(), survivors, gain, alignment, is_warmup)
+
+
+def has_order(gain: Sequence[float] | None, num_ranks: int) -> bool:
+    """Whether survivors of pools that `num_ranks` ranks chose from together come in the order chosen.
+
+    Several ranks' shares are merged by gain: without one, one rank's follow another's.
+    """
+    return num_ranks == 1 or (gain is not None and bool(np.isfinite(gain).any()))
+
+
+def without_place(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "place"}
 
 
 def as_list(values: Tensor | None) -> list[float] | None:

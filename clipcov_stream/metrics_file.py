@@ -87,15 +87,13 @@ class MetricsFile(LoggerDestination):
         self.pending = dict(state.get("pending", {}))
 
 
-def set_aside(path: Path) -> None:
-    """Rename a file to the first of PATH.1, PATH.2, ... that is free."""
+def set_aside(path: Path, key: str = "metrics_file") -> None:
+    """Rename a file that a recipe's key names to the first of PATH.1, PATH.2, ... that is free, with a warning."""
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(aside)
-    warnings.warn(
-        f"metrics_file={str(path)!r} had lines, but the run starts anew; they are in {aside.name!r}", stacklevel=2
-    )
+    warnings.warn(f"{key}={str(path)!r} had lines, but the run starts anew; they are in {aside.name!r}", stacklevel=2)
 
 
 def rewind(path: Path, step: int, num_bytes: int | None) -> None:

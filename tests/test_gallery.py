@@ -20,6 +20,7 @@ from streaming import StreamingDataset
 from clipcov_stream import candidates
 from clipcov_stream.candidates import SHOWN, Noted, chosen_to_show, counted, evenly, vocabulary
 from clipcov_stream.config import load_config
+from clipcov_stream.gallery import has_order
 from clipcov_stream.ledger import read_ledger
 from clipcov_stream.records import GALLERY_FILE as FILE
 from clipcov_stream.records import read_gallery
@@ -193,6 +194,28 @@ def test_a_resumed_run_leaves_the_straight_runs_gallery(tmp_path: Path, corpus: 
     assert path.read_bytes() == straight
 
 
+def test_a_run_that_starts_anew_sets_its_names_gallery_aside(tmp_path: Path, corpus: Path) -> None:
+    tree = tree_of(corpus, tmp_path, max_duration="1ba", selection={"warmup": "0ba"}, ledger=None)
+    path = tmp_path / "gallery" / FILE
+    fit(trainer_of(tmp_path, tree))
+    old = path.read_bytes()
+    for number in (1, 2):
+        with pytest.warns(UserWarning, match=rf"gallery=.* had lines, .* they are in 'gallery\.jsonl\.{number}'"):
+            fit(trainer_of(tmp_path, tree))
+        assert path.read_bytes() == old == path.with_name(f"{FILE}.{number}").read_bytes()
+    path.write_bytes(old.splitlines(keepends=True)[0])  # killed before its first record: nothing is lost
+    fit(trainer_of(tmp_path, tree))
+    assert path.read_bytes() == old and len(list(path.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("gain", "num_ranks", "ordered"),
+    [(None, 1, True), ([np.nan] * 2, 1, True), (None, 2, False), ([np.nan] * 2, 2, False), ([np.nan, 1.0], 2, True)],
+)
+def test_ranks_shares_have_an_order_by_gain_alone(gain: list[float] | None, num_ranks: int, ordered: bool) -> None:
+    assert has_order(gain, num_ranks) is ordered
+
+
 def test_galleries_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path, corpus: Path) -> None:
     tree = tree_of(corpus, tmp_path, max_duration="1ba", selection={"warmup": "0ba"})
     fit(trainer_of(tmp_path, tree))
@@ -289,8 +312,9 @@ def test_dropped_candidates_go_from_the_best_aligned_to_the_worst() -> None:
 
 
 @pytest.mark.slow  # 20 s: starts two ranks
-def test_global_selection_shows_what_other_ranks_train_on(tmp_path: Path, corpus: Path) -> None:
-    tree = tree_of(corpus, tmp_path, selection={"scope": "global"}, max_duration="12ba")
+@pytest.mark.parametrize("selector", ["clipcov", "clip_score"])
+def test_global_selection_shows_what_other_ranks_train_on(tmp_path: Path, corpus: Path, selector: str) -> None:
+    tree = tree_of(corpus, tmp_path, selection={"scope": "global", "selector": selector}, max_duration="12ba")
     run_ranks(tmp_path / "ranks", write_recipe(tmp_path / "recipe.yaml", tree), 2)
     records = read_gallery(tmp_path / "gallery")[1]
     ledgers = read_ledger(tmp_path / "ledger")
@@ -301,5 +325,7 @@ def test_global_selection_shows_what_other_ranks_train_on(tmp_path: Path, corpus
         shown = {entry["id"]: entry["kept"] for entry in record["shown"]}
         assert {sample for sample, kept in shown.items() if kept} == everywhere & shown.keys()
         assert record["pool_size"] == POOL // 2
+        placed = {"place" in entry for entry in record["shown"] if entry["kept"]}
+        assert placed <= {selector == "clipcov" and not record["is_warmup"]}  # no gains, no order
         kept_here.append({sample for sample, kept in shown.items() if kept} - own)
     assert any(kept_here)  # survivors of this rank's pool that the other rank trained on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -16,13 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import report
+import report_figures as figures
 import report_tables as tables
 from browser import chromium
 from corpora import TINY_MODEL, draw_corpus
 from PIL import Image
-from run_files import find_runs, grouped, read_run
+from run_files import find_runs, grouped, random_twins, read_run
 
 from clipcov_stream.candidates import encoded_thumbnail
+from clipcov_stream.ledger import encoded_header, path_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
@@ -69,14 +72,16 @@ def write_run(folder: Path, selector: str, seed: int, scores: list[float], **rec
     return folder
 
 
-def write_gallery(folder: Path, caption: str) -> None:
+def write_gallery(folder: Path, caption: str, run_name: str | None = None) -> None:
+    """A gallery beside a run's metrics, of that run unless another is named."""
     entry = {"id": 1, "caption": caption, "class": "0", "duplicate_of": caption, "flags": [caption], "jpeg": PIXEL}
     shown = [{**entry, "kept": kept, "place": 0, "gain": 1.5, "alignment": 0.5} for kept in (True, False)]
     counts = {"words": {caption: [9, 4]}, "classes": {"0": [9, 4]}, "flags": {"mismatched": [4, 0]}}
     record = {"step": 9, "is_warmup": False, "pool_size": 10, "num_kept": 5, "looked_at": [10, 5], "num_unread": 0}
     record |= {"num_undecodable": 0, "copies_by": "duplicate_of", "copies": [2, 1], "groups": [1, 1], "shown": shown}
     (folder / "gallery").mkdir()
-    lines = ({"version": 1, "classes": [caption]}, {**record, **counts})
+    run_name = run_name or read_run(folder / "metrics.jsonl").name
+    lines = ({"version": 1, "run_name": run_name, "classes": [caption]}, {**record, **counts})
     (folder / "gallery" / "gallery.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -127,7 +132,7 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert (clipcov["seen"], clipcov["streamed"], clipcov["minutes"]) == (2560, 12800, pytest.approx(0.2 / 60))
     said = Text.of(page_of(tmp_path)).said
     assert f"{statistics.fmean(last):.3f} ± {statistics.stdev(last):.3f}" in said
-    assert "2.09× as much as random survivors reach" in said
+    assert "2.09× as much as random survivors reach with the same settings, at step 20, the last at which" in said
     assert "All saw, and streamed, as many samples as each other" in said
 
 
@@ -143,6 +148,33 @@ def test_a_run_that_stopped_early_is_compared_where_both_were(tmp_path: Path) ->
     assert row["cells"][0]["mean"] == pytest.approx((0.2 + 0.4) / 2)
     assert row["status"] == "finished; at step 20, not ended"
     assert not tables.equal_samples(groups)
+
+
+def test_the_random_twin_has_all_the_same_settings_and_a_step_in_common(tmp_path: Path) -> None:
+    def settings(value: int) -> dict[str, Any]:
+        return {"stream": {"global_pool_size": value, "num_workers": value, "batch_size": value}}
+
+    write_run(tmp_path / "r1", "random", 0, [0.1, 0.2, 0.4], **settings(1))
+    write_run(tmp_path / "c1", "clipcov", 1, [0.3, 0.5], **settings(1))
+    write_run(tmp_path / "c2", "clipcov", 0, [0.3, 0.5], **settings(2))  # no random run has these settings
+    three = settings(1)
+    three["stream"]["batch_size"] = 3  # the third key that differs, which no label has
+    write_run(tmp_path / "c3", "clipcov", 0, [0.3, 0.5], **three)
+    write_run(tmp_path / "r3", "random", 0, [0.1, 0.1], **three)
+    (tmp_path / "clipcov").mkdir()
+    (tmp_path / "clipcov" / "metrics.jsonl").write_text(json.dumps({"step": 20, METRIC: 0.5}) + "\n")
+    runs = [read_run(path) for path in find_runs(tmp_path)]
+    groups = grouped(runs)
+    rows = {groups[row["label"]][0].metrics_file.parent.name: row for row in tables.headline(groups, [METRIC])}
+    found = {name: (row["ratio"], row["ratio_step"]) for name, row in rows.items()}
+    none = (None, None)
+    assert found.pop("c1") == (pytest.approx(0.5 / 0.2), 20) and found.pop("c3") == (pytest.approx(5), 20)
+    assert found == {"r1": none, "r3": none, "c2": none, "clipcov": none}  # the last has no recipe
+    apart = [write_run(tmp_path / "other" / name, name, 0, [0.1]) for name in ("clipcov", "random")]
+    metrics = apart[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 10', '"step": 11'))
+    rows = tables.headline(grouped([read_run(path / "metrics.jsonl") for path in apart]), [METRIC])
+    assert [row["ratio"] for row in rows] == [None, None]
 
 
 def test_runs_of_other_recipes_are_other_kinds(tmp_path: Path) -> None:
@@ -245,6 +277,101 @@ def test_runs_are_found_by_file_folder_and_folder_of_folders(tmp_path: Path) -> 
     assert report.main([str(tmp_path / "bad.jsonl")]) == 2
 
 
+def test_all_runs_of_a_folder_are_found_and_none_of_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = write_run(tmp_path / "runs" / "q", "random", 0, [0.1]) / "metrics.jsonl"
+    for name in ("metrics.jsonl", "metrics.about.json"):
+        shutil.copy(inner.with_name(name), tmp_path / "runs" / name.replace("metrics", "b"))
+    assert find_runs(tmp_path / "runs") == [tmp_path / "runs" / "b.jsonl", inner]
+    # A name with a dot has no suffix to take off: lr0.jsonl is of another run.
+    (tmp_path / "lr0.jsonl").write_text("")
+    (tmp_path / "lr0.5").mkdir()
+    with pytest.raises(ValueError, match="no run there"):
+        find_runs(tmp_path / "lr0.5")
+    (tmp_path / "lr0.5.jsonl").write_text("")
+    assert find_runs(tmp_path / "lr0.5") == [tmp_path / "lr0.5.jsonl"]
+    monkeypatch.chdir(inner.parent)
+    assert find_runs(Path()) == [Path("metrics.jsonl")]
+
+
+def write_ledger(folder: Path, run_name: str) -> None:
+    folder.mkdir()
+    header = {"version": 2, "run_name": run_name, "pool_size": 4, "num_ranks": 1, "rank": 0}
+    path_of(folder, 0).write_bytes(encoded_header(header))
+
+
+def test_a_gallery_and_a_ledger_are_shown_only_of_their_own_run(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    run = write_run(
+        tmp_path / "a", "clipcov", 0, [0.1], run_name="a", **{k: str(own / k) for k in ("gallery", "ledger")}
+    )
+    write_gallery(run, "theirs", "b")
+    write_ledger(run / "ledger", "b")
+    missing = " ".join(read_run(run / "metrics.jsonl").missing)
+    assert missing.count("is of run 'b', not 'a'") == 2
+    shutil.copytree(run, own)  # both where the recipe says, of run a
+    for key in ("gallery", "ledger"):
+        shutil.rmtree(own / key)
+    write_gallery(own, "ours", "a")
+    write_ledger(own / "ledger", "a")
+    read = read_run(run / "metrics.jsonl")
+    assert read.classes == ["ours"] and [record.header["run_name"] for record in read.ledger or []] == ["a"]
+    assert read.missing == ()
+    moved = tmp_path / "moved"
+    own.rename(moved)  # with its metrics, gallery and ledger together
+    read = read_run(moved / "metrics.jsonl")
+    assert read.classes == ["ours"] and read.ledger and read.missing == ()
+
+
+def test_a_page_shows_no_folder_of_the_machine_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = tmp_path / "jane doe" / "deep" / "er"
+    monkeypatch.chdir(
+        write_run(tmp_path / "here", "random", 0, [0.1], stream={"local": str(tmp_path / "here" / "mds")})
+    )
+    paths = {"gallery": str(away / "gallery"), "remotes": ["s3://bucket/a", f"file://{away}/b"]}
+    run = write_run(away, "clipcov", 0, [0.1], stream={"local": str(away / "mds")}, **paths)
+    write_gallery(run, "shoe")
+    (run / "gallery" / "gallery.jsonl").write_text("{}\n")
+    (run / "ledger").mkdir()  # whose run nothing says
+    page = page_of(tmp_path / "here", away)
+    assert "jane" not in page and str(tmp_path) not in page
+    said = Text.of(page).said
+    for shown in ("metrics metrics.jsonl", '"mds"', '"…/er/mds"', "local=…/er/mds", "file://…/er/b", "s3://bucket/a"):
+        assert shown in said, shown
+    assert "…/er/gallery/gallery.jsonl is not a gallery of this version" in said
+    assert "…/er/ledger is of no run that it names, not 'clipcov_0'" in said
+
+
+def test_runs_evaluated_at_different_times_are_all_drawn() -> None:
+    runs = [([1.0, 2.0], [0.1, 0.2]), ([1.5, 2.5], [0.1, 0.4])]
+    text, url = figures.lines("top1", "samples_seen", [figures.Line("clipcov", runs, "#0b64b5")])
+    assert text.endswith(": run 1 of clipcov ends at 0.2; run 2 of clipcov ends at 0.4.")
+    _, one = figures.lines("top1", "samples_seen", [figures.Line("clipcov", runs[:1], "#0b64b5")])
+    drawn = [base64.b64decode(each.partition(",")[2]).decode() for each in (url, one)]
+    strokes = [svg.count("stroke-width: 1.8") for svg in drawn]
+    assert strokes[0] == strokes[1] + 1  # a line more, and no second entry of the legend
+    assert [svg.count(">clipcov<") for svg in drawn] == [1, 1]
+    text, _ = figures.lines("top1", "samples_seen", [figures.Line("clipcov", [*runs[:1] * 2], "#0b64b5")])
+    assert text.endswith(": clipcov ends at 0.2.")
+
+
+def test_a_pick_without_a_place_is_shown_without_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "jest", 0, [0.1])
+    write_gallery(run, "shoe")
+    assert "pick 1" in Text.of(page_of(run)).said
+    path = run / "gallery" / "gallery.jsonl"
+    path.write_text(path.read_text().replace('"place": 0, ', ""))
+    said = Text.of(page_of(run)).said
+    assert "pick 1" not in said and "Kept: 1 of 5" in said
+
+
+def test_classes_are_named_by_decimal_numbers_alone() -> None:
+    names = ["shoe", "hat"]
+    found = [report.class_name(kind, names) for kind in ("1", "2", "²", "red", None)]
+    assert found == ["hat", "class 2", "²", "red", None]
+
+
 def test_thumbnails_stay_within_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "a", "clipcov", 0, [0.1])
     write_gallery(run, "shoe")
@@ -257,6 +384,12 @@ def test_thumbnails_stay_within_their_room(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(report, "MOST_THUMBNAILS", 5 * len(PIXEL))
     (gallery,) = report.galleries(groups)
     assert [each["step"] for each in gallery["records"]] == [8, 4]
+
+
+def test_real_runs_that_differ_in_their_selector_are_twins(trained: Path) -> None:
+    groups = grouped([read_run(path) for path in find_runs(trained)])
+    assert random_twins(groups) == {"random": None, "clipcov": "random"}
+    assert all(run.gallery for runs in groups.values() for run in runs)
 
 
 def test_the_same_runs_give_the_same_page(trained: Path) -> None:

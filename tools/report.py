@@ -24,7 +24,7 @@ import report_tables as tables
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from run_files import Run, differing, find_runs, flat, grouped, read_run
+from run_files import Run, differing, find_runs, flat, grouped, read_run, shown
 
 PAGE = Path(__file__).resolve().parent / "report_page"
 MOST_THUMBNAILS = 3 << 20
@@ -130,7 +130,7 @@ def facts(entry: Mapping[str, Any], in_order: bool) -> list[str]:
 
 def class_name(kind: str | None, classes: Sequence[str] | None) -> str | None:
     """A class as its folder's classes.json calls it, or as the samples do."""
-    if kind is None or not kind.isdigit():
+    if kind is None or not kind.isdecimal():
         return kind
     return classes[int(kind)] if classes and int(kind) < len(classes) else f"class {kind}"
 
@@ -207,18 +207,20 @@ def recipes(groups: Mapping[str, list[Run]]) -> dict[str, Any]:
     runs = [run for each in groups.values() for run in each]
     apart = differing(runs)
     return {
-        "apart": [(key, [json.dumps(flat(run.recipe).get(key)) for run in runs]) for key in apart],
+        "apart": [
+            (key, [json.dumps(shown(flat(run.recipe).get(key)), ensure_ascii=False) for run in runs]) for key in apart
+        ],
         "runs": [
             {
                 "name": run.name,
-                "path": str(run.metrics_file),
+                "path": shown(str(run.metrics_file)),
                 "selector": run.selector,
                 "seed": run.seed,
                 "status": run.status,
-                "about": {key: value for key, value in run.about.items() if key not in ("recipe", "versions")},
+                "about": {key: shown(value) for key, value in run.about.items() if key not in ("recipe", "versions")},
                 "versions": run.about.get("versions", {}),
                 "yaml": yaml.safe_dump(
-                    without_empty(run.recipe), sort_keys=False, allow_unicode=True, default_flow_style=None
+                    shown(without_empty(run.recipe)), sort_keys=False, allow_unicode=True, default_flow_style=None
                 ),
             }
             for run in runs
@@ -240,7 +242,8 @@ def tiles(rows: Sequence[Mapping[str, Any]], title: str | None, who: Mapping[str
     if title and (value := ours["cells"][0]["mean"]) is not None:
         found.append((f"{value:.3f}", f"{title}, {ours['label']}"))
     if ours["ratio"] is not None:
-        found.append((f"{ours['ratio']:.2f}×", "as much as random survivors reach"))
+        what = f"as much as random survivors reach with the same settings, at step {ours['ratio_step']:,}"
+        found.append((f"{ours['ratio']:.2f}×", f"{what}, the last at which both were evaluated"))
     truth = who["truth"].get(ours["label"])
     if truth is None:
         return found

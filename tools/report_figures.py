@@ -51,6 +51,8 @@ STYLE: Any = {
 }
 
 Figure = tuple[str, str]
+Points = tuple[Sequence[float], Sequence[float]]
+"""x and y of a run."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Line:
     """One line: x and y of each run of a kind."""
 
     label: str
-    runs: Sequence[tuple[Sequence[float], Sequence[float]]]
+    runs: Sequence[Points]
     colour: str
     marker: str = ""
     dashed: bool = False
@@ -75,15 +77,24 @@ def colours(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def lines(what: str, over: str, drawn: Sequence[Line], from_zero: bool = True, log: bool = False) -> Figure:
-    """Lines with their mean and, of several runs, a band of one standard deviation around it."""
+    """Lines with their mean and, of several runs, a band of one standard deviation around it.
+
+    Runs that have no x in common are drawn singly, in one colour.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = canvas()
+        said = []
         for line in drawn:
-            x, mean, spread = averaged(line.runs)
-            if len(line.runs) > 1:
-                axes.fill_between(x, mean - spread, mean + spread, color=line.colour, alpha=0.16, linewidth=0)
-            marker, dashes = line.marker if len(x) <= 30 else "", "--" if line.dashed else "-"
-            axes.plot(x, mean, color=line.colour, linestyle=dashes, marker=marker, label=line.label)
+            parts = comparable(line.runs)
+            for number, runs in enumerate(parts):
+                x, mean, spread = averaged(runs)
+                if len(runs) > 1:
+                    axes.fill_between(x, mean - spread, mean + spread, color=line.colour, alpha=0.16, linewidth=0)
+                marker, dashes = line.marker if len(x) <= 30 else "", "--" if line.dashed else "-"
+                label = "" if number else line.label  # once in the legend
+                axes.plot(x, mean, color=line.colour, linestyle=dashes, marker=marker, label=label)
+                which = f"run {number + 1} of {line.label}" if len(parts) > 1 else line.label
+                said.append(f"{which} ends at {mean[-1]:.3g}")
         axes.set(xlabel=over, ylabel=what)
         if log:
             axes.set_yscale("log")
@@ -92,8 +103,7 @@ def lines(what: str, over: str, drawn: Sequence[Line], from_zero: bool = True, l
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         legend(figure, axes, [line.label for line in drawn])
-        ends = [f"{line.label} ends at {averaged(line.runs)[1][-1]:.3g}" for line in drawn if line.runs]
-        return f"Line plot of {what} over {over}: {'; '.join(ends)}.", data_url(figure)
+        return f"Line plot of {what} over {over}: {'; '.join(said)}.", data_url(figure)
 
 
 def bars(what: str, over: str, ticks: Sequence[str], drawn: Mapping[str, tuple[Sequence[float], str]]) -> Figure:
@@ -155,13 +165,18 @@ def legend(figure: MplFigure, axes: Axes, labels: Sequence[str], has_room: bool 
     figure.legend(handles, texts, loc="outside upper left", ncols=columns, fontsize=9)
 
 
-def averaged(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x that all runs have, at most MOST_POINTS of them, and the runs' mean and standard deviation there."""
+def comparable(runs: Sequence[Points]) -> list[Sequence[Points]]:
+    """Runs to average: all together, or each alone where they have no x in common, evaluated at different times."""
+    if not runs:
+        return []
+    return [runs] if set.intersection(*(set(x) for x, _ in runs)) else [[run] for run in runs]
+
+
+def averaged(runs: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x that all runs have, at least one, at most MOST_POINTS of them, and the runs' mean and standard deviation
+    there."""
     tables = [dict(zip(x, y, strict=True)) for x, y in runs]
-    shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    if not shared:  # runs that were evaluated at different times: the first stands for them
-        tables = tables[:1]
-        shared = sorted(tables[0]) if tables else []
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
     shared = [shared[round(i)] for i in np.linspace(0, len(shared) - 1, min(len(shared), MOST_POINTS))]
     values = np.array([[table[x] for x in shared] for table in tables], dtype=float)
     spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(shared))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from run_files import Run
+from run_files import Run, random_twins
 
 PREFERRED = ("mean_per_class", "top1", "image_to_text_r1", "text_to_image_r1", "top5")
 """Last parts of evaluation figures, the most telling first."""
@@ -24,10 +24,15 @@ NUM_BINS = 6
 def numbers(runs: Sequence[Run], key: str) -> list[float]:
     """A figure of each run that has it: at the last step at which all of these do, so that a run which stopped early is
     not averaged with one that went on; the last of each where they have no step in common."""
-    series = [{row["step"]: row[key] for row in run.rows if is_number(row.get(key))} for run in runs]
-    series = [values for values in series if values]
-    shared = set.intersection(*map(set, series)) if series else set()
-    return [float(values[max(shared or values)]) for values in series]
+    found = series(runs, key)
+    shared = set.intersection(*map(set, found)) if found else set()
+    return [float(values[max(shared or values)]) for values in found]
+
+
+def series(runs: Sequence[Run], key: str) -> list[dict[int, float]]:
+    """A figure by step, of each run that has it."""
+    found = [{row["step"]: row[key] for row in run.rows if is_number(row.get(key))} for run in runs]
+    return [values for values in found if values]
 
 
 def is_number(value: Any) -> bool:
@@ -90,17 +95,16 @@ def curve(run: Run, key: str, axis: str) -> tuple[list[float], list[float]]:
 
 
 def headline(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """A row of the headline table per kind of run: figures as (mean, spread, text, what it is of)."""
-    first = next((runs for runs in groups.values() if runs[0].selector == "random"), None)
+    """A row of the headline table per kind of run: figures as (mean, spread, text, what it is of).
+
+    `ratio` is the first figure over that of the random twin, at step `ratio_step`; None without such a step or twin.
+    """
+    twins = random_twins(groups)
     rows = []
     for label, runs in groups.items():
         cells = [figure(numbers(runs, key)) for key in keys]
-        # The twin, of the same other settings, if there is one.
-        base = groups.get("random" + label.removeprefix(runs[0].selector), first)
-        ratio = None
-        if base is not None and keys and runs is not base:
-            mine, random = mean(numbers(runs, keys[0])), mean(numbers(base, keys[0]))
-            ratio = None if mine is None or not random else mine / random
+        twin = twins[label]
+        ratio, step = over(runs, groups[twin], keys[0]) if twin is not None and keys else (None, None)
         rows.append(
             {
                 "label": label,
@@ -108,6 +112,7 @@ def headline(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[
                 "num_runs": len(runs),
                 "cells": cells,
                 "ratio": ratio,
+                "ratio_step": step,
                 "seen": mean(numbers(runs, "selection/samples_seen")),
                 "streamed": mean(numbers(runs, "selection/samples_streamed")),
                 "minutes": mean([minutes for run in runs if (minutes := training_minutes(run)) is not None]),
@@ -115,6 +120,20 @@ def headline(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[
             }
         )
     return rows
+
+
+def over(runs: Sequence[Run], base: Sequence[Run], key: str) -> tuple[float | None, int | None]:
+    """Mean of a figure over its mean of `base`, and the step it is of: the last at which all that have it do.
+
+    (None, None) where they have no step in common, or the mean of `base` is 0 there.
+    """
+    mine, theirs = series(runs, key), series(base, key)
+    if not mine or not theirs:
+        return None, None
+    shared = set.intersection(*map(set, [*mine, *theirs]))
+    if not shared or not (below := statistics.fmean(values[max(shared)] for values in theirs)):
+        return None, None
+    return statistics.fmean(values[max(shared)] for values in mine) / below, max(shared)
 
 
 def figure(values: Sequence[float]) -> dict[str, Any]:

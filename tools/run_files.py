@@ -74,17 +74,19 @@ class Run:
 
 
 def find_runs(place: Path) -> list[Path]:
-    """Metrics files of a metrics file, of a run's folder, or of a folder of runs.
+    """Metrics files of a metrics file, of a run's folder, or of a folder of runs: all in it, one level down, and beside
+    it under its name.
 
     Raises:
         ValueError: none there.
     """
     if place.is_file():
         return [place]
-    beside = place.with_suffix(".jsonl") if place.suffix != ".jsonl" else place
-    found = [path for path in sorted(place.glob("*.jsonl")) if is_metrics(path)]
-    found = found or ([beside] if beside.is_file() else [])
-    found = found or [path for path in sorted(place.glob("*/*.jsonl")) if is_metrics(path)]
+    inside = [*sorted(place.glob("*.jsonl")), *sorted(place.glob("*/*.jsonl"))]
+    found = [path for path in inside if is_metrics(path)]
+    named = place.with_name(f"{place.name}.jsonl") if place.name else place  # Path(".") has no name
+    if named.is_file() and (is_metrics(named) or not found):
+        found.insert(0, named)
     if not found:
         raise ValueError(
             f"{place}: no run there; a run is a metrics file (metrics_file: runs/{{run_name}}/metrics.jsonl), the "
@@ -109,23 +111,55 @@ def read_run(metrics_file: Path) -> Run:
         about = dict(json.loads(about_path(metrics_file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         missing.append("recipe and versions (written beside metrics_file by every run of this version)")
-    recipe = about.get("recipe", {})
-    folder = beside(metrics_file, recipe, "gallery")
+    run = Run(metrics_file, rows, about)
     try:
-        header, gallery = read_gallery(folder)
-        classes = header.get("classes")
+        if (folder := folder_of(run, "gallery")) is not None:
+            header, gallery = read_gallery(folder)
+            classes = header.get("classes")
+        else:
+            missing.append("gallery of what was kept and dropped (gallery=runs/{run_name}/gallery records one)")
     except ValueError as error:
-        key = "gallery=runs/{run_name}/gallery records one"
-        missing.append(f"gallery of what was kept and dropped ({key if not folder.exists() else error})")
-    folder = beside(metrics_file, recipe, "ledger")
+        missing.append(f"gallery of what was kept and dropped ({said(error, run)})")
     try:
-        ledger = ledger_of(folder)
+        if (folder := folder_of(run, "ledger")) is not None:
+            ledger = ledger_of(folder)
+        else:
+            missing.append("ledger of the samples trained on (ledger=runs/{run_name}/ledger records one)")
     except ValueError as error:
-        key = "ledger=runs/{run_name}/ledger records one"
-        missing.append(f"ledger of the samples trained on ({key if not folder.exists() else error})")
+        missing.append(f"ledger of the samples trained on ({said(error, run)})")
     if not any(key.startswith("metrics/") for row in rows for key in row):
         missing.append("evaluations (eval.NAME.local=FOLDER)")
     return Run(metrics_file, rows, about, gallery, classes, ledger, tuple(missing))
+
+
+def said(error: ValueError, run: Run) -> str:
+    """An error's text, with a run's folders as a page shows them."""
+    keys = ("gallery", "ledger")
+    told = [Path(run.recipe[key]) for key in keys if run.recipe.get(key)]
+    folders = [*told, *(run.metrics_file.parent / key for key in keys)]
+    text = str(error)
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        text = text.replace(folder, shown(folder)) if Path(folder).is_absolute() else text
+    return text
+
+
+def shown(value: Any) -> Any:
+    """A recipe's value as a page shows it that others may read: without the folders of this machine.
+
+    Absolute paths, also of file:// URLs, become relative to the working directory where they lie below it, and else
+    "…/" and their last two parts.
+    """
+    if isinstance(value, Mapping):
+        return {key: shown(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    scheme = "file://" if value.startswith("file:///") else ""
+    path, here = Path(value[len(scheme) :]), Path.cwd()
+    if not path.is_absolute():
+        return value
+    return scheme + (str(path.relative_to(here)) if path.is_relative_to(here) else "…/" + "/".join(path.parts[1:][-2:]))
 
 
 def ledger_of(folder: Path) -> list[Record]:
@@ -134,17 +168,44 @@ def ledger_of(folder: Path) -> list[Record]:
     Raises:
         ValueError: there is none, or a damaged one.
     """
-    if not folder.exists():
-        raise ValueError(f"{folder}: no ledger there")
     from clipcov_stream.ledger import read_ledger  # which imports Composer: seconds, spent only where there is one
 
     return read_ledger(folder)
 
 
-def beside(metrics_file: Path, recipe: Mapping[str, Any], key: str) -> Path:
-    """Where a run's folder of that key is: beside its metrics, also if they were moved, or where its recipe says."""
-    near = metrics_file.parent / key
-    return near if near.exists() or not recipe.get(key) else Path(recipe[key])
+def folder_of(run: Run, key: str) -> Path | None:
+    """Where a run's gallery or ledger is: where its recipe says, or beside its metrics if they were moved together.
+
+    Runs may share a folder, and a recipe's path may lead elsewhere on this machine: what names another run is not
+    taken, nor what lies beside the metrics and names none. None where there is nothing.
+
+    Raises:
+        ValueError: there is one, but not of this run.
+    """
+    told = Path(run.recipe[key]) if run.recipe.get(key) else None
+    near, others = run.metrics_file.parent / key, []
+    for folder in dict.fromkeys(path for path in (told, near) if path is not None and path.exists()):
+        name = named_in(folder, key)
+        if name == run.name or (folder == told and (name is None or not run.recipe.get("run_name"))):
+            return folder
+        others.append(
+            f"{folder} is {'of no run that it names' if name is None else f'of run {name!r}'}, not {run.name!r}"
+        )
+    if others:
+        raise ValueError("; ".join(others))
+    return None
+
+
+def named_in(folder: Path, key: str) -> str | None:
+    """The run that a gallery or a ledger names; None if it cannot be read."""
+    try:
+        if key == "gallery":
+            return read_gallery(folder)[0].get("run_name")
+        from clipcov_stream.ledger import files_of, read_header
+
+        return next((read_header(path)[0].get("run_name") for path in files_of(folder)), None)
+    except ValueError:
+        return None
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -182,6 +243,24 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def random_twins(groups: Mapping[str, Sequence[Run]]) -> dict[str, str | None]:
+    """For each kind of run the kind that is random and else of the same recipe, up to OWN; None where there is none,
+    for random itself, and for runs of unknown recipe."""
+    keys = differing([run for runs in groups.values() for run in runs])
+    settings = {label: settings_of(runs[0], keys) for label, runs in groups.items()}
+    random = {settings[label]: label for label, runs in groups.items() if runs[0].selector == "random"}
+    return {
+        label: random.get(settings[label]) if runs[0].recipe and runs[0].selector != "random" else None
+        for label, runs in groups.items()
+    }
+
+
+def settings_of(run: Run, keys: Sequence[str]) -> tuple[str, ...] | None:
+    """A recipe's values of those keys; None where there is no recipe."""
+    recipe = flat(run.recipe)
+    return tuple(json.dumps(recipe.get(key)) for key in keys) if run.recipe else None
+
+
 def short(value: Any) -> str:
-    text = str(value)
+    text = str(shown(value))
     return text if len(text) <= 24 else "…" + text[-22:]
