@@ -521,7 +521,8 @@ class ClipCov(Algorithm):
             raise RuntimeError(
                 f"step {int(state.timestamp.batch)}: {pools * num_survivors} survivors are needed, but "
                 f"{int(counts[2]) // int(counts[1])} of the pool's {pools * pool_size} samples cannot be used "
-                f"(undecodable image, NaN or inf embedding), on {int(counts[1]) * pools} of {world_size} ranks"
+                f"(undecodable image, NaN or inf embedding, a shard that is skipped: stream.on_bad_shard), on "
+                f"{int(counts[1]) * pools} of {world_size} ranks"
             )
         ratio = self.max_invalid_ratio
         if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):

@@ -32,7 +32,7 @@ from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
 from clipcov_stream.stream import PoolLoader
-from clipcov_stream.weights import VALIDATION, is_data
+from clipcov_stream.weights import checked_loading
 from clipcov_stream.zeroshot import ZeroShotHead
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,6 @@ def build_trainer(config: TrainConfig) -> Trainer:
         ValueError: whatever cannot work, named by its key.
     """
     check_duration(config.max_duration, "max_duration")
-    # Composer loads a checkpoint as any pickle; it asks first, unless the user has it ask someone else.
-    os.environ.setdefault(VALIDATION, f"{is_data.__module__}.{is_data.__name__}")
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)
@@ -125,45 +123,46 @@ def build_trainer(config: TrainConfig) -> Trainer:
         saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
-    trainer = Trainer(
-        model=model,
-        train_dataloader=loader,
-        # Last in the list runs first at AFTER_DATALOADER; the pass makes sure of it.
-        algorithms=[*algorithms, selection],
-        algorithm_passes=[ours_first],
-        optimizers=build.build_optimizer(config.optimizer, model),
-        schedulers=scheduler,
-        eval_dataloader=splits or None,
-        eval_interval=config.eval_interval if splits else 0,
-        callbacks=[
-            ClampLogitScale(),
-            EndThreads(),
-            SkippedShards(),
-            ZeroShotHead(prompts),
-            RecordedRecipe(config),
-            *callbacks,
-        ],
-        loggers=loggers or None,
-        max_duration=config.max_duration,
-        device=device,
-        device_train_microbatch_size=microbatch,
-        precision=config.precision,
-        seed=config.seed,
-        run_name=config.run_name,
-        save_folder=config.save_folder,
-        save_interval=config.save_interval,
-        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        save_overwrite=config.save_overwrite,
-        load_path=load_path,
-        load_weights_only=load_weights_only,
-        autoresume=autoresume,
-        progress_bar=config.progress_bar,
-        log_to_console=config.log_to_console,
-        console_log_interval=config.console_log_interval,
-        compile_config=config.compile_config,
-        dist_timeout=config.dist_timeout,
-        **parallelism,
-    )
+    with checked_loading():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=loader,
+            # Last in the list runs first at AFTER_DATALOADER; the pass makes sure of it.
+            algorithms=[*algorithms, selection],
+            algorithm_passes=[ours_first],
+            optimizers=build.build_optimizer(config.optimizer, model),
+            schedulers=scheduler,
+            eval_dataloader=splits or None,
+            eval_interval=config.eval_interval if splits else 0,
+            callbacks=[
+                ClampLogitScale(),
+                EndThreads(),
+                SkippedShards(),
+                ZeroShotHead(prompts),
+                RecordedRecipe(config),
+                *callbacks,
+            ],
+            loggers=loggers or None,
+            max_duration=config.max_duration,
+            device=device,
+            device_train_microbatch_size=microbatch,
+            precision=config.precision,
+            seed=config.seed,
+            run_name=config.run_name,
+            save_folder=config.save_folder,
+            save_interval=config.save_interval,
+            save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+            save_overwrite=config.save_overwrite,
+            load_path=load_path,
+            load_weights_only=load_weights_only,
+            autoresume=autoresume,
+            progress_bar=config.progress_bar,
+            log_to_console=config.log_to_console,
+            console_log_interval=config.console_log_interval,
+            compile_config=config.compile_config,
+            dist_timeout=config.dist_timeout,
+            **parallelism,
+        )
     restore_generators(trainer)
     return trainer
 
