@@ -1,6 +1,7 @@
 """The fuzzer itself: that it finds nothing here, and that it would find what is there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,14 @@ def test_the_fuzzer_reports_crashes_hangs_and_memory_with_their_input(tmp_path: 
     script.write_text(BROKEN, encoding="utf-8")
     options = ["--inputs", "300", "--batch", "100", "--seconds", "3", "--keep", str(tmp_path / "kept")]
     done = subprocess.run(
-        [sys.executable, str(script), *options], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, str(script), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "tools")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
+    assert done.stdout, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     texts = " ".join(text for _, text in figures["first_failures"])
     assert done.returncode == 1 and figures["inputs"] == 300 and figures["failures"] == 4, done.stderr[-2000:]
