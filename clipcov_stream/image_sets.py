@@ -131,20 +131,13 @@ def imagenet(folder: Path, subset: str | None = None) -> LabelledImages:
     wnids = everything if subset is None else synsets(subset)
     names = [IMAGENET_CLASSNAMES[everything.index(wnid)] for wnid in wnids]
     samples = files_by_class(folder, {wnid: label for label, wnid in enumerate(wnids)})
-    return LabelledImages(samples, tuple(names), prompts.IMAGENET_TEMPLATES, note=incomplete(samples, len(wnids)))
+    return LabelledImages(samples, tuple(names), prompts.IMAGENET_TEMPLATES)
 
 
 def imagenet_v2(folder: Path) -> LabelledImages:
     """ImageNet-V2's layout: folders 0 to 999, ImageNet's class indices."""
     samples = files_by_class(folder, {str(label): label for label in range(1000)})
-    names = tuple(IMAGENET_CLASSNAMES)
-    return LabelledImages(samples, names, prompts.IMAGENET_TEMPLATES, note=incomplete(samples, 1000))
-
-
-def incomplete(samples: Files, num_classes: int) -> str:
-    """Says so of a copy that lacks classes: all classes compete, but not all are asked for."""
-    present = len(set(samples.labels))
-    return "" if present == num_classes else f"images of {present} of {num_classes} classes"
+    return LabelledImages(samples, tuple(IMAGENET_CLASSNAMES), prompts.IMAGENET_TEMPLATES)
 
 
 def objectnet(folder: Path) -> LabelledImages:
@@ -176,7 +169,6 @@ def objectnet(folder: Path) -> LabelledImages:
         tuple(IMAGENET_CLASSNAMES[one] for several in members for one in several),
         prompts.IMAGENET_TEMPLATES,
         tuple(number for number, several in enumerate(members) for _ in several),
-        incomplete(samples, len(classes)),
     )
 
 

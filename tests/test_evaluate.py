@@ -274,8 +274,9 @@ def test_the_command_equals_open_clip_to_the_last_digit(
     # Nothing is averaged over a hole, and holes are named.
     eleven = model["averages"]["downstream, 11 sets"]
     assert eleven["value"] is None
-    assert set(eleven["missing"]) == set(eleven["sets"]) - {"cifar10", "gtsrb", "oxford_pets"}
+    assert set(eleven["missing"]) == set(eleven["sets"]) - {"cifar10", "oxford_pets"}
     assert "n/a: missing caltech101, cifar100, dtd, " in printed
+    assert "gtsrb: images of 3 of 43 classes, so it enters no average" in printed
     assert f"missing stl10: no stl10_binary in {world.root}: stl10_binary.tar.gz as it unpacks" in printed
     assert set(found["missing"]) == set(evaluate.SETS) - set(SUITE)
     assert "samples_streamed" in printed and "128" in printed
@@ -296,6 +297,18 @@ def test_averages_where_no_set_is_missing() -> None:
             "downstream, 13 sets": (12 * 0.25 + 0.5) / 13,
         }
     )
+
+
+def test_a_set_without_images_of_some_classes_is_a_hole() -> None:
+    one = {"metrics": {"top1": 0.25}, "standard": "top1", "classes": 5, "classes_present": 5}
+    figures = dict.fromkeys(evaluate.SETS, one) | {"imagenet_r": {**one, "classes_present": 4}}
+    averages = evaluate.averages_of(figures)
+    assert averages["ImageNet's shifts"] == {
+        "sets": list(evaluate.AVERAGES["ImageNet's shifts"]),
+        "value": None,
+        "missing": ["imagenet_r"],
+    }
+    assert averages["downstream, 11 sets"]["value"] == 0.25
 
 
 def test_unreadable_images_are_misses_and_are_counted(
@@ -459,8 +472,8 @@ def test_the_plot_and_table_of_two_models(tmp_path: Path) -> None:
     def model(label: str, value: float) -> dict[str, Any]:
         one = {"title": "X", "standard": "top1", "metrics": {"top1": value, "mean_per_class": 0.5}}
         counts = {"selector": None, "samples_seen": 1000, "samples_streamed": None}
-        sets = {"x": {**one, "images": 10, "unreadable": 0, "classes": 4}}
-        averages = {"A": {"sets": ["x", "y"], "value": None, "missing": ["y"]}}
+        sets = {"x": {**one, "images": 10, "unreadable": 0, "classes": 4, "classes_present": 4}}
+        averages = {"A": {"sets": ["x", "y"], "value": None, "missing": ["y"]}} if value < 1 else {}
         return {"label": label, **counts, "sets": sets, "averages": averages}
 
     found = {"models": [model("one", 0.125), model("two", 1.0)], "missing": {"y": "no y in DATA: y.tar"}}
@@ -473,6 +486,8 @@ def test_the_plot_and_table_of_two_models(tmp_path: Path) -> None:
         ["X", "10", "4", "top-1", "*", "0.1250", "1.0000"],
     ]
     assert "average of A: x, y; n/a: missing y" in lines
+    (averages,) = (line for line in lines if line.startswith("average of A  "))
+    assert averages.split()[3:] == ["standard", "*", "n/a:", "1", "missing", "n/a"]
     assert lines[-1] == "missing y: no y in DATA: y.tar"
     evaluation_table.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -103,7 +103,6 @@ def test_only_a_shifts_own_classes_compete(name: str, first: int, tmp_path: Path
     assert len(images.names) == len(wnids) == 200
     assert list(images.names) == [IMAGENET_CLASSNAMES[everything.index(wnid)] for wnid in wnids]
     assert labels_of(images) == [first, first, first + 1, first + 1, first + 2, first + 2]
-    assert images.note == "images of 3 of 200 classes"
 
 
 def test_synsets_are_in_the_order_of_the_class_names() -> None:

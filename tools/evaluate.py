@@ -102,6 +102,7 @@ class Runner:
         }
         if prompts is not None:
             result["classes"] = num_classes(prompts)
+            result["classes_present"] = len(torch.cat(found.label).unique())
         if isinstance(loader.dataset, ImagesDataset) and loader.dataset.images.note:
             result["note"] = loader.dataset.images.note
         if self.probe and prompts is not None:
@@ -254,7 +255,11 @@ def candidates_of(args: argparse.Namespace) -> list[Candidate]:
 
 
 def averages_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Zero-shot averages of the suite and of its probes; `value` is None where sets are missing, which are named."""
+    """Zero-shot averages of the suite and of its probes; `value` is None where sets are missing, which are named.
+
+    A copy of a set without images of some of its classes is a hole too.
+    """
+    results = {name: one for name, one in results.items() if one.get("classes_present") == one.get("classes")}
     zeroshot = {name: one["metrics"][one["standard"]] for name, one in results.items()}
     probes = {
         name: one["probe"]["metrics"][one["standard"]]
@@ -284,6 +289,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
     plans, missing = plans_of(args)
     device = torch.device(str(get_device(args.device).name).replace("gpu", "cuda"))
+    # A GPU's fp32 is to be fp32: TF32 moves the last digits.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     models = []
     for candidate in candidates_of(args):
         runner = Runner(candidate, device, args.precision, args.probe)
@@ -293,7 +300,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 results[name] = runner(name, plan)
             except ValueError as error:
-                missing[name] = str(error)
+                missing[name] = f"{candidate.label}: {error}"
         models.append({**candidate.record(), "sets": results, "averages": averages_of(results) if args.root else {}})
     return {"suite": args.suite, "root": args.root, "precision": args.precision, "models": models, "missing": missing}
 

@@ -50,13 +50,17 @@ def rows_of(found: Mapping[str, Any]) -> list[list[str]]:
         for number, figure in enumerate(figures_of(first)):
             lead = [first["title"], f"{first['images']:,}", f"{first.get('classes', '-')}"] if number == 0 else [""] * 3
             rows.append([*lead, figure, *(own.get(figure, "n/a") for own in figures)])
-    for title in models[0]["averages"]:
-        ours = [model["averages"][title] for model in models]
-        values = [
-            f"n/a: {len(one['missing'])} missing" if one["value"] is None else f"{one['value']:.4f}" for one in ours
-        ]
+    for title in dict.fromkeys(title for model in models for title in model["averages"]):
+        values = [average_cell(model["averages"].get(title)) for model in models]
         rows.append([f"average of {title}", "", "", "standard *", *values])
     return rows
+
+
+def average_cell(one: Mapping[str, Any] | None) -> str:
+    """An average, or how many sets it lacks; a model without a single set of it has no average of that title."""
+    if one is None:
+        return "n/a"
+    return f"n/a: {len(one['missing'])} missing" if one["value"] is None else f"{one['value']:.4f}"
 
 
 def notes_of(found: Mapping[str, Any]) -> list[str]:
@@ -69,6 +73,9 @@ def notes_of(found: Mapping[str, Any]) -> list[str]:
         for name, one in model["sets"].items():
             if one["unreadable"]:
                 notes.append(f"{name}: {one['unreadable']} of {one['images']} images unreadable, counted as misses")
+            if one.get("classes_present") != one.get("classes"):
+                part = f"images of {one['classes_present']:,} of {one['classes']:,} classes"
+                notes.append(f"{name}: {part}, so it enters no average")
             if "note" in one:
                 notes.append(f"{name}: {one['note']}")
             notes += probe_notes(f"{name}, {model['label']}", one.get("probe", {}))
