@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import sys
 import time
 from pathlib import Path
@@ -47,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from mds_folder import write_source_json
 from pairs import positive
-from subset_folder import PairFolder, bar, subset_folder, write_subset
+from subset_folder import add_subset_options, bar, open_pairs, report, subset_folder, write_subset
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -278,11 +277,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises: ValueError for whatever the user can mend; OUT is then as it was.
     """
     began = time.monotonic()
-    if args.num is None and not 0 < args.fraction <= 1:
-        raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
-    pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
-    if out == pairs.path or out in pairs.path.parents:
-        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    pairs = open_pairs(args)
     with subset_folder(args.out, args.overwrite) as folder:
         columns = {"--image-embedding": args.image_embedding, "--text-embedding": args.text_embedding}
         image, text = pairs.embeddings(columns)
@@ -323,11 +318,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; the last line on stdout is one JSON document. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
-    parser.add_argument("out", metavar="OUT", help="folder to write: subset.csv, source.json, train/ with --mds")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--fraction", type=float, help="share of the usable samples to pick, rounded down, at least one")
-    size.add_argument("--num", type=positive, metavar="N", help="number of samples to pick")
+    add_subset_options(parser)
     classes = parser.add_mutually_exclusive_group(required=True)
     classes.add_argument("--class-embeddings", metavar="FILE", help=".npy (classes, dim): class texts, embedded")
     classes.add_argument("--clusters", type=positive, metavar="K", help="spherical k-means of the images instead")
@@ -335,17 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-embedding", default="image_embedding", metavar="NAME", help="column (image_embedding)")
     parser.add_argument("--text-embedding", default="text_embedding", metavar="NAME", help="column (text_embedding)")
     parser.add_argument("--refresh", type=positive, default=200, help="picks of a class between updates of it (200)")
-    parser.add_argument("--mds", action="store_true", help="write the chosen samples too, byte for byte, to OUT/train")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
-    args = parser.parse_args(argv)
-    try:
-        figures = run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{figures['selected']} of {figures['samples']} samples written to {args.out}")
-    print(json.dumps(figures))
-    return 0
+    return report(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ twice that for c_rho; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 from mds_folder import write_source_json
 from pairs import positive
 from select_offline import BLOCK, spherical_kmeans, unit_rows, usable_rows
-from subset_folder import PairFolder, subset_folder, write_subset
+from subset_folder import PairFolder, add_subset_options, open_pairs, report, subset_folder, write_subset
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -98,13 +97,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises: ValueError for whatever the user can mend; OUT is then as it was.
     """
     began = time.monotonic()
-    if args.num is None and not 0 < args.fraction <= 1:
-        raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
     if (args.method == "c_rho") != (args.learner is not None):
         raise ValueError("--learner is for c_rho, which needs it: a folder with a model in training's embeddings")
-    pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
-    if out == pairs.path or out in pairs.path.parents:
-        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    pairs = open_pairs(args)
     with subset_folder(args.out, args.overwrite) as folder:
         tables = pairs.embeddings(COLUMNS)
         if args.learner is not None:
@@ -141,25 +136,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line; the last line on stdout is one JSON document. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
-    parser.add_argument("out", metavar="OUT", help="folder to write: subset.csv, source.json, train/ with --mds")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--fraction", type=float, help="share of the usable samples to pick, rounded down, at least one")
-    size.add_argument("--num", type=positive, metavar="N", help="number of samples to pick")
+    add_subset_options(parser)
     parser.add_argument("--clusters", type=positive, default=1000, metavar="K", help="of sem_dedup (1000)")
     parser.add_argument("--learner", metavar="FOLDER", help="of c_rho: the same samples with another's embeddings")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of --clusters (0)")
-    parser.add_argument("--mds", action="store_true", help="write the chosen samples too, byte for byte, to OUT/train")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
-    args = parser.parse_args(argv)
-    try:
-        figures = run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{figures['selected']} of {figures['samples']} samples written to {args.out}")
-    print(json.dumps(figures))
-    return 0
+    return report(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

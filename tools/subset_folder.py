@@ -7,14 +7,16 @@ write_subset      subset.csv, and the samples themselves, byte for byte
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pairs import positive
 from staged_folder import staged_folder
 from streaming import MDSWriter
 from streaming.base.compression import decompress
@@ -205,6 +208,43 @@ def write_subset(
         table.writerow(["row", *(["uid"] if has_uid else []), "class", "rank", "score"])
         for rank, (row, label, score) in enumerate(zip(rows, classes, scores, strict=True)):
             table.writerow([row, *([uids[row]] if has_uid else []), label, rank, score])
+
+
+def add_subset_options(parser: argparse.ArgumentParser) -> None:
+    """What every tool that picks a subset of a folder takes: FOLDER, OUT, the size and how to write it."""
+    parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
+    parser.add_argument("out", metavar="OUT", help="folder to write: subset.csv, source.json, train/ with --mds")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--fraction", type=float, help="share of the usable samples to pick, rounded down, at least one")
+    size.add_argument("--num", type=positive, metavar="N", help="number of samples to pick")
+    parser.add_argument("--mds", action="store_true", help="write the chosen samples too, byte for byte, to OUT/train")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is complete")
+
+
+def open_pairs(args: argparse.Namespace) -> PairFolder:
+    """FOLDER, once `add_subset_options`' arguments are found to make sense.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], or an OUT that is or holds FOLDER.
+    """
+    if args.num is None and not 0 < args.fraction <= 1:
+        raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
+    pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
+    if out == pairs.path or out in pairs.path.parents:
+        raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    return pairs
+
+
+def report(run: Callable[[argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> int:
+    """Run, and print the figures as one JSON document, or the error; returns the exit code."""
+    try:
+        figures = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{figures['selected']} of {figures['samples']} samples written to {args.out}")
+    print(json.dumps(figures))
+    return 0
 
 
 def bar(steps: Iterable[Any], what: str, unit: str, show: bool = True, total: int | None = None) -> Iterable[Any]:
