@@ -10,6 +10,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo "clipcov_stream needs Python 3.10 to 3.12, and $(PYTHON) is another; name one: make PYTHON=python3.11 ..."; exit 1; }
+	@# Of another Python, or half made: begin anew.
+	@test ! -x $(BIN)/python || $(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the stack into $(VENV): about 5 minutes and 6 GB the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -168,7 +168,7 @@ def fault_of(path: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a folder; None if there is none.
 
     Newer ones that are torn are renamed to NAME.torn, lest Composer refuse to write their like again, with a warning
@@ -179,7 +179,7 @@ def newest_whole(folder: Path) -> Path | None:
     """
     answer: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
-        answer = list(searched(folder))
+        answer = list(searched(Path(folder)))
     dist.broadcast_object_list(answer, src=0)
     path, error = answer
     if error is not None:

@@ -96,20 +96,10 @@ def streamed_split(
     if config.root is not None or config.images is not None:
         raise ValueError(f"eval.{label} has root or images but no dataset; an MDS folder is local or remote")
     zeroshot, retrieval = "zeroshot" in tasks, "retrieval" in tasks
-    dataset = PairDataset(
-        local=config.local,
-        remote=config.remote,
-        split=config.split,
-        columns=Columns(
-            image=config.columns.image,
-            caption=config.columns.caption if retrieval else None,
-            label=config.columns.label if zeroshot else None,
-        ),
-        transform=transform,
-        tokenizer=tokenizer if retrieval else None,
-        batch_size=config.batch_size,
-        identify=retrieval,
-    )
+    try:
+        dataset = split_dataset(config, transform, tokenizer, zeroshot, retrieval)
+    except ValueError as error:
+        raise ValueError(f"eval.{label}: {error}") from error
     prompts = None
     if zeroshot:
         classes = read_json_beside(config.local, config.remote, config.split, "classes.json")
@@ -125,6 +115,26 @@ def streamed_split(
             "retrieval needs pairs (tools/make_mds.py pairs), zero-shot needs labels (tools/make_mds.py classes)"
         )
     return pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False), prompts
+
+
+def split_dataset(
+    config: EvalConfig, transform: ImageTransform, tokenizer: Tokenizer, zeroshot: bool, retrieval: bool
+) -> PairDataset:
+    """The samples of an MDS folder, with the columns that its tasks need."""
+    return PairDataset(
+        local=config.local,
+        remote=config.remote,
+        split=config.split,
+        columns=Columns(
+            image=config.columns.image,
+            caption=config.columns.caption if retrieval else None,
+            label=config.columns.label if zeroshot else None,
+        ),
+        transform=transform,
+        tokenizer=tokenizer if retrieval else None,
+        batch_size=config.batch_size,
+        identify=retrieval,
+    )
 
 
 def open_images(label: str, config: EvalConfig) -> LabelledImages | CaptionedImages:

@@ -28,6 +28,8 @@ class MetricsFile(LoggerDestination):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.pending: dict[str, Any] = {}
+        self.evaluated: dict[str, float] = {}
+        """The last evaluations' figures, by label and metric: `shapes/top1`."""
         self._begins: dict[str, int] | None = {"step": 0}
         """Where this process's lines begin; None once they have."""
 
@@ -36,7 +38,10 @@ class MetricsFile(LoggerDestination):
             self._begins["step"] = int(state.timestamp.batch)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.pending.update({key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()})
+        plain = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
+        self.pending.update(plain)
+        figures = {key: value for key, value in plain.items() if key.startswith("metrics/")}
+        self.evaluated.update({key.removeprefix("metrics/"): value for key, value in figures.items()})
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.flush(int(state.timestamp.batch))

@@ -77,6 +77,14 @@ class Columns:
         return {name for name in (self.image_embedding, self.text_embedding) if name is not None}
 
 
+HOW_TO_GET = {
+    "image_embedding": "; tools/embed_mds.py writes a folder, or a sidecar, that has it",
+    "text_embedding": "; tools/embed_mds.py writes a folder, or a sidecar, that has it",
+    "label": "; of pairs, which have no classes, ask for tasks=[retrieval]",
+}
+"""What to do about a column that is missing, by its role."""
+
+
 class PairDataset(GuardedDataset):
     """Image-caption pairs, decoded and tokenized.
 
@@ -200,6 +208,7 @@ class PairDataset(GuardedDataset):
             if name not in present:
                 raise ValueError(
                     f"stream {where!r} has no column {name!r} (stream.columns.{role}); it has {sorted(present)}"
+                    + HOW_TO_GET.get(role, "")
                 )
         encoding = self.image_encoding = present[self.columns.image]
         if encoding not in IMAGE_ENCODINGS:

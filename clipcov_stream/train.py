@@ -189,7 +189,10 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
             raise
         raise SystemExit(f"error: {redacted(error)}") from error
     train(trainer, config.eval_first and bool(trainer.state.evaluators))
+    text = summary(trainer, config)
     trainer.close()
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
     leave_group()
 
 
@@ -209,6 +212,28 @@ def train(trainer: Trainer, eval_first: bool = False) -> None:
     if eval_first and not int(state.timestamp.batch):
         trainer.eval()
     trainer.fit()
+
+
+def summary(trainer: Trainer, config: TrainConfig) -> str:
+    """How a run ended: steps, samples, the last evaluation's figures, and where things are."""
+    state = trainer.state
+    streamed = int(state.timestamp.sample)
+    seen = next(one for one in state.algorithms if isinstance(one, ClipCov)).samples_seen
+    lines = [
+        f"{state.run_name}: {int(state.timestamp.batch):,} steps, {streamed:,} samples streamed, {seen:,} seen",
+        *(
+            f"  {name}: {value:.4f}"
+            for file in trainer.logger.destinations
+            if isinstance(file, MetricsFile)
+            for name, value in sorted(file.evaluated.items())
+        ),
+    ]
+    if config.save_folder:
+        here = folder_of(config.save_folder, state.run_name) if saves_files_here(config) else config.save_folder
+        lines.append(f"  checkpoints: {redacted(here)}")
+    if config.metrics_file:
+        lines.append(f"  metrics: {config.metrics_file}")
+    return "\n".join(lines)
 
 
 def leave_group() -> None:

@@ -43,7 +43,7 @@ def last_metrics(path: Path) -> dict[str, float]:
 
 def test_the_quickstart_recipe_trains_on_two_ranks(tmp_path: Path, corpus: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    composer(
+    done = composer(
         *("-n", "2", "yamls/quickstart.yaml", "max_duration=4ba", "selection.warmup=2ba", "eval_interval=4ba"),
         *(TINY, "stream.global_pool_size=80", "stream.num_workers=0"),
         *(f"stream.local={corpus / 'train'}", f"eval.shapes.local={corpus / 'eval'}", f"metrics_file={metrics}"),
@@ -53,6 +53,10 @@ def test_the_quickstart_recipe_trains_on_two_ranks(tmp_path: Path, corpus: Path)
     assert figures["selection/samples_streamed"] == 4 * 80
     assert figures["selection/samples_seen"] == 4 * 16
     assert 0 <= figures["metrics/shapes/mean_per_class"] <= 1
+    ended = done.stdout[done.stdout.index("quickstart_clipcov_0: ") :].splitlines()
+    assert ended[0] == "quickstart_clipcov_0: 4 steps, 320 samples streamed, 64 seen"
+    assert f"  shapes/mean_per_class: {figures['metrics/shapes/mean_per_class']:.4f}" in ended
+    assert f"  metrics: {metrics}" in ended and done.stdout.count("samples streamed") == 1
 
 
 def test_the_literal_cc12m_command_trains_on_a_local_folder(tmp_path: Path, corpus: Path) -> None:
@@ -175,4 +179,8 @@ def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None
         assert [point["samples_streamed"] for point in run["curve"]] == [0, 2 * 40, 4 * 40]
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     assert f"report: {tmp_path / 'report.html'}" in done.stdout
+    for name in ("random_0", "clipcov_0"):
+        assert (tmp_path / name / "checkpoints" / "latest-rank0.pt").exists() and any(
+            (tmp_path / name / "ledger").iterdir()
+        )
     assert "clipcov against random" in (tmp_path / "report.html").read_text(encoding="utf-8")

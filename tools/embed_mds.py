@@ -1,7 +1,7 @@
 """Adds image and text embeddings to an MDS folder, for `selection.embed: columns`.
 
     python tools/embed_mds.py data/pairs data/pairs_b32 --name ViT-B-32 --pretrained laion2b_s34b_b79k
-    python tools/embed_mds.py data/pairs data/pairs_own --recipe yamls/clip_pairs.yaml --pretrained runs/x/latest.pt
+    python tools/embed_mds.py data/pairs data/own --recipe yamls/clip_pairs.yaml --pretrained runs/x/latest-rank0.pt
     python tools/embed_mds.py data/pairs data/pairs_b32 --sidecar ...          # without copying the images
     composer -n 8 tools/embed_mds.py ...                        # shards are shared out over ranks
 

@@ -115,7 +115,8 @@ class Runner:
         own = prompts.get(name)
         model = ClipModel(self.candidate.towers).to(self.device).eval()
         metrics = {name: metric for task in tasks_of(section) for name, metric in metrics_for(task).items()}
-        found, loader = Embedded(), evaluator.dataloader.dataloader
+        found = Embedded()
+        loader: Any = evaluator.dataloader.dataloader
         dtype = EMBED_PRECISIONS[self.precision]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             classes = None if own is None else class_embeddings(model, own.tokens.to(self.device))
@@ -131,6 +132,10 @@ class Runner:
                 found.valid.append(batch["valid"])
                 found.image_id.append(batch.get("image_id", batch["id"]))
                 found.label.append(batch.get("label", torch.zeros(0, dtype=torch.int64)))
+        if (workers := getattr(loader, "_iterator", None)) is not None:
+            # Streaming's loader ends them when it is collected: in a worker of the next set's, which cannot.
+            workers._shutdown_workers()
+            loader._iterator = None
         return loader, own, {name: metric.compute().item() for name, metric in metrics.items()}, found
 
     def trained(self, name: str, plan: Plan, prompts: Prompts, test: Embedded) -> dict[str, Any]:

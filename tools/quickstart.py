@@ -61,7 +61,8 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
     folder = folder_of(out, selector, seed)
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)  # an earlier run's, which this one's would join
-    shutil.rmtree(folder / "gallery", ignore_errors=True)
+    for name in ("gallery", "ledger", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     # This interpreter's launcher, so that no environment has to be activated.
     launcher = [sys.executable, "-m", "composer.cli"]
     # What tells the runs apart comes last, where no override can make two of them share it.
@@ -71,6 +72,9 @@ def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str
         f"selection.selector={selector}",
         f"metrics_file={metrics}",
         f"gallery={folder / 'gallery'}",
+        f"ledger={folder / 'ledger'}",
+        f"save_folder={folder / 'checkpoints'}",
+        "save_interval=1dur",
     ]
     command = [as_typed(RECIPE), *overrides, *own]
     print(f"$ composer {shlex.join(command)}", flush=True)

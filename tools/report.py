@@ -324,8 +324,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="metrics file, its folder, or a folder of runs"
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="page to write (report.html)")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="page to write (report.html, in the run's folder if that is all that is given)"
+    )
     args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = (args.runs[0] if len(args.runs) == 1 and args.runs[0].is_dir() else Path()) / "report.html"
     start = time.perf_counter()
     try:
         runs = write_report(args.runs, args.out)
@@ -337,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.name}: no {what}")
     size = args.out.stat().st_size
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {len(runs)} runs, {size / 1e6:.2f} MB, {seconds:.1f} s")
+    print(f"{args.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size / 1e6:.2f} MB, {seconds:.1f} s")
     return 0
 
 
