@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clipcov_stream.folded import folded
 from clipcov_stream.sketch import sync_is_free
 
 EMBED_SOURCES = ("teacher", "proxy", "columns")
@@ -105,8 +106,9 @@ def embed_with_towers(
         precision: an autocast context, or a null one.
         resolution: side in pixels of the images the model sees; position embeddings are resized with them. None: as
             they come.
-        plain: call the model as it is. Otherwise images are laid out channels last, and an open_clip text tower reads
-            captions no further than to their end token, which changes rounding alone.
+        plain: call the model as it is. Otherwise images are laid out channels last, on a CPU open_clip's ResNets run
+            with their batch norms folded in (`folded`), and an open_clip text tower reads captions no further than to
+            their end token, all of which changes rounding alone.
         on_images: told the image embeddings before captions are read, to send them meanwhile.
 
     Raises:
@@ -164,8 +166,10 @@ def encoded_images(model: Any, image: Tensor, chunk: int, resolution: int | None
             image = F.interpolate(image, size=(resolution, resolution), mode="bicubic", antialias=True)
     if not plain and image.ndim == 4:
         image = image.contiguous(memory_format=torch.channels_last)
+    faster = folded(model) if not plain and sync_is_free(image) else nullcontext()
     try:
-        return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
+        with faster:
+            return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
     except (RuntimeError, AssertionError) as error:
         if resolution is None:
             raise
