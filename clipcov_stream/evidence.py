@@ -211,7 +211,7 @@ def compared(
 
 def fits(rows: Tensor, index: Tensor) -> bool:
     """Whether all rows are one block, on a CPU: then steps are too short for the time it takes to begin one."""
-    return sync_is_free(rows) and len(rows) <= block_rows(rows, len(index))
+    return sync_is_free(rows) and rows.dtype == torch.float32 and len(rows) <= block_rows(rows, len(index))
 
 
 def own_places(index: Tensor) -> Tensor:
@@ -223,12 +223,12 @@ def compared_at_once(
     pool: Pool, index: Tensor, filled: Tensor, to_pool: Tensor, own: Tensor
 ) -> tuple[Float[Tensor, " pool"], Float[Tensor, " pool"]]:
     """`compared` where the whole pool is one block: its tables have the references' own rows too."""
-    places = own_places(index)
+    places, all_filled = own_places(index), all_hold(filled)
     tables, halves = [], []
     for name, rows, others in (("texts", pool.image, pool.text), ("images", pool.text, pool.image)):
         refs = others.index_select(0, index) * pool.logit_scale
         table = torch.mm(rows, refs.T, out=scratch(name, len(rows), len(index)))
-        if not all_hold(filled):
+        if not all_filled:
             table.masked_fill_(~filled, -torch.inf)
         table.view(-1).index_fill_(0, places, -torch.inf)
         tables.append(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def prepared(pool: Pool) -> Pool:
     names = [name for name in ROWS if getattr(pool, name) is not None]
     norms = torch.stack([row_norms(getattr(pool, name)) for name in names])
     # NaN and inf show in a norm, and so does what would overflow later: a row beyond 1e19, or beyond float32.
-    valid = norms.isfinite().all(0)
+    valid = (norms < math.inf).all(0)
     if pool.valid is not None:
         valid = valid & pool.valid.to(valid.device)
     counted = None if all_hold(valid) else valid

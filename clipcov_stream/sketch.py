@@ -429,7 +429,9 @@ def root(value: Any) -> Any:
 
 def scalar(value: Any, like: Tensor) -> Tensor:
     """What `number` returned as a 0-dim tensor again, of the type and on the device of another."""
-    return value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def all_hold(flags: Bool[Tensor, " n"]) -> bool:

@@ -10,8 +10,8 @@ Pools lie in memory, images on the device, so that neither a loader nor a copy i
 each survivor is another cost. A step is timed from the moment Composer has the pool to the end of the optimizer's step,
 after a warm-up, in turns (every variant once, then again), so that a slow spell of the machine falls on all alike.
 `plain` trains on the survivors without ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x
-16 pixels in bfloat16. `extra` is what a variant takes beyond `plain`, in percent of `plain`, from the medians of every
-turn: mean and 95% interval over turns.
+16 pixels in bfloat16, `teacher-drop50-chunk640` half of their patches, 640 images at a time. `extra` is what a variant
+takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over turns.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import platform
+import re
 import statistics
 import time
 import warnings
@@ -110,20 +111,25 @@ def draw_pools(
 
 
 def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
-    """`EMBED[-RESOLUTION][-bf16]` -> the embed source, and the knobs of its pass.
+    """`EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS]` -> the embed source, and the knobs of its pass.
 
     Raises:
         ValueError: another form, or an unknown source.
     """
-    embed, *rest = variant.split("-")
+    found = re.fullmatch(r"([a-z]+)(?:-(\d+))?(-bf16)?(?:-drop(\d\d))?(?:-chunk(\d+))?", variant)
+    if found is None or found[1] not in EMBED_SOURCES:
+        form = "EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS]"
+        raise ValueError(f"--embeds: {variant!r} is not {form} with one of {list(EMBED_SOURCES)}")
+    embed, resolution, bf16, dropped, chunk = found.groups()
     knobs: dict[str, Any] = {}
-    if rest and rest[0].isdigit():
-        knobs["embed_resolution"] = int(rest.pop(0))
-    if rest and rest[0] == "bf16":
-        rest.pop(0)
+    if resolution:
+        knobs["embed_resolution"] = int(resolution)
+    if bf16:
         knobs["embed_precision"] = "amp_bf16"
-    if embed not in EMBED_SOURCES or rest:
-        raise ValueError(f"--embeds: {variant!r} is not EMBED[-RESOLUTION][-bf16] with one of {list(EMBED_SOURCES)}")
+    if dropped:
+        knobs["embed_patch_dropout"] = int(dropped) / 100
+    if chunk:
+        knobs["embed_chunk"] = int(chunk)
     return embed, knobs
 
 
