@@ -53,9 +53,9 @@ def fewer_patches(model: nn.Module, dropout: float) -> Iterator[None]:
 
 def leave_out(tower: VisionTransformer, dropout: float, module: Any, args: Any, tokens: Tensor) -> Tensor:
     """The class token and the patches kept of (n, 1 + patches, width) tokens; a forward hook."""
-    grid: Any = tower.grid_size
+    rows, columns = tower.grid_size
     num = tokens.shape[1] - 1
-    if math.prod(grid) != num:  # another resolution, which is square
-        grid = (math.isqrt(num),) * 2
-    kept = torch.tensor([0, *(1 + place for place in kept_patches(*grid, dropout))])
+    if rows * columns != num:  # another resolution, which is square
+        rows = columns = math.isqrt(num)
+    kept = torch.tensor([0, *(1 + place for place in kept_patches(rows, columns, dropout))])
     return tokens.index_select(1, kept.to(tokens.device, non_blocking=True))

@@ -239,9 +239,9 @@ class CrossCovSketch:
                 cross_cov=batch.cross_cov - (own_count > 0) * torch.outer(x_off, y_off),
             )
         weight = count.double() if isinstance(count, Tensor) else float(count)
-        elapsed = weight if elapsed is None else number(elapsed.double())
+        clock = weight if elapsed is None else number(elapsed.double())
         num_samples = count.long() if isinstance(count, Tensor) else int(count)
-        self._absorb(elapsed, weight, weight, num_samples, x_shift, y_shift, xy, both)
+        self._absorb(clock, weight, weight, num_samples, x_shift, y_shift, xy, both)
         return batch
 
     def merge(self, other: CrossCovSketch) -> None:
