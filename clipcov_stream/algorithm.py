@@ -74,6 +74,8 @@ class ClipCov(Algorithm):
             trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come. For a
             proxy a recipe's stream then decodes candidates at that size (`PairDataset.scoring_size`: the middle of each
             image), and survivors alone in full.
+        embed_patch_dropout: share of an image's patches, evenly spread, that the embedder does not look at; for
+            open_clip's image transformers (FLIP: Li et al., CVPR 2023, arXiv 2212.00794). None: it looks at all.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
         run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
             Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
@@ -116,6 +118,7 @@ class ClipCov(Algorithm):
         embed_chunk: int | None = None,
         embed_resolution: int | None = None,
         embed_precision: str | None = None,
+        embed_patch_dropout: float | None = None,
         run_ahead: int = 0,
         lag_delay: int = 0,
         max_invalid_ratio: float = 0.05,
@@ -124,7 +127,8 @@ class ClipCov(Algorithm):
     ) -> None:
         for name, ratio in (("filter_ratio", filter_ratio), ("max_invalid_ratio", max_invalid_ratio)):
             check_ratio(name, ratio)
-        check_embedder(embed, proxy, teacher_momentum, logit_scale, embed_chunk, embed_resolution, embed_precision)
+        passes = (embed_chunk, embed_resolution, embed_precision, embed_patch_dropout)
+        check_embedder(embed, proxy, teacher_momentum, logit_scale, *passes)
         if scope not in SCOPES:
             raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
         self.function = resolve(selector)
@@ -155,6 +159,7 @@ class ClipCov(Algorithm):
         self.logit_scale = logit_scale
         self.embed_chunk = embed_chunk
         self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
+        self.embed_patch_dropout = embed_patch_dropout
         self.max_invalid_ratio = max_invalid_ratio
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
@@ -195,6 +200,7 @@ class ClipCov(Algorithm):
             "embedder": embedder,
             "embed_resolution": embed_resolution,
             "embed_precision": embed_precision,
+            "embed_patch_dropout": embed_patch_dropout,
             "lag_delay": lag_delay,
         }
         """The arguments that make a run what it is; resuming with others would mix two runs in silence."""

@@ -301,7 +301,8 @@ def build_selection(
         scale = own
     proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
     knobs = ("coverage", "learnability", "gate", "balance", "quality", "overshoot", "memory", "ridge", "references")
-    optional = given(config, *knobs, "teacher_momentum", "embed_chunk", "embed_resolution", "embed_precision")
+    passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
+    optional = given(config, *knobs, "teacher_momentum", *passes)
     return ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,

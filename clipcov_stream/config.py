@@ -139,6 +139,7 @@ class SelectionConfig:
     embed_chunk: int | None = None
     embed_resolution: int | None = None
     embed_precision: str | None = None
+    embed_patch_dropout: float | None = None
     run_ahead: int = 0
     lag_delay: int = 0
     max_invalid_ratio: float = 0.05

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clipcov_stream.folded import folded
+from clipcov_stream.patches import fewer_patches
 from clipcov_stream.sketch import sync_is_free
 
 EMBED_SOURCES = ("teacher", "proxy", "columns")
@@ -58,6 +60,7 @@ def check_embedder(
     embed_chunk: int | None,
     embed_resolution: int | None,
     embed_precision: str | None,
+    embed_patch_dropout: float | None,
 ) -> None:
     """Raise ValueError unless these arguments of `ClipCov` say how to embed a pool."""
     if not 0 <= teacher_momentum < 1:
@@ -72,11 +75,18 @@ def check_embedder(
         raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
     if embed_chunk is not None and embed_chunk < 1:
         raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
-    for name, value in (("embed_resolution", embed_resolution), ("embed_precision", embed_precision)):
+    options = {
+        "embed_resolution": embed_resolution,
+        "embed_precision": embed_precision,
+        "embed_patch_dropout": embed_patch_dropout,
+    }
+    for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
     if embed_resolution is not None and embed_resolution < 1:
         raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
+    if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:
+        raise ValueError(f"selection.embed_patch_dropout={embed_patch_dropout} must be in [0, 1), or null")
     if embed_precision not in (None, *EMBED_PRECISIONS):
         raise ValueError(
             f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
@@ -93,6 +103,7 @@ def embed_with_towers(
     resolution: int | None = None,
     plain: bool = False,
     on_images: Callable[[Tensor], None] | None = None,
+    patch_dropout: float | None = None,
 ) -> Embeddings:
     """Embeddings of a pool by a model's two towers.
 
@@ -105,20 +116,22 @@ def embed_with_towers(
         precision: an autocast context, or a null one.
         resolution: side in pixels of the images the model sees; position embeddings are resized with them. None: as
             they come.
-        plain: call the model as it is. Otherwise images are laid out channels last, and an open_clip text tower reads
-            captions no further than to their end token, which changes rounding alone.
+        plain: call the model as it is. Otherwise images are laid out channels last, on a CPU open_clip's ResNets run
+            with their batch norms folded in (`folded`), and an open_clip text tower reads captions no further than to
+            their end token, all of which changes rounding alone.
+        patch_dropout: share of the patches that an open_clip image transformer does not look at (`patches`).
         on_images: told the image embeddings before captions are read, to send them meanwhile.
 
     Raises:
-        ValueError: a resolution that the model cannot read.
+        ValueError: a resolution that the model cannot read, or a patch dropout for one without such patches.
 
-    Costs: one forward of both towers on the pool: pool / (3 * survivors) training steps, less what `resolution` and
-        short captions save.
+    Costs: one forward of both towers on the pool: pool / (3 * survivors) training steps, less what `resolution`,
+        `patch_dropout` and short captions save.
     """
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
-        with precision:
+        with precision, fewer_patches(model, patch_dropout) if patch_dropout else nullcontext():
             images = encoded_images(model, image, chunk, resolution, plain).float()
             if on_images is not None:
                 on_images(images)
@@ -164,8 +177,10 @@ def encoded_images(model: Any, image: Tensor, chunk: int, resolution: int | None
             image = F.interpolate(image, size=(resolution, resolution), mode="bicubic", antialias=True)
     if not plain and image.ndim == 4:
         image = image.contiguous(memory_format=torch.channels_last)
+    faster = folded(model) if not plain and sync_is_free(image) else nullcontext()
     try:
-        return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
+        with faster:
+            return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
     except (RuntimeError, AssertionError) as error:
         if resolution is None:
             raise

@@ -7,6 +7,7 @@ of them, so that time and memory grow with the pool and not with its square.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,17 @@ from torch import Tensor
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import row_dots
 from clipcov_stream.pool import Pool, exp_below, log_sum_exp, valid_of
+from clipcov_stream.scratch import scratch
+from clipcov_stream.sketch import all_hold, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 TABLE = 1 << 18
 """Numbers in the largest table, 1 MiB: a larger one leaves the cache and is slower, not faster."""
+
+NORM = 1e-12
+"""The least that a row is divided by, as in F.normalize."""
 
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
@@ -47,8 +53,11 @@ class Matching:
         """The valid samples of highest score: `gate` for each that is estimated to match, at least `num_survivors`."""
         count = valid.sum()
         num_open = (gate * self.share * count).clamp_min(num_survivors) if gate < float("inf") else count
+        score = self.score if all_hold(valid) else self.score.masked_fill(~valid, -torch.inf)
+        order = torch.sort(score, descending=True, stable=True).indices
+        if sync_is_free(order):
+            return torch.zeros_like(valid).index_fill_(0, order[: math.ceil(num_open)], True).logical_and_(valid)
         rank = torch.empty_like(self.score)
-        order = torch.sort(self.score.masked_fill(~valid, -torch.inf), descending=True, stable=True).indices
         rank[order] = torch.arange(len(rank), dtype=rank.dtype, device=rank.device)
         return valid & (rank < num_open)
 
@@ -62,10 +71,21 @@ def references(among: Bool[Tensor, " pool"], most: int) -> tuple[Int64[Tensor, "
     count = among.sum()
     stride = (count / num).clamp_min(1.0)
     rank = (torch.arange(num, device=among.device, dtype=torch.float64) * stride).floor_().long()
+    if all_hold(among):
+        return rank, torch.ones_like(rank, dtype=torch.bool)
     filled = rank < count
     # The rank-th sample `among`, counted from 0, is the first place with rank + 1 of them up to it.
     index = torch.searchsorted(among.cumsum(0), rank + 1).clamp_max_(len(among) - 1)
     return torch.where(filled, index, 0), filled
+
+
+def marked(index: Tensor, filled: Tensor, among: Tensor) -> Int64[Tensor, " pool"]:
+    """1 where a sample is one of the filled references, else 0."""
+    found = torch.zeros_like(among, dtype=torch.int64)
+    if all_hold(filled):
+        return found.index_fill_(0, index, 1)
+    # Unfilled places all name sample 0, and must not unname it: the largest of all that is written stays.
+    return found.scatter_reduce(0, index, filled.long(), "amax")
 
 
 def block_rows(rows: Tensor, width: int) -> int:
@@ -141,16 +161,32 @@ def matching(pool: Pool, most: int) -> Matching:
     """
     valid = valid_of(pool)
     index, filled = references(valid, most)
-    count, num_refs = valid.sum(), filled.sum()
-    # Unfilled places all name sample 0, and must not unname it: the largest of all that is written stays.
-    is_reference = torch.zeros_like(valid, dtype=torch.int64)
-    is_reference = is_reference.scatter_reduce(0, index, filled.long(), "amax")
-    others = num_refs - is_reference
+    count = valid.sum()
+    others = filled.sum() - marked(index, filled, valid)
     # A sample alone among invalid ones has no others; 0 leaves its own logit.
     to_pool = ((count - 1).clamp_min(1) / others.clamp_min(1)).log()
+    own = row_dots(pool.image, pool.text) * pool.logit_scale
+    compare = compared_at_once if fits(pool.image, index) else compared
+    halves, above = compare(pool, index, filled, to_pool, own)
+    score = (own - halves).masked_fill(~valid, 0.0)
+    p_value = (above / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
+    by_chance = 2 * ((p_value > 0.5) & valid).sum() / count.clamp_min(1)
+    return Matching(score, p_value, (1 - by_chance).clamp_min(0.0))
+
+
+def compared(
+    pool: Pool, index: Tensor, filled: Tensor, to_pool: Tensor, own: Tensor
+) -> tuple[Float[Tensor, " pool"], Float[Tensor, " pool"]]:
+    """`matching`'s work, in blocks of rows: half the sum of both normalizers, of every sample, and how many of the
+    margins with references are at least its own.
+
+    Args:
+        index, filled: the references.
+        to_pool: (pool,) log of the pool's size over the number of a sample's references.
+        own: (pool,) logit of every pair.
+    """
     ref_image, ref_text = (rows.index_select(0, index) * pool.logit_scale for rows in (pool.image, pool.text))
     closed = torch.where(filled, 0.0, -torch.inf)
-    own = row_dots(pool.image, pool.text) * pool.logit_scale
 
     def totals(rows: Tensor, refs: Tensor) -> Tensor:
         """Of references: log of what the others' exponentials sum to."""
@@ -162,7 +198,7 @@ def matching(pool: Pool, most: int) -> Matching:
     half_by_image, half_by_text = 0.5 * totals(pool.image, ref_text), 0.5 * totals(pool.text, ref_image)
     block = block_rows(pool.image, len(index))
     totals_found, above = [], []
-    for start in range(0, len(valid), block):
+    for start in range(0, len(own), block):
         part = slice(start, start + block)
         with_texts, by_image = beside(pool.image[part], ref_text, closed, half_by_text, index, start)
         with_images, by_text = beside(pool.text[part], ref_image, closed, half_by_image, index, start)
@@ -170,10 +206,39 @@ def matching(pool: Pool, most: int) -> Matching:
         # m_ik >= m_ii and m_ki >= m_ii, without what both sides share.
         above.append(num_reaching(with_texts, own[part] - halves[1]) + num_reaching(with_images, own[part] - halves[0]))
         totals_found.append(halves[0] + halves[1])
-    score = (own - torch.cat(totals_found)).masked_fill(~valid, 0.0)
-    p_value = (torch.cat(above) / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
-    by_chance = 2 * ((p_value > 0.5) & valid).sum() / count.clamp_min(1)
-    return Matching(score, p_value, (1 - by_chance).clamp_min(0.0))
+    return torch.cat(totals_found), torch.cat(above)
+
+
+def fits(rows: Tensor, index: Tensor) -> bool:
+    """Whether all rows are one block, on a CPU: then steps are too short for the time it takes to begin one."""
+    return sync_is_free(rows) and rows.dtype == torch.float32 and len(rows) <= block_rows(rows, len(index))
+
+
+def own_places(index: Tensor) -> Tensor:
+    """Where in the flat table of a whole pool and its references each of these meets itself."""
+    return index * len(index) + torch.arange(len(index), device=index.device)
+
+
+def compared_at_once(
+    pool: Pool, index: Tensor, filled: Tensor, to_pool: Tensor, own: Tensor
+) -> tuple[Float[Tensor, " pool"], Float[Tensor, " pool"]]:
+    """`compared` where the whole pool is one block: its tables have the references' own rows too."""
+    places, all_filled = own_places(index), all_hold(filled)
+    tables, halves = [], []
+    for name, rows, others in (("texts", pool.image, pool.text), ("images", pool.text, pool.image)):
+        refs = others.index_select(0, index) * pool.logit_scale
+        table = torch.mm(rows, refs.T, out=scratch(name, len(rows), len(index)))
+        if not all_filled:
+            table.masked_fill_(~filled, -torch.inf)
+        table.view(-1).index_fill_(0, places, -torch.inf)
+        tables.append(table)
+        total = log_sum_exp(table, 1, scratch("exponentials", *table.shape))
+        halves.append(total.nan_to_num_(neginf=0.0).add_(to_pool).mul_(0.5))
+    above = [
+        num_reaching(table.sub_(half.index_select(0, index)), own - half)
+        for table, half in zip(tables, reversed(halves), strict=True)
+    ]
+    return halves[0] + halves[1], above[0] + above[1]
 
 
 def log_density(
@@ -194,7 +259,26 @@ def log_density(
     Costs: 4 * pool * references * dim flops, in blocks of rows; no pool x pool table.
     """
     index, filled = references(among, most)
+    if fits(image, index) and all_hold(among):
+        return log_density_at_once(image, index) + log_density_at_once(text, index)
     return row_log_density(image, among, index, filled) + row_log_density(text, among, index, filled)
+
+
+def log_density_at_once(rows: Float[Tensor, "pool dim"], index: Int64[Tensor, " refs"]) -> Float[Tensor, " pool"]:
+    """`row_log_density` where all samples count and the whole pool is one block."""
+    num = len(rows)
+    centred = rows - rows.mean(0)
+    norm = torch.linalg.vector_norm(centred, dim=1)
+    floored = norm.clamp_min(NORM)
+    centred.div_(floored[:, None])
+    kernel = torch.mm(centred, centred.index_select(0, index).T, out=scratch("kernel", num, len(index)))
+    kernel.clamp_min_(0.0).square_().square_()
+    kernel.view(-1).index_fill_(0, own_places(index), 0.0)
+    # Half of the eighth power, squared in the sum.
+    found = torch.linalg.vector_norm(kernel, dim=1).square_()
+    weight = torch.full_like(found, (num - 1) / (num * len(index)))
+    weight.index_fill_(0, index, (num - 1) / (num * max(len(index) - 1, 1)))
+    return found.mul_(weight).add_((norm / floored).square_(), alpha=1 / num).clamp_min_(LEAST_DENSITY).log_()
 
 
 def row_log_density(
@@ -207,8 +291,7 @@ def row_log_density(
     count = among.sum()
     mean = (among / count.clamp_min(1)) @ rows
     centred_refs = F.normalize(rows.index_select(0, index) - mean, dim=1)
-    is_reference = torch.zeros_like(among, dtype=torch.int64).scatter_reduce(0, index, filled.long(), "amax")
-    num_others = (filled.sum() - is_reference).clamp_min(1)
+    num_others = (filled.sum() - marked(index, filled, among)).clamp_min(1)
     weight = filled.to(rows.dtype)
     block = block_rows(rows, len(index))
     parts = [

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from clipcov_stream import kernels
 from clipcov_stream.fused import fused
-from clipcov_stream.sketch import sync_is_free
+from clipcov_stream.scratch import LARGEST, scratch
+from clipcov_stream.sketch import at_least, number, root, scalar, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -54,6 +55,20 @@ def along(
 def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
     """Squared norm of every row, without a copy of them."""
     return torch.linalg.vector_norm(rows, dim=1).square()
+
+
+def overlaps(
+    image: Float[Tensor, "n dim"],
+    text: Float[Tensor, "n dim"],
+    x: Float[Tensor, "m dim"],
+    y: Float[Tensor, "m dim"],
+    name: str,
+) -> Float[Tensor, "n m"]:
+    """<z_i, z_j>_F of every atom of one side with every of the other's; on a CPU in `scratch` of that name."""
+    if not (sync_is_free(image) and image.dtype == torch.float32):
+        return (image @ x.T).mul_(text @ y.T)
+    of_image, of_text = (scratch(f"{name}_{side}", len(image), len(x)) for side in ("image", "text"))
+    return torch.mm(image, x.T, out=of_image).mul_(torch.mm(text, y.T, out=of_text))
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,8 @@ class Herding:
         Args:
             chunk: picks between two looks at the whole pool, made among the `NEAR * chunk` of highest gain at the
                 look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples. None is
-                CHUNK, and on a GPU, if that is more, as many as make LOOKS looks, among NEAR_OF_LOOKS * chunk.
+                CHUNK; on a CPU all, and exact, where the pool is so small that one table is the least work; and on a
+                GPU, if that is more, as many as make LOOKS looks, among NEAR_OF_LOOKS * chunk.
 
         Costs: 4 * pool * survivors * dim flops and no host sync but on a CPU, where it is free; a table of pool x
             chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (near * chunk)^2.
@@ -136,13 +152,23 @@ class Herding:
         near, long = NEAR, -(-self.num_survivors // LOOKS)
         if chunk is None and not sync_is_free(self.worth) and long > CHUNK:
             chunk, near = long, NEAR_OF_LOOKS
+        if chunk is None and sync_is_free(self.worth) and self._at_once():
+            chunk = self.num_survivors
+            near = -(-len(self.worth) // chunk)
         chunk = CHUNK if chunk is None else chunk
         if chunk > 1 and kernels.run_on(self.worth):
             parts = (self.image, self.text, self.worth, self.along, self.valid, self.coverage)
             index, gain = kernels.herd(*parts, self.num_survivors, chunk, near)
         else:
             index, gain = self._picks(chunk, near)
-        return Picks(index, gain, self.slack(index, gain))
+        exact = near * min(chunk, self.num_survivors) >= len(self.worth)
+        return Picks(index, gain, gain.new_zeros(()) if exact else self.slack(index, gain))
+
+    def _at_once(self) -> bool:
+        """Whether one table of the whole pool is less work than a look at it every CHUNK picks: up to about twice the
+        size of all looks' tables, and as long as it stays in the cache (tools/LOG.md, 2026-11-27)."""
+        looks = -(-self.num_survivors // CHUNK)
+        return len(self.worth) ** 2 <= min(2 * looks * (NEAR * CHUNK) ** 2, LARGEST)
 
     def _picks(
         self, chunk: int, near_of: int = NEAR
@@ -154,18 +180,20 @@ class Herding:
         picked, gains, done = [], [], 0
         while True:
             size = min(chunk, self.num_survivors - done)
-            # In the pool's order, so that of equal gains the earlier sample is found first.
-            near = top(gain, min(num, near_of * size)).sort().values
-            x, y = self.image.index_select(0, near), self.text.index_select(0, near)
-            change = (x @ x.T).mul_(y @ y.T).mul_(-coverage).add_(coverage * along.index_select(0, near))
-            place, found = pick_among(gain.index_select(0, near), change, size)
-            picked.append(near.index_select(0, place))
+            near, x, y, pull, left = None, self.image, self.text, along, gain
+            if near_of * size < num:
+                # In the pool's order, so that of equal gains the earlier sample is found first.
+                near = top(gain, near_of * size).sort().values
+                x, y, pull, left = (part.index_select(0, near) for part in (x, y, pull, left))
+            change = overlaps(x, y, x, y, "table").mul_(-coverage).add_(coverage * pull)
+            place, found = pick_among(left, change, size)
+            picked.append(place if near is None else near.index_select(0, place))
             gains.append(found)
             done += size
             if done == self.num_survivors:
                 return torch.cat(picked), torch.cat(gains)
             x, y = self.image.index_select(0, picked[-1]), self.text.index_select(0, picked[-1])
-            overlap = (self.image @ x.T).mul_(self.text @ y.T)
+            overlap = overlaps(self.image, self.text, x, y, "update")
             gain = gain.add_(along, alpha=coverage * size).sub_(overlap.sum(1), alpha=coverage)
             gain.index_fill_(0, picked[-1], -math.inf)
 
@@ -218,17 +246,17 @@ def slack_of(
 ) -> Tensor:
     """`Herding.slack`, of what it needs of the picks and of all."""
     # In double: the sums are over all picks and differ by little.
-    count, found = valid.sum(), torch.nan_to_num(gain.double(), neginf=0.0)
-    worth, pull, size = worth.double(), pull.double(), size.double()
-    step = torch.arange(len(gain), dtype=torch.float64, device=gain.device)
-    overlap = worth + coverage * (step + 1) * pull - found  # coverage * sum_{s < t} <z_s, z_t>
-    # Sums over the picks before each, in one call.
-    terms = torch.stack([with_all.double() * count, worth, pull, 2 * overlap + coverage * size])
-    taken, worths, pulls, among = terms.cumsum(1) - terms
-    every = torch.where(valid, all_worths, 0.0).sum(dtype=torch.float64)
-    every = every + coverage * ((step + 1) * (mean_atom * aim).sum() * count - taken)
-    picked = worths + coverage * (step + 1) * pulls - among
-    mean = (every - picked) / (count - step).clamp_min(1)
+    count = number(valid.sum())
+    found, with_all, worth, pull, size = torch.stack([gain, with_all, worth, pull, size]).double()
+    found = torch.nan_to_num(found, neginf=0.0)
+    later = torch.arange(1, len(gain) + 1, dtype=torch.float64, device=gain.device)
+    overlap = worth + coverage * later * pull - found  # coverage * sum_{s < t} <z_s, z_t>
+    # What the picks before each take from the sum of all gains: a part that grows with t, and the rest; in one call.
+    terms = torch.stack([pull, worth + coverage * (count * with_all - size) - 2 * overlap])
+    pulls, rest = terms.cumsum(1) - terms
+    every = number(torch.where(valid, all_worths, 0.0).sum(dtype=torch.float64))
+    along_all = number((mean_atom * aim).sum()) * count
+    mean = (every - rest + coverage * later * (along_all - pulls)) / at_least(count - later + 1, 1)
     # Rounding: sums over the pool, of gains that themselves are sums.
     noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
     return (mean - found - noise).amax().clamp_min(0).to(all_worths)
@@ -247,35 +275,35 @@ def bound_of(
     num: int,
 ) -> Tensor:
     """`Herding.bound`, of what it needs of the atoms."""
-    count = valid.sum()
-    apart = squares - 2 * along + aim.square().sum()
-    spread = torch.where(valid, apart, 0.0).sum().div(count.clamp_min(1)).clamp_min(0)
-    worth = worth + 0.5 * coverage * squares
-    worths = torch.where(valid, worth, -torch.inf).amax() - torch.where(valid, worth, torch.inf).amin()
-    worths = worths.clamp_min(0) + slack
-    price = 2 * worths / coverage if coverage > 0 else torch.full_like(worths, torch.inf)
-    fall = (count - (num + 1) / 2) / (num * (count - 1).clamp_min(1))
-    drift = ((spread + price) * fall).clamp_min(0).sqrt()
-    return (mean_atom - aim).norm() + torch.where(count > num, drift, 0.0)
+    count = number(valid.sum())
+    apart = torch.add(squares, along, alpha=-2) + number(aim.square().sum())
+    spread = at_least(number(torch.where(valid, apart, 0.0).sum()) / at_least(count, 1), 0)
+    worth = torch.add(worth, squares, alpha=0.5 * coverage)
+    most, least = torch.where(valid, worth, -torch.inf).amax(), torch.where(valid, worth, torch.inf).amin()
+    worths = at_least(number(most) - number(least), 0) + (number(slack) if isinstance(slack, Tensor) else slack)
+    price = 2 * worths / coverage if coverage > 0 else math.inf
+    fall = (count - (num + 1) / 2) / (num * at_least(count - 1, 1))
+    drift = root(at_least((spread + price) * fall, 0))
+    drift = torch.where(count > num, drift, 0.0) if isinstance(count, Tensor) else drift if count > num else 0.0
+    return scalar(number((mean_atom - aim).norm()) + drift, aim)
 
 
 def pick_among(
     gain: Float[Tensor, " near"], change: Float[Tensor, "near near"], num: int
 ) -> tuple[Int64[Tensor, " num"], Float[Tensor, " num"]]:
     """`num` picks one by one, each the best, and their gains; picking j adds row j of `change` to the gains."""
+    picks = torch.empty(num, dtype=torch.int64, device=gain.device)
+    found = torch.empty(num, dtype=gain.dtype, device=gain.device)
     if sync_is_free(gain):
         # The same steps on the same numbers, in NumPy: a call takes a microsecond there and several in torch.
         gains, changes = gain.numpy().copy(), change.numpy()
-        picked, found = [], []
-        for _ in range(num):
-            best = int(gains.argmax())
-            picked.append(best)
-            found.append(gains[best])
+        places, kept = picks.numpy(), found.numpy()
+        for step in range(num):
+            best = gains.argmax()
+            places[step], kept[step] = best, gains[best]
             gains += changes[best]
             gains[best] = -math.inf
-        return torch.tensor(picked), torch.tensor(found, dtype=gain.dtype)
-    picks = torch.empty(num, dtype=torch.int64, device=gain.device)
-    found = torch.empty(num, dtype=gain.dtype, device=gain.device)
+        return picks, found
     for step in range(num):
         # A one-element index instead of gain[best]: a 0-dim index is read back from the device.
         best = gain.argmax().view(1)

@@ -14,8 +14,18 @@ from torch import Tensor
 
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import row_dots, row_squares, top
-from clipcov_stream.pool import Pool, log_sum_exp, valid_of
-from clipcov_stream.sketch import AllReduce, BatchMoments, CrossCovSketch
+from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
+from clipcov_stream.sketch import (
+    AllReduce,
+    BatchMoments,
+    CrossCovSketch,
+    all_hold,
+    at_least,
+    number,
+    root,
+    scalar,
+    sync_is_free,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -169,8 +179,8 @@ class SelectionState:
 def mix(*numbers: int) -> int:
     """A 63-bit seed from whole numbers, by chained splitmix64 steps (Steele, Lea and Flood, OOPSLA 2014)."""
     mask, value = (1 << 64) - 1, 0
-    for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & mask
+    for each in numbers:
+        value = (value + each + 0x9E3779B97F4A7C15) & mask
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
         value ^= value >> 31
@@ -216,6 +226,9 @@ def contrastive_margin(
 @fused
 def standardize(score: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Float[Tensor, " pool"]:
     """Zero mean and unit standard deviation over the valid samples; zeros if all are equal."""
+    if sync_is_free(valid) and bool(valid.all()):
+        centred = score - score.mean()
+        return centred / at_least(root(number(centred.square().mean())), 1e-6)
     count = valid.sum().clamp_min(1)
     centred = (score - score.masked_fill(~valid, 0.0).sum() / count).masked_fill(~valid, 0.0)
     return centred / (centred.square().sum() / count).sqrt().clamp_min(1e-6)
@@ -261,8 +274,8 @@ class Frame:
 
 def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
     """W with W (cov + ridge * mean variance * I) W^T = I, up to a factor that gives W x a mean square norm of 1."""
-    root = cholesky(cov, ridge)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(cov), dtype=cov.dtype, device=cov.device), upper=False)
+    lower = cholesky(cov, ridge)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(cov), dtype=cov.dtype, device=cov.device), upper=False)
     # tr(W cov W^T), the mean of |W (x - mean)|^2 over the stream.
     size = ((inverse @ cov) * inverse).sum().clamp_min(0).sqrt()
     return inverse / torch.where(size > 1e-6, size, 1.0)
@@ -270,11 +283,12 @@ def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "
 
 def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
     """Lower factor of cov + ridge * mean variance * I; of ridge * I where there is no variance yet."""
-    eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     spread = cov.diagonal().mean()
     spread = torch.where(spread > 1e-12, spread, 1.0)
+    ridged = cov.clone()
+    ridged.diagonal().add_(ridge * spread)
     # cholesky_ex does not read its status back from the device; the ridge makes the matrix positive definite.
-    return torch.linalg.cholesky_ex(cov + ridge * spread * eye).L
+    return torch.linalg.cholesky_ex(ridged).L
 
 
 def updated_lag(
@@ -292,11 +306,13 @@ def updated_lag(
     learner_text = survivors.text if survivors.learner_text is None else survivors.learner_text
     # Of a learner that has diverged nothing is noted: one NaN would stay for good.
     valid = valid_of(survivors) & torch.as_tensor(scale, device=learner_image.device).isfinite()
-    logits = (scale * learner_image @ learner_text.T).masked_fill(~(valid[:, None] & valid[None, :]), -1e9)
-    weights = 0.5 * (logits.softmax(1) + logits.softmax(0))
-    image = (survivors.image - state.stream.image_mean).masked_fill(~valid[:, None], 0.0)
-    text = (survivors.text - state.stream.text_mean).masked_fill(~valid[:, None], 0.0)
-    step_lag = image.T @ (text - weights @ text)
+    logits = scale * learner_image @ learner_text.T
+    image, text = survivors.image - state.stream.image_mean, survivors.text - state.stream.text_mean
+    if not all_hold(valid):
+        logits = logits.masked_fill(~(valid[:, None] & valid[None, :]), -1e9)
+        image, text = (rows.masked_fill(~valid[:, None], 0.0) for rows in (image, text))
+    weights = softmax(logits, 1) + softmax(logits, 0)
+    step_lag = image.T @ torch.addmm(text, weights, text, alpha=-0.5)
     count = valid.sum().to(step_lag)
     if all_reduce is not None:
         flat = torch.cat([step_lag.flatten(), count[None]])
@@ -367,28 +383,29 @@ def certified(
     chosen: int,
 ) -> tuple[Tensor, ...]:
     """`certificate`'s figures, in the order of RESIDUALS."""
-    count = valid.sum()
-    size = target.norm().clamp_min(1e-12)
-    spread = torch.where(valid, image_size * text_size, 0.0).sum() / count.clamp_min(1) - pool_mean.square().sum()
-    spread = spread.clamp_min(0)  # rounding, when all atoms are equal
-    by_chance = spread / chosen * (count - chosen).clamp_min(0) / (count - 1).clamp_min(1)
+    num_valid = valid.sum()
+    count, size = number(num_valid), at_least(number(target.norm()), 1e-12)
+    spread = number(torch.where(valid, image_size * text_size, 0.0).sum()) / at_least(count, 1)
+    spread = at_least(spread - number(pool_mean.square().sum()), 0)  # below by rounding, when all atoms are equal
+    by_chance = spread / chosen * at_least(count - chosen, 0) / at_least(count - 1, 1)
     # An effective size is at least 1, and 0 of an empty sketch.
-    total_by_chance = spread * (1 / kept_size.clamp_min(1) - 1 / stream_size.clamp_min(1)).clamp_min(0)
-    return (
-        (own - target).norm() / size,
-        ((pool_mean - target).square().sum() + by_chance).sqrt() / size,
-        (total - target).norm() / size,
-        total_by_chance.sqrt().to(size) / size,
-        cosine.sum() / count.clamp_min(1),
-        len(valid) - count,
+    inverse_sizes = (1 / at_least(number(of), 1) for of in (kept_size, stream_size))
+    total_by_chance = spread * at_least(next(inverse_sizes) - next(inverse_sizes), 0)
+    figures = (
+        number((own - target).norm()) / size,
+        root(number((pool_mean - target).square().sum()) + by_chance) / size,
+        number((total - target).norm()) / size,
+        root(total_by_chance) / size,
+        number(cosine.sum()) / at_least(count, 1),
     )
+    return *(scalar(value, target) for value in figures), len(valid) - num_valid
 
 
 def centred_squares(rows: Float[Tensor, "pool dim"], mean: Float[Tensor, " dim"]) -> Float[Tensor, " pool"]:
     """Squared distance of every row from the mean, without a copy of the rows."""
     if rows.is_cuda:
         return squares_about(rows, mean)
-    return (row_squares(rows) - 2 * rows @ mean + mean.square().sum()).clamp_min(0)
+    return torch.addmv(row_squares(rows), rows, mean, alpha=-2).add_(mean.square().sum()).clamp_min_(0)
 
 
 @fused

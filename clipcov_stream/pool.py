@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -79,38 +80,32 @@ def prepared(pool: Pool) -> Pool:
     A row with NaN, inf or a norm beyond float32's is not valid. A row of zeros has no direction, but is valid and stays
     zeros: it matches nothing. Below a norm of 1e-12 rows come out shorter than 1.
     """
-    pairs = [(pool.image, pool.text)]
-    if pool.learner_image is not None and pool.learner_text is not None:
-        pairs.append((pool.learner_image, pool.learner_text))
-    finite = torch.stack([finite_rows(rows) for pair in pairs for rows in pair]).all(0)
-    valid = finite if pool.valid is None else finite & pool.valid.to(finite.device)
+    names = [name for name in ROWS if getattr(pool, name) is not None]
+    norms = torch.stack([row_norms(getattr(pool, name)) for name in names])
+    # NaN and inf show in a norm, and so does what would overflow later: a row beyond 1e19, or beyond float32.
+    valid = (norms < math.inf).all(0)
+    if pool.valid is not None:
+        valid = valid & pool.valid.to(valid.device)
     counted = None if all_hold(valid) else valid
+    norms = norms.clamp_min_(1e-12)
+    rows = {name: unit_rows(getattr(pool, name), norm, counted) for name, norm in zip(names, norms, strict=True)}
+    return replace(pool, **rows, valid=valid)
 
-    def unit(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else unit_rows(rows, counted)
 
-    return replace(
-        pool,
-        image=unit(pool.image),
-        text=unit(pool.text),
-        learner_image=unit(pool.learner_image),
-        learner_text=unit(pool.learner_text),
-        valid=valid,
-    )
+ROWS = ("image", "text", "learner_image", "learner_text")
+"""A pool's embeddings."""
 
 
 @fused
-def finite_rows(rows: Tensor) -> Tensor:
-    """Which rows have a norm that float32 can hold: NaN and inf show in it, and so do what would overflow later, a row
-    beyond 1e19 or in float64 beyond float32. No copy of float32 rows."""
-    return torch.linalg.vector_norm(rows if rows.dtype == torch.float32 else rows.float(), dim=1).isfinite()
+def row_norms(rows: Tensor) -> Tensor:
+    """The norm of every row, in float32. No copy of float32 rows."""
+    return torch.linalg.vector_norm(rows if rows.dtype == torch.float32 else rows.float(), dim=1)
 
 
 @fused
-def unit_rows(rows: Tensor, counted: Tensor | None) -> Tensor:
+def unit_rows(rows: Tensor, norm: Tensor, counted: Tensor | None) -> Tensor:
     """Rows as float32, divided by their norms; zeros where one does not count."""
-    whole = rows.float()
-    whole = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True).clamp_min_(1e-12)
+    whole = rows.float() / norm[:, None]
     return whole if counted is None else whole.masked_fill_(~counted[:, None], 0.0)
 
 
@@ -151,16 +146,24 @@ LEAST_EXPONENT = -80.0
 """Of `exp_below`: a term of 1e-35 of the largest changes no float32 sum."""
 
 
-def exp_below(table: Tensor, top: Tensor) -> Tensor:
-    """exp(table - top), for a `top` that nothing exceeds; -inf counts as 0 in `top`.
+def exp_below(table: Tensor, top: Tensor, out: Tensor | None = None) -> Tensor:
+    """exp(table - top), for a `top` that nothing exceeds; -inf counts as 0 in `top`. `out` takes the result.
 
     What lies more than 80 below comes out as e^-80. On a CPU the exponentials of numbers that underflow, and sums of
     what has nearly done so, take up to a hundred times as long: at CLIP's logit scale of 100, most of selection's time.
     """
-    return (table - top.nan_to_num(neginf=0.0)).clamp_min_(LEAST_EXPONENT).exp_()
+    return torch.sub(table, top.nan_to_num(neginf=0.0), out=out).clamp_min_(LEAST_EXPONENT).exp_()
 
 
-def log_sum_exp(table: Tensor, dim: int) -> Tensor:
-    """torch.logsumexp over one dimension, in float32 up to rounding, by `exp_below`."""
+def log_sum_exp(table: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    """torch.logsumexp over one dimension, in float32 up to rounding, by `exp_below`, which may use `out`."""
     top = table.amax(dim, keepdim=True)
-    return exp_below(table, top).sum(dim).log() + top.squeeze(dim)
+    return exp_below(table, top, out).sum(dim).log() + top.squeeze(dim)
+
+
+def softmax(table: Tensor, dim: int) -> Tensor:
+    """torch.softmax over one dimension, in float32 up to rounding, on a CPU by `exp_below`."""
+    if table.is_cuda:
+        return table.softmax(dim)
+    found = exp_below(table, table.amax(dim, keepdim=True))
+    return found.div_(found.sum(dim, keepdim=True))

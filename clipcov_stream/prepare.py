@@ -132,6 +132,7 @@ class Preparation:
     embed_chunk: int | None
     embed_resolution: int | None
     embed_precision: str | None
+    embed_patch_dropout: float | None
     image_key: str
     text_key: str
     uses_learner: bool
@@ -279,7 +280,8 @@ class Preparation:
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True)
-            options = {"resolution": self.embed_resolution, "on_images": None if placement is None else send}
+            options = {"resolution": self.embed_resolution, "patch_dropout": self.embed_patch_dropout}
+            options["on_images"] = None if placement is None else send
             return embed_with_towers(model, image, text, chunk, self._precision(), **options)
 
         with Stopwatch(self.state) as watch:

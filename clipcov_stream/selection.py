@@ -138,7 +138,8 @@ def aim_of(
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
     density = log_density(image, text, among, settings.references)
     opened = state.opened.fork()
-    batch = opened.update(image, text, among, all_reduce, valid.sum() if elapsed is None else elapsed)
+    counted = among if rows is None else None  # all of those that were copied count
+    batch = opened.update(image, text, counted, all_reduce, valid.sum() if elapsed is None else elapsed)
     centres = (state.stream.image_mean, state.stream.text_mean)
     frame = framed()
     whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more

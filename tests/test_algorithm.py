@@ -94,6 +94,25 @@ def test_the_embedder_alone_sees_a_lower_resolution_and_precision(tmp_path: Path
     assert "embed_resolution" in algorithm_of(trainer).state_dict()["arguments"]
 
 
+def test_the_embedder_alone_leaves_patches_out(tmp_path: Path, corpus: Path) -> None:
+    seen: dict[str, set[int]] = {"teacher": set(), "learner": set()}
+    trainer, recorder, memory = trainer_of(tmp_path, recipe(corpus, selection={"embed_patch_dropout": 0.5}))
+
+    class Watch(Callback):
+        def fit_start(self, state: Any, logger: Any) -> None:
+            teacher = algorithm_of(trainer).teacher
+            assert teacher is not None
+            for who, model in (("teacher", teacher.model), ("learner", state.model)):
+                block = model.towers.visual.transformer.resblocks[0]  # pyright: ignore
+                block.register_forward_pre_hook(lambda module, args, who=who: seen[who].add(args[0].shape[1]))
+
+    trainer.state.callbacks.append(Watch())
+    trainer.fit()
+    assert seen == {"teacher": {1 + 2}, "learner": {1 + 4}}
+    assert [len(batch) for batch in recorder.batches] == [8] * 6
+    assert all(np.isfinite(values(memory, "selection/residual")))
+
+
 def test_a_resolution_that_does_not_fit_the_patches_is_refused(tmp_path: Path, corpus: Path) -> None:
     trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection={"embed_resolution": 12}))
     with pytest.raises(ValueError, match=r"embed_resolution=12 must be a multiple of 8 for this embedder"):
@@ -232,7 +251,7 @@ def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
             ("memory", 0.5),
         ],
         *[("warmup", "7ba"), ("half_life", 5.0), ("teacher_momentum", 0.5), ("logit_scale", 3.0)],
-        *[("embed_resolution", 16), ("embed_precision", "amp_bf16")],
+        *[("embed_resolution", 16), ("embed_precision", "amp_bf16"), ("embed_patch_dropout", 0.5)],
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
@@ -473,6 +492,11 @@ class TestOwnTrainer:
         ({"gate": 0.0}, "selection.gate=0.0 must be above 0; inf opens every candidate"),
         ({"logit_scale": 0.0}, "selection.logit_scale=0.0"),
         ({"embed_resolution": 0}, "selection.embed_resolution=0 must be at least 1 pixel"),
+        ({"embed_patch_dropout": 1.0}, r"selection.embed_patch_dropout=1.0 must be in \[0, 1\), or null"),
+        (
+            {"embed": "columns", "embed_patch_dropout": 0.5},
+            "embed_patch_dropout=0.5 has no effect with embed='columns'",
+        ),
         ({"embed_precision": "int8"}, r"embed_precision='int8' is not one of \['fp32', 'amp_fp16', 'amp_bf16'\]"),
         ({"embed": "columns", "embed_resolution": 16}, "embed_resolution=16 has no effect with embed='columns'"),
     ],

@@ -1,6 +1,7 @@
 """Matching and density: against the oracle, on pairs whose truth is known, and their laws."""
 
 import math
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcov_stream import evidence
+from clipcov_stream import evidence, sketch
 from clipcov_stream.evidence import log_density, matching, references
-from clipcov_stream.pool import Pool, log_sum_exp, prepared
+from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
+from clipcov_stream.scratch import LARGEST, scratch
 
 
 def draw(n, dim, matched, seed=0, noise=0.3, scale=20.0):
@@ -147,6 +149,31 @@ def test_a_few_references_stand_for_the_pool(most, block, monkeypatch):
     np.testing.assert_allclose(density[valid], want[valid.numpy()], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("most", [40, 300])
+@pytest.mark.parametrize("dropped", [0, 1, 50])
+def test_a_pool_of_one_block_is_as_one_of_many(dropped, most, monkeypatch):
+    """The form for small pools beside the one in blocks, which the oracle checks above."""
+    pool = draw(150, 5, 0.5)
+    valid = torch.arange(150) >= dropped
+    pool = prepared(replace(pool, valid=valid))
+    at_once, dense = matching(pool, most), log_density(pool.image, pool.text, valid, most)
+    called = []
+    original = evidence.compared
+    monkeypatch.setattr(evidence, "compared", lambda *given: called.append(1) or original(*given))
+    monkeypatch.setattr(evidence, "fits", lambda rows, index: False)
+    blocks = matching(pool, most)
+    assert called
+    torch.testing.assert_close(at_once.score, blocks.score, rtol=1e-5, atol=1e-4)
+    assert torch.equal(at_once.p_value, blocks.p_value) and torch.equal(at_once.share, blocks.share)
+    expected = log_density(pool.image, pool.text, valid, most)
+    torch.testing.assert_close(dense[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    for gate in (0.5, 1.0, math.inf):
+        ours = at_once.opened(valid, gate, 10)
+        monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())  # as a GPU does
+        assert torch.equal(ours, at_once.opened(valid, gate, 10))
+        monkeypatch.setattr(sketch, "FREE_SYNC", frozenset({"cpu"}))
+
+
 def test_references_find_the_share_of_matches_too():
     pool = draw(2000, 16, 0.5)
     assert float(matching(pool, 100).share) == pytest.approx(0.5, abs=0.12)
@@ -168,3 +195,24 @@ def test_log_sum_exp_is_the_oracles_at_any_range(rows: int, columns: int, scale:
         wanted = np.logaddexp.reduce(table.astype(np.float64), axis=dim)
     found = log_sum_exp(torch.from_numpy(table), dim).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_softmax_is_torchs(scale, dim):
+    table = scale * torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(softmax(table, dim), table.double().softmax(dim).float(), rtol=2e-5, atol=1e-7)
+
+
+def test_scratch_is_taken_back_and_is_each_threads_own():
+    first = scratch("test", 3, 4).fill_(1.0)
+    second = scratch("test", 12).fill_(2.0)
+    assert first.data_ptr() == second.data_ptr() and bool((first == 2.0).all())
+    assert scratch("other", 3, 4).data_ptr() != first.data_ptr()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(scratch("test", 3, 4).data_ptr()))
+    thread.start()
+    thread.join()
+    assert found[0] != first.data_ptr()
+    large = scratch("test", LARGEST + 1)
+    assert large.shape == (LARGEST + 1,) and large.data_ptr() != first.data_ptr()

@@ -906,6 +906,53 @@ def test_leaving_closed_candidates_out_changes_no_survivor(seed, monkeypatch):
         close(getattr(short, name).cross_cov, getattr(whole, name).cross_cov)
 
 
+@pytest.mark.parametrize("half_life", [math.inf, 500.0])
+@pytest.mark.parametrize("num, dim, num_survivors", [(90, 6, 12), (300, 24, 64), (700, 16, 128)])
+def test_numbers_read_for_nothing_change_no_survivor(num, dim, num_survivors, half_life, monkeypatch):
+    """What a CPU does in fewer operations, beside the operations that a GPU does, over a stream and its lags."""
+    monkeypatch.setattr(Herding, "_at_once", lambda self: False)  # exact picks, which chunks are not
+    pools = [draw(num, dim, seed) for seed in range(4)]
+    pools[2] = replace(pools[2], valid=torch.arange(num) % 9 != 2)
+    settings = Settings(half_life=half_life, memory=0.5, quality=0.3)
+    states = [SelectionState.initial(dim, settings) for _ in range(2)]
+    for pool in pools:
+        found = []
+        for place, free in enumerate((frozenset({"cpu"}), frozenset())):
+            monkeypatch.setattr(sketch, "FREE_SYNC", free)
+            chosen = select(states[place], pool, num_survivors)
+            states[place] = learn(chosen.state, rows_of(pool, chosen.survivors))
+            found.append(chosen)
+        ours, theirs = found
+        assert ours.survivors.tolist() == theirs.survivors.tolist()
+        close(ours.gain, theirs.gain, 1e-3)
+        for name, value in ours.report.items():
+            assert value.dtype == theirs.report[name].dtype and value.shape == ()
+            close(value, theirs.report[name], 1e-3)
+        left, right = (flat(state.state_dict()) for state in states)
+        for name, value in left.items():
+            assert value.dtype == right[name].dtype
+            close(value, right[name], 1e-3)
+
+
+@pytest.mark.parametrize("num, num_survivors", [(250, 40), (350, 100), (500, 300)])
+def test_picks_of_a_small_pool_are_exact_and_from_one_table(num, num_survivors, monkeypatch):
+    tables = []
+    original = herding_module.pick_among
+    monkeypatch.setattr(
+        herding_module, "pick_among", lambda gain, *rest: tables.append(len(gain)) or original(gain, *rest)
+    )
+    herding = long_herding(1, num=num, num_survivors=num_survivors)
+    herding = replace(herding, valid=torch.ones(num, dtype=torch.bool))
+    picks = herding.picks()
+    assert tables == [num] and float(picks.slack) == 0.0
+    exact = herding.picks(chunk=1)
+    assert picks.index.tolist() == exact.index.tolist()
+    close(picks.gain, exact.gain, 1e-3)
+    tables.clear()
+    long_herding(1, num=900).picks()
+    assert max(tables) == herding_module.NEAR * herding_module.CHUNK
+
+
 def preserve(memory: float) -> tuple[float, float]:
     """With nothing but coverage, on clean embeddings: residual of a step and of all survivors, each over chance's."""
     generator = torch.Generator().manual_seed(0)
