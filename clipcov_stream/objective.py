@@ -60,7 +60,7 @@ class Settings:
     half_life: float = math.inf
     gate: float = 1.0
     balance: float = 1.0
-    unevenness: float = 0.25
+    unevenness: float = 0.12
     quality: float = 0.0
     learnability: float = 0.5
     coverage: float = 1.0
