@@ -39,8 +39,8 @@ class Settings:
         balance: what a pair is worth per unit of -log density, the density of its image times that of its caption
             (`evidence.log_density`): 0 keeps the stream's own shares, more favours the rare.
         unevenness: of the open pairs (`evidence.unevenness`), from which on `balance` counts in full. Below it counts
-            in proportion and the lag for up to twice its weight instead: where nothing is popular, the rare are
-            outliers. 0: balance always counts in full, and the lag once.
+            by the square of their ratio, and the lag for up to twice its weight instead: where nothing is popular, the
+            rare are outliers. 0: balance always counts in full, and the lag once.
         quality: worth per standard deviation of the margin over the open candidates.
         learnability: worth per standard deviation of the lag over the open candidates.
         coverage: weight of the distance to the target, beside what pairs are worth.

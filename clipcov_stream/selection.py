@@ -57,9 +57,9 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
 
         w_i = -balance * u * log density_i + quality * margin_i + learnability * (2 - u) * lag_i,
 
-    margin and lag in standard deviations over the open pairs, u the pool's unevenness over `unevenness`, at most 1:
-    where duplicates and popular concepts crowd the pool the rare outweigh them, and where nothing is popular they are
-    outliers, and what the learner lacks says more. Beside that, picks are herded towards
+    margin and lag in standard deviations over the open pairs, u the square of the pool's unevenness over `unevenness`,
+    at most 1: where duplicates and popular concepts crowd the pool the rare outweigh them, and where nothing is popular
+    they are outliers, and what the learner lacks says more. Beside that, picks are herded towards
     A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
@@ -151,13 +151,14 @@ def aim_of(
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
     uneven = unevenness(*whitened, among, settings.references)
-    share_of_balance = (uneven / settings.unevenness).clamp_max(1) if settings.unevenness > 0 else 1.0
-    worth = -settings.balance * share_of_balance * density
+    full = settings.unevenness
+    crowding = (uneven / full).clamp_max(1).square() if full > 0 else torch.ones_like(uneven)
+    worth = -settings.balance * crowding * density
     if settings.quality > 0:
         worth = worth + settings.quality * standardize(score, among)
     if settings.learnability > 0:
         lag = frame.matrix(state.lag / state.lag_weight.clamp_min(1e-12))
-        worth = worth + settings.learnability * (2 - share_of_balance) * standardize(along(*whitened, lag), among)
+        worth = worth + settings.learnability * (2 - crowding) * standardize(along(*whitened, lag), among)
     aim = settings.overshoot * target + settings.memory * (target - memory)
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
     herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors, mean_atom)
