@@ -93,11 +93,12 @@ def test_unevenness_equals_the_oracle_and_forgets_lengths_order_and_what_does_no
     )
 
 
-def test_a_few_references_find_the_unevenness():
-    pool, everyone = draw(4000, 4, 0.5), torch.ones(4000, dtype=torch.bool)
-    # A variance of 500 log densities: its own standard error is some 2 / sqrt(500), a tenth.
-    few, all_ = (float(unevenness(pool.image, pool.text, everyone, most)) for most in (500, 4000))
-    assert few == pytest.approx(all_, rel=0.25)
+@pytest.mark.parametrize("most", [7, 40])
+def test_unevenness_is_that_of_the_references_whatever_the_pools_size(most):
+    pool, among = draw(300, 4, 0.5), torch.arange(300) % 7 != 3
+    index, _ = references(among, most)
+    want = oracle.unevenness(pool.image[index], pool.text[index], np.ones(most, dtype=bool))
+    assert float(unevenness(pool.image, pool.text, among, most)) == pytest.approx(want, rel=1e-4)
 
 
 def test_copies_make_a_pool_uneven_and_an_even_one_is_not():

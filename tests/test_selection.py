@@ -807,14 +807,14 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     rarity, uneven = -oracle.log_density(x, y, among), oracle.unevenness(*rows, among)
     for full in (0.0, uneven / 2, uneven * 3):
         state, got = survivors(quality=0.7, learnability=0.4, balance=0.3, unevenness=full, gate=math.inf)
-        part = 1.0 if full < uneven else 1 / 3
+        part = 1.0 if full < uneven else 1 / 9
         lagging = 0.4 * (2 - part) * deviations(lag, everyone)
         assert got == best_open(state, pool, 9, part * 0.3 * rarity + 0.7 * deviations(score, everyone) + lagging)
 
 
 def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_does_not():
     pools = [draw(120, 5, seed) for seed in range(3)]
-    crowded = [replace(pool, image=pool.image[crowd], text=pool.text[crowd]) for pool, crowd in zip(pools, crowds(3))]
+    crowded = [rows_of(pool, crowd) for pool, crowd in zip(pools, crowds(3), strict=True)]
 
     def chosen(of, **knobs):
         state = learn(after(of[:2], 20, **knobs), trained_on(0, n=20, dim=5))
@@ -822,9 +822,9 @@ def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_do
         return selected.survivors.tolist(), float(selected.report["unevenness"])
 
     full, uneven = chosen(crowded, unevenness=0.0)
-    assert uneven > 2 * Settings.unevenness
+    assert uneven > Settings.unevenness
     assert chosen(crowded)[0] == full != chosen(crowded, balance=0.0)[0]
-    # As even as makes no difference: nothing is worth anything for being rare.
+    # With a pool that is even beside `unevenness`: nothing is worth anything for being rare.
     without = chosen(pools, balance=0.0, unevenness=1e9)[0]
     assert chosen(pools, unevenness=1e9)[0] == without != chosen(pools, unevenness=0.0)[0]
 
