@@ -819,11 +819,12 @@ def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_do
     def chosen(of, **knobs):
         state = learn(after(of[:2], 20, **knobs), trained_on(0, n=20, dim=5))
         selected = select(state, of[2], 20)
-        return selected.survivors.tolist(), float(selected.report["unevenness"])
+        return selected.survivors.tolist(), float(selected.report.get("unevenness", math.nan))
 
-    full, uneven = chosen(crowded, unevenness=0.0)
-    assert uneven > Settings.unevenness
-    assert chosen(crowded)[0] == full != chosen(crowded, balance=0.0)[0]
+    full, none = chosen(crowded, unevenness=0.0)
+    got, uneven = chosen(crowded, unevenness=0.12)
+    assert math.isnan(none) and uneven > 0.12
+    assert got == full != chosen(crowded, balance=0.0)[0]
     # With a pool that is even beside `unevenness`: nothing is worth anything for being rare.
     without = chosen(pools, balance=0.0, unevenness=1e9)[0]
     assert chosen(pools, unevenness=1e9)[0] == without != chosen(pools, unevenness=0.0)[0]
