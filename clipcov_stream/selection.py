@@ -60,8 +60,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     margin and lag in standard deviations over the open pairs, u the square of the pool's unevenness over `unevenness`,
     at most 1, and 1 where that is 0: where duplicates and popular concepts crowd the pool the rare outweigh them, and
     where nothing is popular they are outliers, and what the learner lacks says more. Beside that, picks are herded
-    towards
-    A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
+    towards A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
 
