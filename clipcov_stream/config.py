@@ -127,6 +127,7 @@ class SelectionConfig:
     learnability: float | None = None
     gate: float | None = None
     balance: float | None = None
+    unevenness: float | None = None
     quality: float | None = None
     overshoot: float | None = None
     memory: float | None = None

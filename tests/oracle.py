@@ -117,6 +117,14 @@ def log_density(image, text, among) -> np.ndarray:
     return total
 
 
+def unevenness(image, text, among) -> float:
+    """Variance over the samples `among` of the log of the mean of max(cosine, 0)^8 to them, both sides added."""
+    total = np.zeros(int(np.sum(among)))
+    for rows in (unit(as64(image)[among]), unit(as64(text)[among])):
+        total += np.log([np.mean([max(row @ other, 0) ** 8 for other in rows]) for row in rows])
+    return float(total.var(ddof=1))
+
+
 def residual(image, text, image_center, text_center, target) -> float:
     """||C_S - C||_F / ||C||_F, C_S about the given centres."""
     own = (as64(image) - image_center).T @ (as64(text) - text_center) / len(image)

@@ -245,6 +245,7 @@ def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
             ("learnability", 0.3),
             ("quality", 9.0),
             ("balance", 0.7),
+            ("unevenness", 0.1),
             ("ridge", 0.2),
             ("references", 64),
             ("overshoot", 2.0),

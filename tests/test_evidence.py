@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcov_stream import evidence, sketch
-from clipcov_stream.evidence import log_density, matching, references
+from clipcov_stream.evidence import log_density, matching, references, unevenness
 from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
 from clipcov_stream.scratch import LARGEST, scratch
 
@@ -84,13 +84,45 @@ def test_copies_are_as_dense_as_they_are_many():
     assert (density[[0, *range(8, 16)]] > density[1:8].max() + 1).all()
 
 
+def test_unevenness_equals_the_oracle_and_forgets_lengths_order_and_what_does_not_count():
+    pool, among = draw(40, 4, 0.5), torch.arange(40) % 4 != 2
+    got = unevenness(pool.image, pool.text, among, 4096)
+    assert float(got) == pytest.approx(oracle.unevenness(pool.image, pool.text, among.numpy()), rel=1e-4)
+    order, length = torch.randperm(40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 9, 40)[:, None]
+    torch.testing.assert_close(unevenness((pool.image * length)[order], pool.text[order], among[order], 4096), got)
+    torch.testing.assert_close(
+        unevenness(pool.image[among], pool.text[among], torch.ones(30, dtype=torch.bool), 4096), got
+    )
+
+
+@pytest.mark.parametrize("most", [7, 40])
+def test_unevenness_is_that_of_the_references_whatever_the_pools_size(most):
+    pool, among = draw(300, 4, 0.5), torch.arange(300) % 7 != 3
+    index, _ = references(among, most)
+    want = oracle.unevenness(pool.image[index], pool.text[index], np.ones(most, dtype=bool))
+    assert float(unevenness(pool.image, pool.text, among, most)) == pytest.approx(want, rel=1e-4)
+
+
+def test_copies_make_a_pool_uneven_and_an_even_one_is_not():
+    """A hundred directions at right angles, eight of each: all are as common, until copies of one replace others."""
+    rows, everyone = torch.eye(100).repeat(8, 1), torch.ones(800, dtype=torch.bool)
+    found = []
+    for copies in (0, 80, 160):
+        now = rows.clone()
+        now[:copies] = rows[0]
+        found.append(float(unevenness(now, now, everyone, 800)))
+    assert found[0] < 1e-6 and 0.5 < found[1] < found[2]
+
+
 @pytest.mark.parametrize("rows", [torch.ones(6, 3), torch.zeros(6, 3), torch.eye(3)[:1]])
 @pytest.mark.parametrize("valid", [True, False])
 def test_degenerate_pools_are_defined(rows, valid):
     flags = torch.full((len(rows),), valid)
     pool = prepared(Pool(rows, rows, 100.0, valid=flags))
     match, density = matching(pool, 4096), log_density(pool.image, pool.text, flags, 4096)
-    assert all(torch.isfinite(value).all() for value in (match.score, match.p_value, match.share, density))
+    uneven = unevenness(pool.image, pool.text, flags, 4096)
+    assert all(torch.isfinite(value).all() for value in (match.score, match.p_value, match.share, density, uneven))
+    assert float(uneven) == pytest.approx(0.0, abs=1e-9)
     assert torch.equal(match.opened(flags, 0.8, 1).any(), flags.any())
 
 

@@ -801,10 +801,41 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     lag = np.einsum("na,ab,nb->n", *(part.double().numpy() for part in (rows[0], matrix, rows[1])))
     assert np.abs(lag).max() > 0 and got == best_open(state, pool, 9, lag)
 
-    # Together: worths add up, margin and lag in standard deviations over the open pairs.
-    state, got = survivors(quality=0.7, learnability=0.4, gate=math.inf)
-    both = 0.7 * deviations(score, everyone) + 0.4 * deviations(lag, everyone)
-    assert got == best_open(state, pool, 9, both)
+    # Together: worths add up, margin and lag in standard deviations over the open pairs; the less uneven the pool, the
+    # less rarity counts and the more the lag.
+    among = np.ones(60, dtype=bool)
+    rarity, uneven = -oracle.log_density(x, y, among), oracle.unevenness(*rows, among)
+    for full in (0.0, uneven / 2, uneven * 3):
+        state, got = survivors(quality=0.7, learnability=0.4, balance=0.3, unevenness=full, gate=math.inf)
+        part = 1.0 if full < uneven else 1 / 9
+        lagging = 0.4 * (2 - part) * deviations(lag, everyone)
+        assert got == best_open(state, pool, 9, part * 0.3 * rarity + 0.7 * deviations(score, everyone) + lagging)
+
+
+def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_does_not():
+    pools = [draw(120, 5, seed) for seed in range(3)]
+    crowded = [rows_of(pool, crowd) for pool, crowd in zip(pools, crowds(3), strict=True)]
+
+    def chosen(of, **knobs):
+        state = learn(after(of[:2], 20, **knobs), trained_on(0, n=20, dim=5))
+        selected = select(state, of[2], 20)
+        return selected.survivors.tolist(), float(selected.report.get("unevenness", math.nan))
+
+    full, none = chosen(crowded, unevenness=0.0)
+    got, uneven = chosen(crowded, unevenness=0.12)
+    assert math.isnan(none) and uneven > 0.12
+    assert got == full != chosen(crowded, balance=0.0)[0]
+    # With a pool that is even beside `unevenness`: nothing is worth anything for being rare.
+    without = chosen(pools, balance=0.0, unevenness=1e9)[0]
+    assert chosen(pools, unevenness=1e9)[0] == without != chosen(pools, unevenness=0.0)[0]
+
+
+def crowds(num):
+    """For every pool of 120, who takes whose place: a third become copies of one sample."""
+    for seed in range(num):
+        who = torch.arange(120)
+        who[torch.randperm(120, generator=torch.Generator().manual_seed(seed))[:40]] = seed
+        yield who
 
 
 def seen_by(state, pool):
@@ -833,7 +864,7 @@ def test_errors_name_the_values():
     ("knob", "value"),
     [
         *[("half_life", 0.0), ("gate", 0.0), ("gate", math.nan), ("balance", -1.0), ("quality", -1.0)],
-        *[("coverage", math.inf), ("ridge", 0.0), ("references", 1)],
+        *[("coverage", math.inf), ("ridge", 0.0), ("references", 1), ("unevenness", -0.1), ("unevenness", math.inf)],
     ],
 )
 def test_settings_out_of_range_name_the_knob(knob, value):
