@@ -64,6 +64,7 @@ def write_run(folder: Path, selector: str, seed: int, scores: list[float], **rec
             if selector != "random":
                 times |= {"selection/embed_ms": 40.0, "selection/select_ms": 10.0, "selection/learn_ms": 5.0}
                 steps |= {"selection/residual_total": 1 / step, "selection/residual_total_random": 2 / step}
+                steps |= {"selection/aim_residual": 3 / step, "selection/aim_residual_bound": 4 / step}
             file.write(json.dumps({"step": step, **steps, **times}) + "\n")
             file.write(json.dumps({"step": step, METRIC: score, "samples_streamed": 640 * step}) + "\n")
     tree = {"run_name": f"{selector}_{seed}", "seed": seed, "selection": {"selector": selector, "seed": seed}, **recipe}

@@ -32,10 +32,13 @@ MOST_THUMBNAILS = 3 << 20
 MOST_COLUMNS, MOST_CURVES = 4, 3
 """Evaluation figures in the headline table, and those that are drawn; all are in a table of their own."""
 MOST_CLASSES, MOST_WORDS = 200, 40
+RANDOM_SURVIVORS = "random survivors of {}'s pools"
 CERTIFICATE = (
-    ("residual_total", "of all survivors so far"),
-    ("residual", "of each step's survivors"),
+    ("aim_residual", "aim_residual_bound", "{}: what it cannot exceed", "from the aim"),
+    ("residual_total", "residual_total_random", RANDOM_SURVIVORS, "of all survivors so far"),
+    ("residual", "residual_random", RANDOM_SURVIVORS, "of each step's survivors"),
 )
+"""Metric, the one drawn dashed beside it, what to call that, and the figure's title."""
 
 
 def curves(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,18 +59,17 @@ def curves(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[st
 
 
 def certificates(groups: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
-    """The residual over time, beside what random survivors of the same pools would leave."""
+    """Residuals over time: from what selection aims at, beside their bound; and from the whole stream's, beside what
+    random survivors of the same pools would leave."""
     style = figures.colours(list(groups))
     found = []
-    for name, what in CERTIFICATE:
+    for name, beside, called, what in CERTIFICATE:
         drawn = []
         for label, runs in groups.items():
-            for suffix, dashed in (("", False), ("_random", True)):
-                key = f"selection/{name}{suffix}"
-                points = [points for run in runs if (points := tables.curve(run, key, "samples_streamed"))[0]]
-                title = f"random survivors of {label}'s pools" if suffix else label
-                if points:
-                    drawn.append(figures.Line(title, points, style[label][0], dashed=dashed))
+            for key, title in ((name, label), (beside, called.format(label))):
+                curves_of = [tables.curve(run, f"selection/{key}", "samples_streamed") for run in runs]
+                if points := [points for points in curves_of if points[0]]:
+                    drawn.append(figures.Line(title, points, style[label][0], dashed=key == beside))
         if drawn:
             found.append({"title": what, "figures": [figures.lines(f"residual {what}", "samples_streamed", drawn)]})
     return found
