@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: install quickstart test test-all check format clean
@@ -10,12 +11,12 @@ export PATH := $(abspath $(BIN)):$(PATH)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' || \
-		{ echo "clipcov_stream needs Python 3.10 to 3.12, and $(PYTHON) is another; name one: make PYTHON=python3.11 ..."; exit 1; }
-	@# Of another Python, or half made: begin anew.
-	@test ! -x $(BIN)/python || $(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' || rm -rf $(VENV)
+	@# Ours, but of a Python that is gone or too old or new: begin anew. Another's environment is its owner's.
+	@if [ "$(VENV)" = .venv ] && [ -e .venv ] && ! .venv/bin/python -c '$(SUPPORTED)' 2>/dev/null; then rm -rf .venv; fi
+	@test -x $(BIN)/python || $(PYTHON) -c '$(SUPPORTED)' || \
+		{ echo "clipcov_stream needs Python 3.10 to 3.12; $(PYTHON) is none of these: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the stack into $(VENV): about 5 minutes and 6 GB the first time."
+	@echo "Installing the stack into $(VENV): about 5 minutes and 7 GB the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(STAMP)
 

@@ -32,6 +32,7 @@ from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.patches import towers_with_patches
 from clipcov_stream.pool import Pool, with_learner
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
 from clipcov_stream.ranks import SCOPES, Group, Shares, on_all_ranks, own_group, sum_over_ranks
@@ -161,7 +162,7 @@ class ClipCov(Algorithm):
         self.logit_scale = logit_scale
         self.embed_chunk = embed_chunk
         self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
-        self.embed_patch_dropout = embed_patch_dropout
+        self.embed_patch_dropout = embed_patch_dropout or None  # 0 leaves out as little
         self.max_invalid_ratio = max_invalid_ratio
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
@@ -202,7 +203,7 @@ class ClipCov(Algorithm):
             "embedder": embedder,
             "embed_resolution": embed_resolution,
             "embed_precision": embed_precision,
-            "embed_patch_dropout": embed_patch_dropout,
+            "embed_patch_dropout": self.embed_patch_dropout,
             "lag_delay": lag_delay,
         }
         """The arguments that make a run what it is; resuming with others would mix two runs in silence."""
@@ -340,6 +341,7 @@ class ClipCov(Algorithm):
             )
         if self.embed == "teacher" or self.uses_learner:
             check_towers(unwrap(state.model), "the Trainer's model")
+        towers_with_patches(unwrap(state.model) if self.proxy is None else self.proxy, self.embed_patch_dropout)
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:
                 raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use embed='proxy' or 'columns'")

@@ -23,7 +23,14 @@ Folded = tuple[Tensor, Tensor]
 """A convolution's weight and bias, its batch norm in them."""
 
 FUSES = frozenset({torch.float32, torch.bfloat16})
-"""Types in which oneDNN's convolution takes a sum and a ReLU along."""
+"""Types in which oneDNN's convolution takes a sum and a ReLU along, bfloat16 where the CPU has what that needs."""
+
+
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether `convolved` may ask oneDNN for all at once."""
+    ops: Any = torch.ops.mkldnn
+    able = dtype in FUSES and torch.backends.mkldnn.is_available()
+    return able and (dtype != torch.bfloat16 or bool(ops._is_mkldnn_bf16_supported()))
 
 
 @contextmanager
@@ -43,12 +50,22 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 
 def can_fold(tower: ModifiedResNet) -> bool:
-    """Whether a tower is made of the parts that `forward` knows."""
-    known = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Linear)
-    leaves = [part for part in tower.modules() if not list(part.children())]
-    norms = [part for part in leaves if isinstance(part, nn.BatchNorm2d)]
+    """Whether a tower is what `forward` computes: open_clip's own classes, as they were made, and nothing hooked in."""
+    known = (
+        *(ModifiedResNet, Bottleneck, AttentionPool2d, nn.Sequential),
+        *(nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Linear),
+    )
+    parts = list(tower.modules())
+    norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
+    # Identity stands for a stride of 1, before a convolution; in a norm's place it says that somebody folded already.
+    pairs = [(part, i) for part in parts if isinstance(part, (ModifiedResNet, Bottleneck)) for i in (1, 2, 3)]
+    sides = [part.downsample for part in parts if isinstance(part, Bottleneck) and part.downsample is not None]
     return (
-        all(type(part) in known for part in leaves)
+        all(type(part) in known and "forward" not in vars(part) for part in parts)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts if part is not tower)
+        and all(part.bias is None for part in parts if isinstance(part, nn.Conv2d))
+        and all(type(getattr(part, f"bn{i}")) is nn.BatchNorm2d for part, i in pairs)
+        and all(type(side[2]) is nn.BatchNorm2d for side in sides)
         and all(norm.running_mean is not None and norm.affine for norm in norms)
         and next(tower.parameters()).device.type == "cpu"
     )
@@ -56,9 +73,11 @@ def can_fold(tower: ModifiedResNet) -> bool:
 
 def fold(conv: Any, norm: Any) -> Folded:
     """One convolution without bias and its batch norm, as one convolution, of the type that autocast asks for."""
-    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+    # In float32 at least, as a batch norm of half precision reckons.
+    kind = torch.promote_types(conv.weight.dtype, torch.float32)
+    gain = norm.weight.to(kind) / (norm.running_var.to(kind) + norm.eps).sqrt()
     weight, bias = conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
     return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
 
 
@@ -96,7 +115,7 @@ def convolved(x: Tensor, part: Folded, stride: int = 1, relu: bool = True, added
     """A convolution that keeps the size but for its stride, plus `added_to`, which is overwritten, and then a ReLU."""
     weight, bias = part
     pad = weight.shape[2] // 2
-    if x.dtype in FUSES and torch.backends.mkldnn.is_available():
+    if fuses(x.dtype):
         geometry = (weight, bias, [pad, pad], [stride, stride], [1, 1], 1)
         ops: Any = torch.ops.mkldnn
         if added_to is not None:

@@ -9,9 +9,13 @@ from typing import Any
 
 from torch import nn
 
+LATER: dict[str, Any] = {"unevenness": 0.0, "embed_patch_dropout": None}
+"""Arguments that checkpoints of before they existed lack, and what those runs did."""
+
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, naming every difference, unless a checkpoint's arguments are this run's."""
+    saved = {**LATER, **saved}
     other = [f"{name}={saved.get(name)!r}, not {now[name]!r}" for name in now if saved.get(name) != now[name]]
     if other:
         raise ValueError(

@@ -30,6 +30,21 @@ def kept_patches(rows: int, columns: int, dropout: float) -> list[int]:
     return sorted(sorted(range(num), key=place.__getitem__)[:wanted])
 
 
+def towers_with_patches(model: nn.Module, dropout: float | None) -> list[VisionTransformer]:
+    """The open_clip transformers among a model's image towers.
+
+    Raises:
+        ValueError: there is none, and patches are to be left out.
+    """
+    towers = [part for part in model.modules() if isinstance(part, VisionTransformer)]
+    if dropout and not towers:
+        raise ValueError(
+            f"selection.embed_patch_dropout={dropout}: {type(model).__name__} has no transformer of open_clip's as its "
+            "image tower, whose patches could be left out"
+        )
+    return towers
+
+
 @contextmanager
 def fewer_patches(model: nn.Module, dropout: float) -> Iterator[None]:
     """Within, the open_clip transformers among a model's image towers leave out a share of the patches.
@@ -37,14 +52,10 @@ def fewer_patches(model: nn.Module, dropout: float) -> Iterator[None]:
     Raises:
         ValueError: a share outside [0, 1), or a model without such a tower.
     """
-    towers = [part for part in model.modules() if isinstance(part, VisionTransformer)]
-    if not towers:
-        raise ValueError(
-            f"selection.embed_patch_dropout={dropout}: {type(model).__name__} has no transformer of open_clip's as its "
-            "image tower, whose patches could be left out"
-        )
-    hooks = [part.patch_dropout.register_forward_hook(partial(leave_out, part, dropout)) for part in towers]
+    hooks: list[Any] = []
     try:
+        for tower in towers_with_patches(model, dropout):
+            hooks.append(tower.patch_dropout.register_forward_hook(partial(leave_out, tower, dropout)))
         yield
     finally:
         for hook in hooks:

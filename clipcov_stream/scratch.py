@@ -26,7 +26,8 @@ def scratch(name: str, *shape: int) -> Tensor:
     """
     size = math.prod(shape)
     if size > LARGEST:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     if not hasattr(kept, name):
-        setattr(kept, name, torch.empty(LARGEST))
+        with torch.inference_mode(False):  # or nobody could write to it outside
+            setattr(kept, name, torch.empty(LARGEST, dtype=torch.float32, device="cpu"))
     return getattr(kept, name)[:size].view(shape)

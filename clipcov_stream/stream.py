@@ -80,7 +80,7 @@ class Columns:
 HOW_TO_GET = {
     "image_embedding": "; tools/embed_mds.py writes a folder, or a sidecar, that has it",
     "text_embedding": "; tools/embed_mds.py writes a folder, or a sidecar, that has it",
-    "label": "; of pairs, which have no classes, ask for tasks=[retrieval]",
+    "label": "; where it is evaluated as pairs, which have no classes, ask for tasks=[retrieval]",
 }
 """What to do about a column that is missing, by its role."""
 

@@ -28,6 +28,7 @@ from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
+from clipcov_stream.patches import towers_with_patches
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
@@ -104,6 +105,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     selection.dist_timeout = config.dist_timeout
+    towers_with_patches(model.towers if selection.proxy is None else selection.proxy, selection.embed_patch_dropout)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection)
     options = (config.seed, deferred, selection.scoring_size)

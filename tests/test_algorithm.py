@@ -38,6 +38,7 @@ from clipcov_stream import ClipCov
 from clipcov_stream.batch import check_batch, count_survivors
 from clipcov_stream.build import check_same_tokens, tokenizer_of
 from clipcov_stream.config import ModelConfig, load_config
+from clipcov_stream.identity import LATER
 from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.objective import LAG_DECAY, SelectionState, Settings
 from clipcov_stream.rivals import sem_dedup
@@ -261,6 +262,21 @@ def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
     ClipCov(**arguments).load_state_dict(saved)
     with pytest.raises(ValueError, match=rf"began with selection.*{key}=.*, not {value!r}.*load_weights_only"):
         ClipCov(**{**arguments, key: value}).load_state_dict(saved)
+
+
+def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
+    saved = ClipCov(filter_ratio=0.75).state_dict()
+    saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
+    ClipCov(filter_ratio=0.75, embed_patch_dropout=0.0).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"began with selection.unevenness=0.0, not 0.1"):
+        ClipCov(filter_ratio=0.75, unevenness=0.1).load_state_dict(saved)
+
+
+def test_patches_of_a_tower_without_any_cannot_be_left_out(tmp_path: Path, corpus: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+    model = {"config": {**TINY_MODEL, "vision_cfg": vision}}
+    with pytest.raises(ValueError, match="has no transformer of open_clip's as its image tower"):
+        trainer_of(tmp_path, recipe(corpus, model=model, selection={"embed_patch_dropout": 0.5}))
 
 
 def test_the_checkpoint_of_another_proxy_pool_or_version_is_refused(tmp_path: Path, corpus: Path) -> None:

@@ -248,3 +248,17 @@ def test_scratch_is_taken_back_and_is_each_threads_own():
     assert found[0] != first.data_ptr()
     large = scratch("test", LARGEST + 1)
     assert large.shape == (LARGEST + 1,) and large.data_ptr() != first.data_ptr()
+
+
+def test_a_pool_looked_at_in_inference_mode_leaves_later_ones_alone():
+    pool, found = draw(60, 8, 0.6), []
+
+    def look():  # in a thread, which has no tables yet
+        with torch.inference_mode():
+            found.append(matching(pool, 32).score.clone())
+        found.append(matching(pool, 32).score)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(*found)

@@ -1,6 +1,10 @@
 """The faster pass of a ModifiedResNet: the tower's own embeddings, and the tower left as it was."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +120,52 @@ def test_an_unknown_part_is_left_to_its_tower():
     assert not can_fold(model.visual)
     with folded(model):
         assert "forward" not in vars(model.visual)
+
+
+def other_forward(tower):
+    tower.forward = tower.forward
+
+
+def derived(tower):
+    tower.__class__ = type("Derived", (ModifiedResNet,), {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tower: setattr(tower, "bn1", nn.Identity()),
+        lambda tower: setattr(tower.layer1[0].downsample, "1", nn.Identity()),
+        lambda tower: setattr(tower, "conv2", nn.Conv2d(4, 4, 3, padding=1)),
+        lambda tower: tower.layer2[0].conv1.register_forward_hook(lambda *given: None),
+        lambda tower: tower.layer2[0].conv1.register_forward_pre_hook(lambda *given: None),
+        other_forward,
+        derived,
+    ],
+)
+@torch.no_grad()
+def test_a_tower_that_is_not_as_it_was_made_runs_as_it_is(change):
+    model = towers()
+    change(model.visual)
+    before, expected = set(vars(model.visual)), model.encode_image(images())
+    assert not can_fold(model.visual)
+    with folded(model):
+        assert torch.equal(model.encode_image(images()), expected)
+    assert set(vars(model.visual)) == before
+
+
+def test_a_cpu_without_bfloat16_convolutions_has_them_unfused():
+    code = (
+        "import sys, torch; sys.path[:0] = ['tests']; from test_folded import *\n"
+        "from clipcov_stream.folded import fuses\n"
+        "model = towers()\n"
+        "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16), folded(model):\n"
+        "    print(fuses(torch.bfloat16), bool(model.encode_image(images()).isfinite().all()))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["False", "True"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("resolution", [None, 32])

@@ -118,24 +118,28 @@ class Runner:
         found = Embedded()
         loader: Any = evaluator.dataloader.dataloader
         dtype = EMBED_PRECISIONS[self.precision]
-        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        # A GPU's fp32 is to be fp32: TF32 moves the last digits.
+        exact = torch.backends.cudnn.flags(allow_tf32=False)
+        with torch.no_grad(), exact, torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             classes = None if own is None else class_embeddings(model, own.tokens.to(self.device))
             for metric in metrics.values():
                 if isinstance(metric, ZeroShotAccuracy) and own is not None:
                     metric.class_embeddings, metric.owner = classes, own.owner
-            for batch in tqdm(loader, desc=name, unit=" batches", file=sys.stderr, leave=False):
-                moved = {key: value.to(self.device) for key, value in batch.items()}
-                outputs = model.eval_forward(moved)
-                for metric in metrics.values():
-                    metric.to(self.device).update(outputs, moved)
-                found.image.append(outputs["image_features"].float().cpu())
-                found.valid.append(batch["valid"])
-                found.image_id.append(batch.get("image_id", batch["id"]))
-                found.label.append(batch.get("label", torch.zeros(0, dtype=torch.int64)))
-        if (workers := getattr(loader, "_iterator", None)) is not None:
-            # Streaming's loader ends them when it is collected: in a worker of the next set's, which cannot.
-            workers._shutdown_workers()
-            loader._iterator = None
+            try:
+                for batch in tqdm(loader, desc=name, unit=" batches", file=sys.stderr, leave=False):
+                    moved = {key: value.to(self.device) for key, value in batch.items()}
+                    outputs = model.eval_forward(moved)
+                    for metric in metrics.values():
+                        metric.to(self.device).update(outputs, moved)
+                    found.image.append(outputs["image_features"].float().cpu())
+                    found.valid.append(batch["valid"])
+                    found.image_id.append(batch.get("image_id", batch["id"]))
+                    found.label.append(batch.get("label", torch.zeros(0, dtype=torch.int64)))
+            finally:
+                if (workers := getattr(loader, "_iterator", None)) is not None:
+                    # Streaming's loader ends them when it is collected: in a worker of the next set's, which cannot.
+                    workers._shutdown_workers()
+                    loader._iterator = None
         return loader, own, {name: metric.compute().item() for name, metric in metrics.items()}, found
 
     def trained(self, name: str, plan: Plan, prompts: Prompts, test: Embedded) -> dict[str, Any]:
@@ -294,8 +298,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
     plans, missing = plans_of(args)
     device = torch.device(str(get_device(args.device).name).replace("gpu", "cuda"))
-    # A GPU's fp32 is to be fp32: TF32 moves the last digits.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     models = []
     for candidate in candidates_of(args):
         runner = Runner(candidate, device, args.precision, args.probe)
@@ -305,7 +307,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 results[name] = runner(name, plan)
             except ValueError as error:
-                missing[name] = f"{candidate.label}: {error}"
+                said = f"{candidate.label}: {error}"
+                missing[name] = f"{missing[name]}; {said}" if name in missing else said
         models.append({**candidate.record(), "sets": results, "averages": averages_of(results) if args.root else {}})
     return {"suite": args.suite, "root": args.root, "precision": args.precision, "models": models, "missing": missing}
 

@@ -75,7 +75,8 @@ def notes_of(found: Mapping[str, Any]) -> list[str]:
                 notes.append(f"{name}: {one['unreadable']} of {one['images']} images unreadable, counted as misses")
             if one.get("classes_present") != one.get("classes"):
                 part = f"images of {one['classes_present']:,} of {one['classes']:,} classes"
-                notes.append(f"{name}: {part}, so it enters no average")
+                averaged = any(name in average["sets"] for average in model["averages"].values())
+                notes.append(f"{name}: {part}" + ", so it enters no average" * averaged)
             if "note" in one:
                 notes.append(f"{name}: {one['note']}")
             notes += probe_notes(f"{name}, {model['label']}", one.get("probe", {}))
