@@ -285,13 +285,22 @@ def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "
     return inverse / torch.where(size > 1e-6, size, 1.0)
 
 
+RIDGES = 16
+"""Of `cholesky`: 1e-5 at 5 dimensions, 1e-4 at 64, 1e-3 at 512, in float32."""
+
+
 def cholesky(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
-    """Lower factor of cov + ridge * mean variance * I; of ridge * I where there is no variance yet."""
+    """Lower factor of cov + ridge * mean variance * I; of ridge * I where there is no variance yet.
+
+    A ridge below `RIDGES * dim` units of rounding is taken as that: rows of low rank would have no factor at all.
+    """
+    ridge = max(ridge, RIDGES * len(cov) * torch.finfo(cov.dtype).eps)
     spread = cov.diagonal().mean()
     spread = torch.where(spread > 1e-12, spread, 1.0)
     ridged = cov.clone()
     ridged.diagonal().add_(ridge * spread)
-    # cholesky_ex does not read its status back from the device; the ridge makes the matrix positive definite.
+    # cholesky_ex does not read its status back from the device; the ridge makes the matrix positive definite, and is
+    # large enough that rounding leaves it so.
     return torch.linalg.cholesky_ex(ridged).L
 
 

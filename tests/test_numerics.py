@@ -126,6 +126,10 @@ QUIET = settings(deadline=None, max_examples=12, suppress_health_check=list(Heal
 @example(
     (24, [("all equal", "all equal", 1), ("far away", "normal", 2), ("normal", "NaN in half", 4)], 23, 1.0), Settings()
 )
+@example(
+    (24, [("zeros", "all equal", 1), ("rank one", "inf in one", 67)], 1, 1e-3),
+    Settings(gate=math.inf, ridge=1e-6, references=2),
+)
 def test_any_pool_has_a_defined_result(name: str, stream: Any, knobs: Settings) -> None:
     check_stream(name, stream, knobs)
 
