@@ -97,10 +97,10 @@ def test_overhead_is_measured_in_the_real_trainer(tmp_path, capsys):
         encoding="utf-8",
     )
     sizes = ["--pool", "20", "--survivors", "4", "--steps", "3", "--warmup", "1", "--turns", "2"]
-    embeds = ["--embeds", "columns,proxy,teacher,teacher-8-bf16,teacher-drop50-chunk8"]
+    embeds = ["--embeds", "columns,columns-ahead,proxy,teacher,teacher-8-bf16,teacher-drop50-chunk8"]
     bench_overhead.main(["--recipe", str(recipe), *sizes, *embeds, "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    expected = ["plain", "random", "columns", "proxy", "teacher", "teacher-8-bf16", "teacher-drop50-chunk8"]
+    expected = ["plain", "random", *embeds[1].split(",")]
     assert [row["variant"] for row in result["variants"]] == expected
     plain, teacher = result["medians_ms"]["plain"], result["medians_ms"]["teacher"]
     row = result["variants"][expected.index("teacher")]

@@ -7,11 +7,12 @@
 
 
 Pools lie in memory, images on the device, so that neither a loader nor a copy is timed: reading five candidates for
-each survivor is another cost. A step is timed from the moment Composer has the pool to the end of the optimizer's step,
-after a warm-up, in turns (every variant once, then again), so that a slow spell of the machine falls on all alike.
-`plain` trains on the survivors without ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x
-16 pixels in bfloat16, `teacher-drop50-chunk640` half of their patches, 640 images at a time. `extra` is what a variant
-takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over turns.
+each survivor is another cost. A step is timed from the end of the optimizer's last step to the end of its own, after a
+warm-up, in turns (every variant once, then again), so that a slow spell of the machine falls on all alike. `plain`
+trains on the survivors without ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x 16
+pixels in bfloat16, `teacher-drop50-chunk640` half of their patches, 640 images at a time; `columns-ahead` selects two
+steps ahead, in a thread of its own, for which there should be a core beside those of --threads. `extra` is what a
+variant takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over turns.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -26,7 +27,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Pools:
-    """An endless loader of pools that lie in memory; notes when each was handed out."""
+    """An endless loader of pools that lie in memory.
+
+    Attributes:
+        run_ahead: as `PoolLoader`'s.
+    """
+
+    run_ahead: Callable[[Iterator[Any], int], Iterator[Any] | None] | None = None
 
     def __init__(self, pools: list[dict[str, Tensor]], num: int) -> None:
         self.pools, self.num = pools, num
         self.batch_size = len(pools[0]["image"])
-        self.handed: list[float] = []
 
     def __len__(self) -> int:
         return self.num
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for pool in itertools.islice(itertools.cycle(self.pools), self.num):
-            self.handed.append(time.perf_counter())
+    def __iter__(self) -> Iterator[Any]:
+        pools = itertools.islice(itertools.cycle(self.pools), self.num)
+        for num_yielded in itertools.count():
+            ahead = None if self.run_ahead is None else self.run_ahead(pools, num_yielded)
+            if ahead is not None:
+                yield from ahead
+                return
+            pool = next(pools, None)
+            if pool is None:
+                return
             yield pool
 
 
@@ -70,7 +83,6 @@ class Ends(Callback):
 
     def __init__(self) -> None:
         self.at: list[float] = []
-        self.parts: list[dict[str, float]] = []
 
     def batch_end(self, state: Any, logger: Any) -> None:
         if torch.cuda.is_available():
@@ -115,17 +127,21 @@ def draw_pools(
     return pools
 
 
+AHEAD = 2
+"""Steps, of `-ahead`."""
+
+
 def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
-    """`EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS]` -> the embed source, and the knobs of its pass.
+    """`EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS][-ahead]` -> the embed source, and ClipCov's other knobs.
 
     Raises:
         ValueError: another form, or an unknown source.
     """
-    found = re.fullmatch(r"([a-z]+)(?:-(\d+))?(-bf16)?(?:-drop(\d\d))?(?:-chunk(\d+))?", variant)
+    found = re.fullmatch(r"([a-z]+)(?:-(\d+))?(-bf16)?(?:-drop(\d\d))?(?:-chunk(\d+))?(-ahead)?", variant)
     if found is None or found[1] not in EMBED_SOURCES:
-        form = "EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS]"
+        form = "EMBED[-RESOLUTION][-bf16][-dropPERCENT][-chunkROWS][-ahead]"
         raise ValueError(f"--embeds: {variant!r} is not {form} with one of {list(EMBED_SOURCES)}")
-    embed, resolution, bf16, dropped, chunk = found.groups()
+    embed, resolution, bf16, dropped, chunk, ahead = found.groups()
     knobs: dict[str, Any] = {}
     if resolution:
         knobs["embed_resolution"] = int(resolution)
@@ -135,6 +151,8 @@ def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
         knobs["embed_patch_dropout"] = int(dropped) / 100
     if chunk:
         knobs["embed_chunk"] = int(chunk)
+    if ahead:
+        knobs |= {"run_ahead": AHEAD, "lag_delay": AHEAD}
     return embed, knobs
 
 
@@ -169,7 +187,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
         )
     trainer = Trainer(
         model=model,
-        train_dataloader=DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch["image"])),
+        train_dataloader=DataSpec(loader, get_num_samples_in_batch=lambda batch: len(next(iter(batch.values())))),
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-3),
         max_duration=f"{args.warmup + args.steps}ba",
         algorithms=algorithms,
@@ -183,8 +201,8 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
     )
     trainer.fit()
     trainer.close()
-    steps = [1e3 * (end - start) for start, end in zip(loader.handed, ends.at, strict=True)]
-    return steps[args.warmup :]
+    steps = [1e3 * (end - start) for start, end in itertools.pairwise(ends.at)]
+    return steps[args.warmup - 1 :]
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -231,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--survivors {args.survivors} must be from 2 to less than --pool {args.pool}")
     if args.turns < 2:
         parser.error(f"--turns {args.turns} must be at least 2, for an interval")
+    if args.warmup < 1:
+        parser.error(f"--warmup {args.warmup} must be at least 1: a step is timed from the end of another")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
