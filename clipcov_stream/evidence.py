@@ -315,8 +315,9 @@ def unevenness(
     what is left of the spread is that some pairs have many look-alikes and others few. The density is `log_density`'s
     kernel of at most `most` samples, evenly spaced, with themselves and one another alone: beside all of a larger pool
     few look-alikes would be found, and chance would be taken for unevenness. Measured at 256 (tools/LOG.md), with a
-    proxy: .01 for balanced classes, .02 to .06 for a long tail, .14 and more where a fifth of the pairs are copies of
-    hot ones. An embedder that has learned little tells fewer samples apart and finds more.
+    proxy 64 to 512 wide, in pools of 640 to 4,096: .01 for balanced classes, .01 to .03 for a long tail, .05 where a
+    tenth of the pairs are copies of hot ones, .14 and more where a fifth are. An embedder that has learned little tells
+    fewer samples apart and finds more.
 
     Costs: 4 * references^2 * dim flops.
     """

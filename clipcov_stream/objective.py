@@ -48,9 +48,8 @@ class Settings:
             (`evidence.matching`); below 1 leaves the doubtful ones out, inf opens all. At least `num_survivors` stay.
         balance: what a pair is worth per unit of -log density, the density of its image times that of its caption
             (`evidence.log_density`): 0 keeps the stream's own shares, more favours the rare.
-        unevenness: of the open pairs (`evidence.unevenness`), from which on `balance` counts in full. Below it counts
-            by the square of their ratio, and the lag for up to twice its weight instead: where nothing is popular, the
-            rare are outliers. 0: balance always counts in full, and the lag once. 0.12 is what was measured beside it.
+        unevenness: of the open pairs (`evidence.unevenness`), from which on `balance` counts in full; below it, by the
+            square of their ratio, because where nothing is popular the rare are outliers. 0: always in full.
         quality: worth per standard deviation of the margin over the open candidates.
         learnability: worth per standard deviation of the lag over the open candidates.
         coverage: weight of the distance to the target, beside what pairs are worth.
@@ -70,7 +69,7 @@ class Settings:
     half_life: float = math.inf
     gate: float = 1.0
     balance: float = 1.0
-    unevenness: float = 0.0
+    unevenness: float = 0.05
     quality: float = 0.0
     learnability: float = 0.5
     coverage: float = 1.0

@@ -11,8 +11,8 @@ corpus:
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
    is estimated, and `gate` times as many of the best stay open (`evidence.matching`).
 2. What is common? An open pair is worth less the denser its image and its caption lie, so that popular concepts and
-   near-duplicates do not fill the batch again and again (`evidence.log_density`), on request only as far as there are
-   any (`evidence.unevenness`), and more if it points where the learner does not yet reproduce what it was trained on
+   near-duplicates do not fill the batch again and again (`evidence.log_density`), as far as there are any
+   (`evidence.unevenness`), and more if it points where the learner does not yet reproduce what it was trained on
    (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
    that of the open pairs (`herding.Herding`).
@@ -55,11 +55,11 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
     needed, the best matches are all that survives. An open pair is worth
 
-        w_i = -balance * u * log density_i + quality * margin_i + learnability * (2 - u) * lag_i,
+        w_i = -balance * u * log density_i + quality * margin_i + learnability * lag_i,
 
     margin and lag in standard deviations over the open pairs, u the square of the pool's unevenness over `unevenness`,
-    at most 1, and 1 where that is 0: where duplicates and popular concepts crowd the pool the rare outweigh them, and
-    where nothing is popular they are outliers, and what the learner lacks says more. Beside that, picks are herded
+    at most 1, and 1 where that is 0: where copies and popular concepts crowd the pool the rare outweigh them, and where
+    nothing is popular the rare are outliers, worth no more than others. Beside that, picks are herded
     towards A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
@@ -160,7 +160,7 @@ def aim_of(
         worth = worth + settings.quality * standardize(score, among)
     if settings.learnability > 0:
         lag = frame.matrix(state.lag / state.lag_weight.clamp_min(1e-12))
-        worth = worth + settings.learnability * (2 - crowding) * standardize(along(*whitened, lag), among)
+        worth = worth + settings.learnability * standardize(along(*whitened, lag), among)
     aim = settings.overshoot * target + settings.memory * (target - memory)
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
     herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors, mean_atom)

@@ -802,14 +802,14 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     assert np.abs(lag).max() > 0 and got == best_open(state, pool, 9, lag)
 
     # Together: worths add up, margin and lag in standard deviations over the open pairs; the less uneven the pool, the
-    # less rarity counts and the more the lag.
+    # less rarity counts.
     among = np.ones(60, dtype=bool)
     rarity, uneven = -oracle.log_density(x, y, among), oracle.unevenness(*rows, among)
     for full in (0.0, uneven / 2, uneven * 3):
         state, got = survivors(quality=0.7, learnability=0.4, balance=0.3, unevenness=full, gate=math.inf)
         part = 1.0 if full < uneven else 1 / 9
-        lagging = 0.4 * (2 - part) * deviations(lag, everyone)
-        assert got == best_open(state, pool, 9, part * 0.3 * rarity + 0.7 * deviations(score, everyone) + lagging)
+        others = 0.7 * deviations(score, everyone) + 0.4 * deviations(lag, everyone)
+        assert got == best_open(state, pool, 9, part * 0.3 * rarity + others)
 
 
 def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_does_not():
