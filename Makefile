@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files run at once; those that start ranks want two cores each.
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -24,10 +26,10 @@ quickstart: install
 	$(BIN)/python tools/quickstart.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -56,10 +56,10 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, learnability, gate, balance, unevenness, quality, overshoot, memory, ridge, references: see
-            `selection.Settings`. The lag behind learnability comes from the training pass: from the model's outputs,
-            if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and else from one more
-            forward pass over the survivors.
+        coverage, learnability, gate, balance, unevenness, novelty, recent, quality, overshoot, memory, ridge,
+            references: see `selection.Settings`. The lag behind learnability comes from the training pass: from the
+            model's outputs, if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and
+            else from one more forward pass over the survivors.
         seed: of everything random in selection.
         scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools.
             "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each
@@ -109,6 +109,8 @@ class ClipCov(Algorithm):
         balance: float = Settings.balance,
         unevenness: float = Settings.unevenness,
         quality: float = Settings.quality,
+        novelty: float = Settings.novelty,
+        recent: int = Settings.recent,
         overshoot: float = Settings.overshoot,
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
@@ -148,6 +150,8 @@ class ClipCov(Algorithm):
             quality=quality,
             learnability=learnability,
             coverage=coverage,
+            novelty=novelty,
+            recent=recent,
             overshoot=overshoot,
             memory=memory,
             ridge=ridge,

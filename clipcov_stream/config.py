@@ -129,6 +129,8 @@ class SelectionConfig:
     balance: float | None = None
     unevenness: float | None = None
     quality: float | None = None
+    novelty: float | None = None
+    recent: int | None = None
     overshoot: float | None = None
     memory: float | None = None
     ridge: float | None = None

@@ -30,6 +30,9 @@ TABLE = 1 << 18
 NORM = 1e-12
 """The least that a row is divided by, as in F.normalize."""
 
+LEAST_LENGTHS = 1e-6
+"""Of an image's row times its caption's, both centred: what is closer to the mean resembles nothing."""
+
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
 
@@ -301,6 +304,54 @@ def row_log_density(
     found, size = (torch.cat(part) for part in zip(*parts, strict=True))
     density = (among * size + (count - among.long()) * found / num_others) / count.clamp_min(1)
     return density.clamp_min(LEAST_DENSITY).log()
+
+
+def log_exposure(
+    image: Float[Tensor, "pool dim"],
+    text: Float[Tensor, "pool dim"],
+    recent_image: Float[Tensor, "recent dim"],
+    recent_text: Float[Tensor, "recent dim"],
+    weight: Float[Tensor, " recent"],
+) -> Float[Tensor, " pool"]:
+    """How often training has lately seen each pair's like: log(1 + how many recent survivors resemble it).
+
+    A survivor resembles a pair by as much as its image does times as much as its caption does, each by max(cosine, 0)
+    to the eighth power, `log_density`'s kernel; 1 for the pair itself. If n like it have been trained on, another adds
+    1 / (1 + n) to log(1 + n): a return that diminishes, as in submodular cover of the log of counts, but for what was
+    chosen before this pool, which no density within a pool knows of.
+
+    Args:
+        image, text: rows about a centre, of any length.
+        recent_image, recent_text: the survivors' rows, about the same.
+        weight: for how many survivors each row stands; 0 where there is none.
+
+    Costs: 4 * pool * recent * dim flops, in blocks of rows; no pool x recent table on a CPU.
+    """
+    # w a^8 = (w^(1/8) a)^8: the weights go into the fewest numbers there are.
+    recent_image = F.normalize(recent_image, dim=1) * weight.pow(1 / 8)[:, None]
+    recent_text = F.normalize(recent_text, dim=1)
+    block = block_rows(image, len(weight))
+    parts = [
+        exposed(image[start : start + block], text[start : start + block], recent_image, recent_text)
+        for start in range(0, len(image), block)
+    ]
+    return torch.cat(parts).log1p_()
+
+
+@fused
+def exposed(image: Tensor, text: Tensor, recent_image: Tensor, recent_text: Tensor) -> Tensor:
+    """How many recent survivors resemble each pair of a block; the recent rows are of unit length, or weighted."""
+    lengths = torch.linalg.vector_norm(image, dim=1) * torch.linalg.vector_norm(text, dim=1)
+    lengths = lengths.clamp_min(LEAST_LENGTHS)
+    if image.is_cuda:
+        kernel = (image @ recent_image.T).clamp_min(0.0) * (text @ recent_text.T).clamp_min(0.0)
+        return (kernel / lengths[:, None]).square().square().square().sum(1)
+    size = len(image), len(recent_image)
+    kernel = torch.mm(image, recent_image.T, out=scratch("exposure", *size)).clamp_min_(0.0)
+    kernel.mul_(torch.mm(text, recent_text.T, out=scratch("texts", *size)).clamp_min_(0.0))
+    # Half of the eighth power, squared in the sum; rows are divided by their lengths last, where there are fewest.
+    found = torch.linalg.vector_norm(kernel.square_().square_(), dim=1)
+    return found.div_(lengths.pow_(4)).square_()
 
 
 def unevenness(

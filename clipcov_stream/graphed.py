@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcov_stream.objective import SKETCHES, SelectionState
+from clipcov_stream.objective import RECENT, SKETCHES, SelectionState
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import Selected, clipcov, select
@@ -122,7 +122,8 @@ class Recording:
 def of_state(state: SelectionState) -> list[Tensor]:
     """Every tensor that `clipcov` remembers, in an order of its own."""
     sketches = [getattr(getattr(state, sketch), name) for sketch in SKETCHES for name in STATE]
-    return [value for value in (*sketches, state.lag, state.lag_weight) if value.numel()]
+    rest = [getattr(state, name) for name in ("lag", "lag_weight", *RECENT)]
+    return [value for value in (*sketches, *rest) if value.numel()]
 
 
 def with_values(state: SelectionState, values: Iterable[Tensor]) -> SelectionState:
@@ -134,7 +135,8 @@ def with_values(state: SelectionState, values: Iterable[Tensor]) -> SelectionSta
         for name in STATE:
             if getattr(sketches[sketch], name).numel():
                 setattr(sketches[sketch], name, next(values))
-    return replace(state, **sketches, lag=next(values), lag_weight=next(values))
+    rest = [name for name in ("lag", "lag_weight", *RECENT) if getattr(state, name).numel()]
+    return replace(state, **sketches, **{name: next(values) for name in rest})
 
 
 def inputs_of(state: SelectionState, pool: Pool) -> list[Tensor]:

@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import nn
 
-LATER: dict[str, Any] = {"unevenness": 0.0, "embed_patch_dropout": None}
+from clipcov_stream.objective import Settings
+
+LATER: dict[str, Any] = {
+    "unevenness": 0.0,
+    "novelty": 0.0,
+    "recent": Settings.recent,
+    "embed_patch_dropout": None,
+}
 """Arguments that checkpoints of before they existed lack, and what those runs did."""
 
 

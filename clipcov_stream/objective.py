@@ -21,6 +21,8 @@ from clipcov_stream.sketch import (
     CrossCovSketch,
     all_hold,
     at_least,
+    gathered,
+    num_ranks,
     number,
     root,
     scalar,
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
 """Per step: the learner moves, so its lag is forgotten within some ten steps whatever the sketch's half-life."""
+
+RECENT = ("recent_image", "recent_text", "recent_weight")
+RECENT_STEPS = 8
+"""Steps whose survivors are remembered one by one."""
 
 COVARIANCE_ROWS = 4
 """Per dimension: what whitening learns of a pool. Rows of one pool say little that the next pool's do not say too."""
@@ -50,6 +56,10 @@ class Settings:
             (`evidence.log_density`): 0 keeps the stream's own shares, more favours the rare.
         unevenness: of the open pairs (`evidence.unevenness`), from which on `balance` counts in full; below it, by the
             square of their ratio, because where nothing is popular the rare are outliers. 0: always in full.
+        novelty: what a pair loses per unit of log exposure, which is how often its like was among recent survivors
+            (`evidence.log_exposure`); like `balance` as far as the pool is uneven.
+        recent: survivors that stand for all of the last RECENT_STEPS steps' there, those of more steps if a batch is
+            smaller than recent / RECENT_STEPS.
         quality: worth per standard deviation of the margin over the open candidates.
         learnability: worth per standard deviation of the lag over the open candidates.
         coverage: weight of the distance to the target, beside what pairs are worth.
@@ -70,6 +80,8 @@ class Settings:
     gate: float = 1.0
     balance: float = 1.0
     unevenness: float = 0.05
+    novelty: float = 2.0
+    recent: int = 256
     quality: float = 0.0
     learnability: float = 0.5
     coverage: float = 1.0
@@ -84,7 +96,8 @@ class Settings:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
         if not self.gate > 0:
             raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
-        for name in ("balance", "unevenness", "quality", "learnability", "coverage", "overshoot", "memory"):
+        weights = ("balance", "unevenness", "novelty", "quality", "learnability", "coverage", "overshoot", "memory")
+        for name in weights:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
@@ -92,6 +105,8 @@ class Settings:
             raise ValueError(f"selection.ridge={self.ridge} must be a finite number above 0")
         if not (isinstance(self.references, int) and self.references >= 2):
             raise ValueError(f"selection.references={self.references} must be a whole number, at least 2")
+        if not (isinstance(self.recent, int) and self.recent >= RECENT_STEPS):
+            raise ValueError(f"selection.recent={self.recent} must be a whole number, at least {RECENT_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,8 @@ class SelectionState:
         kept: sketch of all survivors, decayed on the stream's clock. It is the memory, and the certificate.
         lag: what the learner does not reproduce yet of its survivors' cross-covariance, summed over steps.
         lag_weight: sum of the decayed weights in `lag`.
+        recent_image, recent_text: embeddings of recent survivors, over all ranks, the latest last.
+        recent_weight: how many survivors each of these rows stands for; 0 in a place that is not filled yet.
         own: what this selector alone remembers (`rivals.REMEMBER`).
     """
 
@@ -118,11 +135,18 @@ class SelectionState:
     kept: CrossCovSketch
     lag: Float[Tensor, "dim dim"]
     lag_weight: Float[Tensor, ""]
+    recent_image: Float[Tensor, "recent dim"]
+    recent_text: Float[Tensor, "recent dim"]
+    recent_weight: Float[Tensor, " recent"]
     own: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
         """State before the first pool of embeddings `dim` wide."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(settings.recent if settings.novelty > 0 else 0, *shape, device=device)
+
         stream, opened, kept = (
             CrossCovSketch(
                 dim,
@@ -142,6 +166,9 @@ class SelectionState:
             kept=kept,
             lag=torch.zeros(dim, dim, device=device),
             lag_weight=torch.zeros((), device=device),
+            recent_image=zeros(dim),
+            recent_text=zeros(dim),
+            recent_weight=zeros(),
         )
 
     def generator(self) -> torch.Generator:
@@ -154,6 +181,7 @@ class SelectionState:
             **{name: getattr(self, name).state_dict() for name in SKETCHES},
             "lag": self.lag.clone(),
             "lag_weight": self.lag_weight.clone(),
+            **{name: getattr(self, name).clone() for name in RECENT},
             "own": {name: value.clone() for name, value in self.own.items()},
         }
 
@@ -163,9 +191,16 @@ class SelectionState:
         Raises:
             ValueError: keys missing, or sketches of other widths.
         """
+        # Without novelty there are none, and states from before there were any are as good.
+        state = state if self.settings.novelty > 0 else {**state, **{name: getattr(self, name) for name in RECENT}}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
+        if len(state["recent_weight"]) != len(self.recent_weight):
+            raise ValueError(
+                f"selection state holds {len(state['recent_weight'])} recent survivors, not "
+                f"selection.recent={len(self.recent_weight)}"
+            )
         sketches = {name: getattr(self, name).clone() for name in SKETCHES}
         for name, sketch in sketches.items():
             sketch.load_state_dict({**state[name], "half_life": self.settings.half_life})
@@ -175,6 +210,7 @@ class SelectionState:
             **sketches,
             lag=state["lag"].to(self.lag, copy=True),
             lag_weight=state["lag_weight"].to(self.lag_weight, copy=True),
+            **{name: state[name].to(self.lag, copy=True) for name in RECENT},
             own={name: value.to(self.lag.device, copy=True) for name, value in state["own"].items()},
         )
 
@@ -331,6 +367,29 @@ def updated_lag(
         all_reduce(flat)
         step_lag, count = flat[:-1].view_as(step_lag), flat[-1]
     return state.lag * LAG_DECAY + step_lag, state.lag_weight * LAG_DECAY + count
+
+
+def updated_recent(
+    state: SelectionState,
+    image: Float[Tensor, "survivors dim"],
+    text: Float[Tensor, "survivors dim"],
+    counted: Bool[Tensor, " survivors"],
+    all_reduce: AllReduce | None,
+) -> dict[str, Tensor]:
+    """RECENT once a step's survivors are trained on: theirs come last, as many of the oldest leave.
+
+    A step adds 1 / RECENT_STEPS of the places over all ranks, evenly spaced in the order chosen, each for as many
+    survivors as it takes for them to stand for all; or all of them if there are no more.
+    """
+    num_places = len(state.recent_weight)
+    ranks = num_ranks(image.device, all_reduce)
+    num = min(len(image), max(1, num_places // RECENT_STEPS // ranks))
+    index = torch.arange(num, device=image.device) * len(image) // num
+    weight = counted.index_select(0, index) * (len(image) / num)
+    new = [image.index_select(0, index), text.index_select(0, index), weight]
+    if all_reduce is not None:
+        new = gathered(new, state.rank, ranks, all_reduce)
+    return {name: torch.cat([getattr(state, name), rows])[-num_places:] for name, rows in zip(RECENT, new, strict=True)}
 
 
 def gated(

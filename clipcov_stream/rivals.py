@@ -25,7 +25,7 @@ from clipcov_stream.objective import (
     random_survivors,
 )
 from clipcov_stream.pool import Pool, log_sum_exp, valid_of
-from clipcov_stream.sketch import AllReduce
+from clipcov_stream.sketch import AllReduce, gathered, num_ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -326,12 +326,7 @@ def remember_images(
     """The last `MEMORY` survivors' image embeddings, over all ranks."""
     rows = pool.image.index_select(0, survivors)
     if all_reduce is not None:
-        ranks = torch.ones(1, device=rows.device)
-        all_reduce(ranks)
-        every = torch.zeros(int(ranks), *rows.shape, dtype=rows.dtype, device=rows.device)
-        every[state.rank] = rows
-        all_reduce(every)
-        rows = every.flatten(0, 1)
+        (rows,) = gathered([rows], state.rank, num_ranks(rows.device, all_reduce), all_reduce)
     recent = state.own.get("recent", rows[:0])
     return {"recent": torch.cat([recent, rows])[-MEMORY:]}
 

@@ -10,10 +10,10 @@ corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
    is estimated, and `gate` times as many of the best stay open (`evidence.matching`).
-2. What is common? An open pair is worth less the denser its image and its caption lie, so that popular concepts and
-   near-duplicates do not fill the batch again and again (`evidence.log_density`), as far as there are any
-   (`evidence.unevenness`), and more if it points where the learner does not yet reproduce what it was trained on
-   (`objective.updated_lag`).
+2. What is common? An open pair is worth less the denser its image and its caption lie, and the more of its like were
+   trained on lately, so that popular concepts and near-duplicates do not fill the batch again and again
+   (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); and more if it
+   points where the learner does not yet reproduce what it was trained on (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
    that of the open pairs (`herding.Herding`).
 
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from clipcov_stream.evidence import log_density, matching, unevenness
+from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
 from clipcov_stream.fused import aside
 from clipcov_stream.herding import Herding, along
 from clipcov_stream.objective import (
@@ -40,6 +40,7 @@ from clipcov_stream.objective import (
     certificate,
     standardize,
     updated_lag,
+    updated_recent,
 )
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
@@ -55,18 +56,19 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
     needed, the best matches are all that survives. An open pair is worth
 
-        w_i = -balance * u * log density_i + quality * margin_i + learnability * lag_i,
+        w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
 
-    margin and lag in standard deviations over the open pairs, u the square of the pool's unevenness over `unevenness`,
-    at most 1, and 1 where that is 0: where copies and popular concepts crowd the pool the rare outweigh them, and where
-    nothing is popular the rare are outliers, worth no more than others. Beside that, picks are herded
+    margin and lag in standard deviations over the open pairs, density that of the pool and exposure what recent steps
+    have trained on of a pair's like, u the square of the pool's unevenness over `unevenness`, at most 1, and 1 where
+    that is 0: where copies and popular concepts crowd the pool the rare outweigh them, and where nothing is popular the
+    rare are outliers, worth no more than others. Beside that, picks are herded
     towards A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
     Called by itself, rather than by `select`, it takes T from the state and this pool.
 
-    Costs, in flops: 8 * pool * references * dim for margins and densities, 6 * pool *
-    dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool * survivors *
-    dim for the picks; on a CPU all but the margins and the stream's sketch on the open candidates alone.
+    Costs, in flops: 8 * pool * references * dim for margins and densities, 4 * pool * recent * dim for exposures,
+    6 * pool * dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool *
+    survivors * dim for the picks; on a CPU all but the margins and the stream's sketch on the open candidates alone.
     """
     return choose(pool, num_survivors, state).survivors
 
@@ -140,11 +142,14 @@ def aim_of(
     match = matching(pool, settings.references)
     open_ = match.opened(valid, settings.gate, num_survivors)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
-    density = log_density(image, text, among, settings.references)
+    common = settings.balance * log_density(image, text, among, settings.references)
     opened = state.opened.fork()
     counted = among if rows is None else None  # all of those that were copied count
     batch = opened.update(image, text, counted, all_reduce, valid.sum() if elapsed is None else elapsed)
     centres = (state.stream.image_mean, state.stream.text_mean)
+    if settings.novelty > 0:
+        recent = (state.recent_image - centres[0], state.recent_text - centres[1], state.recent_weight)
+        common = common + settings.novelty * log_exposure(image - centres[0], text - centres[1], *recent)
     frame = framed()
     whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more
     target = frame.matrix(opened.cross_cov_about(*centres))
@@ -155,7 +160,7 @@ def aim_of(
     if settings.unevenness > 0:
         figures["unevenness"] = unevenness(*whitened, among, settings.references)
         crowding = (figures["unevenness"] / settings.unevenness).clamp_max(1).square()
-    worth = -settings.balance * crowding * density
+    worth = -crowding * common
     if settings.quality > 0:
         worth = worth + settings.quality * standardize(score, among)
     if settings.learnability > 0:
@@ -252,6 +257,8 @@ def select(
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     trained_on = kept.update(image, text, counted, all_reduce, elapsed)
+    if plain(selector) is clipcov and state.settings.novelty > 0:
+        seen = replace(seen, **updated_recent(seen, image, text, counted, all_reduce))
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, own=own)

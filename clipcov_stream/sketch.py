@@ -560,6 +560,24 @@ def summed_up(parts: list[Tensor], like: Tensor) -> Tensor:
     return parts[0]
 
 
+def num_ranks(device: torch.device, all_reduce: AllReduce | None) -> int:
+    """How many ranks `all_reduce` sums over; waits for them."""
+    if all_reduce is None:
+        return 1
+    ranks = torch.ones(1, device=device)
+    all_reduce(ranks)
+    return int(ranks)
+
+
+def gathered(parts: list[Tensor], rank: int, ranks: int, all_reduce: AllReduce) -> list[Tensor]:
+    """The rows of all `ranks`, in the ranks' order, in one collective; each gives parts of the same shapes and type."""
+    # A sum is all that can be asked for: of each place one rank alone gives what is not zero.
+    every = [torch.zeros(ranks, *rows.shape, dtype=rows.dtype, device=rows.device) for rows in parts]
+    for place, rows in zip(every, parts, strict=True):
+        place[rank] = rows
+    return [place.flatten(0, 1) for place in summed(every, all_reduce)]
+
+
 def summed(parts: list[Tensor], all_reduce: AllReduce | None) -> list[Tensor]:
     """The parts, summed over ranks in one collective."""
     if all_reduce is None:

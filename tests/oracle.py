@@ -1,5 +1,6 @@
 """What the maths should give, written from the formulas: float64 NumPy, slow, nothing of the package imported."""
 
+import math
 from itertools import combinations
 from typing import NamedTuple
 
@@ -115,6 +116,22 @@ def log_density(image, text, among) -> np.ndarray:
         centred = unit(rows - rows[among].mean(0))
         total += np.log([np.mean([max(row @ centred[j], 0) ** 8 for j in np.flatnonzero(among)]) for row in centred])
     return total
+
+
+def log_exposure(image, text, recent_image, recent_text, weight) -> np.ndarray:
+    """log(1 + sum of weight * (max(cosine of images, 0) * max(cosine of captions, 0))^8 over recent survivors)."""
+    image, text, recent_image, recent_text = (unit(as64(rows)) for rows in (image, text, recent_image, recent_text))
+    return np.array(
+        [
+            math.log1p(
+                sum(
+                    w * max(x @ a, 0) ** 8 * max(y @ b, 0) ** 8
+                    for a, b, w in zip(recent_image, recent_text, weight, strict=True)
+                )
+            )
+            for x, y in zip(image, text, strict=True)
+        ]
+    )
 
 
 def unevenness(image, text, among) -> float:

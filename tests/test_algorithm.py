@@ -247,6 +247,8 @@ def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
             ("quality", 9.0),
             ("balance", 0.7),
             ("unevenness", 0.1),
+            ("novelty", 1.0),
+            ("recent", 64),
             ("ridge", 0.2),
             ("references", 64),
             ("overshoot", 2.0),
@@ -267,8 +269,8 @@ def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
 def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
     saved = ClipCov(filter_ratio=0.75).state_dict()
     saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
-    ClipCov(filter_ratio=0.75, unevenness=0.0).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"began with selection.unevenness=0.0, not 0.05"):
+    ClipCov(filter_ratio=0.75, unevenness=0.0, novelty=0.0).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 2.0"):
         ClipCov(filter_ratio=0.75).load_state_dict(saved)
 
 

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipcov_stream import herding as herding_module
 from clipcov_stream import sketch
 from clipcov_stream.evidence import matching
+from clipcov_stream.graphed import of_state, with_values
 from clipcov_stream.herding import Herding, along, top
 from clipcov_stream.objective import (
     LAG_DECAY,
+    RECENT,
     SKETCHES,
     Frame,
     SelectionState,
@@ -772,7 +774,7 @@ def deviations(values, among):
 @pytest.mark.parametrize("seed", range(3))
 def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     """Without coverage the picks are a plain top-k of one term, each found in float64 from its definition."""
-    none = {"coverage": 0.0, "balance": 0.0, "quality": 0.0, "learnability": 0.0, "gate": 0.8}
+    none = {"coverage": 0.0, "balance": 0.0, "novelty": 0.0, "quality": 0.0, "learnability": 0.0, "gate": 0.8}
     pool = draw(60, 5, seed + 10)
     x, y = oracle.unit(pool.image), oracle.unit(pool.text)
     everyone = np.arange(60)
@@ -786,6 +788,12 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     open_ = matching(prepared(pool), 4096).opened(prepared(pool).valid, 0.8, 9).numpy()
     assert 9 < open_.sum() < 60  # or balance would have nothing to choose from
     assert got == best_open(state, pool, 9, -oracle.log_density(x, y, open_))
+
+    state, got = survivors(novelty=1.0, recent=32)
+    seen = seen_by(state, pool)
+    centres = [np.asarray(mean, np.float64) for mean in (seen.image_mean, seen.text_mean)]
+    exposure = exposure_of(state, x, y, centres)
+    assert exposure.max() > 0.2 and got == best_open(state, pool, 9, -exposure)
 
     others = np.where(np.eye(60, dtype=bool), -np.inf, pool.logit_scale * x @ y.T)
     by_image = np.logaddexp.reduce(others, axis=1)
@@ -805,11 +813,73 @@ def test_each_weight_by_itself_ranks_by_what_it_says(seed):
     # less rarity counts.
     among = np.ones(60, dtype=bool)
     rarity, uneven = -oracle.log_density(x, y, among), oracle.unevenness(*rows, among)
+    common = {"balance": 0.3, "novelty": 0.6, "recent": 32}
     for full in (0.0, uneven / 2, uneven * 3):
-        state, got = survivors(quality=0.7, learnability=0.4, balance=0.3, unevenness=full, gate=math.inf)
+        state, got = survivors(quality=0.7, learnability=0.4, unevenness=full, gate=math.inf, **common)
+        exposure = exposure_of(state, x, y, centres)
         part = 1.0 if full < uneven else 1 / 9
         others = 0.7 * deviations(score, everyone) + 0.4 * deviations(lag, everyone)
-        assert got == best_open(state, pool, 9, part * 0.3 * rarity + others)
+        assert got == best_open(state, pool, 9, part * (0.3 * rarity - 0.6 * exposure) + others)
+
+
+def exposure_of(state, image, text, centres):
+    """The oracle's, of rows of which the centres are not taken off yet."""
+    recent = [np.asarray(getattr(state, name), np.float64) for name in RECENT]
+    rows = (part - centre for part, centre in zip((image, text, *recent[:2]), (*centres, *centres), strict=True))
+    return oracle.log_exposure(*rows, recent[2])
+
+
+def test_a_survivor_that_comes_again_waits_until_others_had_their_turn():
+    """The same pool again and again: novelty goes round, and without it the same survive every time."""
+    pool = draw(64, 5, 1)
+    rounds = {}
+    for novelty in (0.0, 100.0):
+        state, chosen = (
+            SelectionState.initial(5, Settings(novelty=novelty, unevenness=0.0, gate=math.inf, recent=64)),
+            [],
+        )
+        for _ in range(4):
+            state, survivors, *_ = select(state, pool, 8)
+            chosen += survivors.tolist()
+        rounds[novelty] = len(set(chosen))
+    assert rounds[0.0] < 20 and rounds[100.0] > 28
+
+
+def test_recent_survivors_are_spaced_evenly_and_stand_for_all():
+    settings = Settings(recent=16)
+    state, steps = SelectionState.initial(3, settings), []
+    for seed in range(10):
+        pool = draw(20, 3, seed)
+        state, survivors, *_ = select(state, pool, 5)
+        steps.append([oracle.unit(rows)[survivors[:4:2]] for rows in (pool.image, pool.text)])
+    for rows, side in ((state.recent_image, 0), (state.recent_text, 1)):
+        # Two of five a step, the latest last; of ten steps the last eight.
+        close(rows, np.concatenate([step[side] for step in steps[2:]]))
+    assert state.recent_weight.tolist() == [2.5] * 16
+    # As many as there are, where the places are more; the others stay empty.
+    few = select(SelectionState.initial(3, Settings(recent=80)), draw(20, 3), 5).state
+    assert few.recent_weight.tolist() == [0.0] * 75 + [1.0] * 5
+    rivals = select(SelectionState.initial(3, settings), draw(20, 3), 5, SELECTORS["random"]).state
+    assert not rivals.recent_weight.any()
+
+
+@pytest.mark.parametrize("novelty", [0.0, 2.0])
+def test_a_recording_reads_and_writes_all_that_is_remembered(novelty):
+    """On a GPU a graph's state goes through a list of tensors: none may be left out."""
+    state, other = (learn(after([draw(20, 3, seed)], 8, novelty=novelty), trained_on(seed, dim=3)) for seed in range(2))
+    copied = with_values(replace(other, step=state.step), of_state(state))
+    assert_same_state(copied, state)
+
+
+def test_a_state_of_before_there_was_novelty_is_taken_without_it_alone():
+    old = after([draw(20, 3)], novelty=0.0).state_dict()
+    for name in RECENT:
+        assert not len(old.pop(name))
+    assert SelectionState.initial(3, Settings(novelty=0.0)).restored(old).step == 1
+    with pytest.raises(ValueError, match=r"selection state lacks .'recent_image', 'recent_text', 'recent_weight'."):
+        SelectionState.initial(3, Settings()).restored(old)
+    with pytest.raises(ValueError, match=r"selection state holds 256 recent survivors, not selection.recent=64"):
+        SelectionState.initial(3, Settings(recent=64)).restored(after([draw(20, 3)]).state_dict())
 
 
 def test_where_a_pool_is_uneven_balance_counts_in_full_and_where_it_is_not_it_does_not():
@@ -864,6 +934,7 @@ def test_errors_name_the_values():
     ("knob", "value"),
     [
         *[("half_life", 0.0), ("gate", 0.0), ("gate", math.nan), ("balance", -1.0), ("quality", -1.0)],
+        *[("novelty", -1.0), ("recent", 7)],
         *[("coverage", math.inf), ("ridge", 0.0), ("references", 1), ("unevenness", -0.1), ("unevenness", math.inf)],
     ],
 )

@@ -5,10 +5,11 @@
     python tools/bench_selection.py --embeddings NPZ         # on real embeddings: arrays image and text, (n, dim)
     pip install -e '.[bench]'                                # adds submodlib and apricot
 
-Every selector gets the same pools. Ours is the whole step: normalizing, three sketches, matching, density, whitening,
-lag, picks, certificate. Submodlib's and apricot's kernel matrix, which they need, is given to them for nothing. The
-floor is the time of the same matrix products alone, replayed on the shapes that a step was seen to use. Peak memory is
-that of live tensors above what goes in (of the allocator on a GPU); what single operations use inside is not seen.
+Every selector gets the same pools. Ours is the whole step: normalizing, three sketches, matching, density, exposure,
+whitening, unevenness, lag, picks, certificate. Submodlib's and apricot's kernel matrix, which they need, is given to
+them for nothing. The floor is the time of the same matrix products alone, replayed on the shapes that a step was seen
+to use. Peak memory is that of live tensors above what goes in (of the allocator on a GPU); what single operations use
+inside is not seen.
 
 On a GPU ours is the CUDA graph that `ClipCov` and `Selector` replay, and its parts and products are graphs too, so that
 none is charged for its launches; products are in the precision of torch.backends.cuda.matmul, TF32 as Composer sets it,
@@ -44,7 +45,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcov_stream import kernels
-from clipcov_stream.evidence import log_density, matching
+from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
 from clipcov_stream.graphed import WARMUP, GraphedSelect
 from clipcov_stream.objective import Frame, SelectionState, Settings
 from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
@@ -305,13 +306,21 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
     image, text, among = unit.image[rows], unit.text[rows], aimed.herding.valid
     herding = aimed.herding
     picks = herding.picks()
+    centres = (state.stream.image_mean, state.stream.text_mean)
+
+    def exposure() -> Tensor:
+        recent = (state.recent_image - centres[0], state.recent_text - centres[1], state.recent_weight)
+        return log_exposure(image - centres[0], text - centres[1], *recent)
+
     parts: dict[str, Callable[[], Any]] = {
         "normalize": lambda: prepared(pool),
         "stream sketch": lambda: stream.clone().update(unit.image, unit.text, valid),
         "matching": lambda: matching(unit, settings.references).opened(valid, settings.gate, num),
         "density": lambda: log_density(image, text, among, settings.references),
+        "exposure": exposure,
         "target sketch": lambda: state.opened.clone().update(image, text, among),
         "whitening": lambda: Frame.of(state.stream, settings.ridge).rows(image, text),
+        "unevenness": lambda: unevenness(herding.image, herding.text, among, settings.references),
         "lag, aim": lambda: (herding.image @ herding.aim, herding.image @ herding.aim, match),
         "picks": lambda: replace(herding).picks(),
         "bound": lambda: replace(herding).bound(picks.slack),
