@@ -338,14 +338,19 @@ def log_exposure(
     return torch.cat(parts).log1p_()
 
 
+def exposed_through(image: Tensor, text: Tensor, recent_image: Tensor, recent_text: Tensor, lengths: Tensor) -> Tensor:
+    """`exposed`, in a form that a compiler makes one pass over two products."""
+    kernel = (image @ recent_image.T).clamp_min(0.0) * (text @ recent_text.T).clamp_min(0.0)
+    return (kernel / lengths[:, None]).square().square().square().sum(1)
+
+
 @fused
 def exposed(image: Tensor, text: Tensor, recent_image: Tensor, recent_text: Tensor) -> Tensor:
     """How many recent survivors resemble each pair of a block; the recent rows are of unit length, or weighted."""
     lengths = torch.linalg.vector_norm(image, dim=1) * torch.linalg.vector_norm(text, dim=1)
     lengths = lengths.clamp_min(LEAST_LENGTHS)
-    if image.is_cuda:
-        kernel = (image @ recent_image.T).clamp_min(0.0) * (text @ recent_text.T).clamp_min(0.0)
-        return (kernel / lengths[:, None]).square().square().square().sum(1)
+    if not sync_is_free(image):
+        return exposed_through(image, text, recent_image, recent_text, lengths)
     size = len(image), len(recent_image)
     kernel = torch.mm(image, recent_image.T, out=scratch("exposure", *size)).clamp_min_(0.0)
     kernel.mul_(torch.mm(text, recent_text.T, out=scratch("texts", *size)).clamp_min_(0.0))

@@ -80,7 +80,7 @@ class Settings:
     gate: float = 1.0
     balance: float = 1.0
     unevenness: float = 0.05
-    novelty: float = 2.0
+    novelty: float = 3.0
     recent: int = 256
     quality: float = 0.0
     learnability: float = 0.5

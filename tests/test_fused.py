@@ -73,6 +73,7 @@ CASES = {
         0,
     ),
     evidence.num_reaching: (drawn(POOL, REFS), drawn(POOL)),
+    evidence.exposed: (drawn(POOL, DIM), drawn(POOL, DIM) + 1, drawn(REFS, DIM), drawn(REFS, DIM) + 1),
     evidence.resemblance: (
         drawn(POOL, DIM),
         drawn(DIM),
@@ -99,6 +100,9 @@ def test_the_forms_for_a_gpu_do_what_those_for_a_cpu_do():
         evidence.hide_own(one, start, torch.arange(0, POOL, 6), -7.0)
         evidence.hide_by_mask(other, start, torch.arange(0, POOL, 6), -7.0)
         assert torch.equal(one, other)
+    rows = (drawn(POOL, DIM), drawn(POOL, DIM) + 1, drawn(REFS, DIM), drawn(REFS, DIM) + 1)
+    lengths = rows[0].norm(dim=1) * rows[1].norm(dim=1)
+    torch.testing.assert_close(evidence.exposed_through(*rows, lengths), evidence.exposed(*rows))
     table, threshold = drawn(POOL, REFS), drawn(POOL)
     assert torch.equal(evidence.num_by_mask(table, threshold), evidence.num_reaching(table, threshold))
 
