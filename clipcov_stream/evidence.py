@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcov_stream.fused import fused
-from clipcov_stream.herding import row_dots
+from clipcov_stream.herding import centred_squares, row_dots
 from clipcov_stream.pool import Pool, exp_below, log_sum_exp, valid_of
 from clipcov_stream.scratch import scratch
 from clipcov_stream.sketch import all_hold, sync_is_free
@@ -30,8 +30,8 @@ TABLE = 1 << 18
 NORM = 1e-12
 """The least that a row is divided by, as in F.normalize."""
 
-LEAST_LENGTHS = 1e-6
-"""Of an image's row times its caption's, both centred: what is closer to the mean resembles nothing."""
+LEAST_SQUARES = 1e-12
+"""Of an image's squared length times its caption's, both centred: what is closer to the mean resembles nothing."""
 
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
@@ -309,6 +309,8 @@ def row_log_density(
 def log_exposure(
     image: Float[Tensor, "pool dim"],
     text: Float[Tensor, "pool dim"],
+    image_centre: Float[Tensor, " dim"],
+    text_centre: Float[Tensor, " dim"],
     recent_image: Float[Tensor, "recent dim"],
     recent_text: Float[Tensor, "recent dim"],
     weight: Float[Tensor, " recent"],
@@ -316,47 +318,54 @@ def log_exposure(
     """How often training has lately seen each pair's like: log(1 + how many recent survivors resemble it).
 
     A survivor resembles a pair by as much as its image does times as much as its caption does, each by max(cosine, 0)
-    to the eighth power, `log_density`'s kernel; 1 for the pair itself. If n like it have been trained on, another adds
-    1 / (1 + n) to log(1 + n): a return that diminishes, as in submodular cover of the log of counts, but for what was
-    chosen before this pool, which no density within a pool knows of.
+    to the eighth power of rows about a centre, `log_density`'s kernel; 1 for the pair itself. If n like it have been
+    trained on, another adds 1 / (1 + n) to log(1 + n): a return that diminishes, as in submodular cover of the log of
+    counts, but for what was chosen before this pool, which no density within a pool knows of.
 
     Args:
-        image, text: rows about a centre, of any length.
-        recent_image, recent_text: the survivors' rows, about the same.
-        weight: for how many survivors each row stands; 0 where there is none.
+        weight: for how many survivors each recent row stands; 0 where there is none.
 
     Costs: 4 * pool * recent * dim flops, in blocks of rows; no pool x recent table on a CPU.
     """
     # w a^8 = (w^(1/8) a)^8: the weights go into the fewest numbers there are.
-    recent_image = F.normalize(recent_image, dim=1) * weight.pow(1 / 8)[:, None]
-    recent_text = F.normalize(recent_text, dim=1)
+    recent_image = F.normalize(recent_image - image_centre, dim=1) * weight.pow(1 / 8)[:, None]
+    recent_text = F.normalize(recent_text - text_centre, dim=1)
+    squares = centred_squares(image, image_centre) * centred_squares(text, text_centre)
+    # (x - c) r = x r - c r, without a copy of the rows.
+    offsets = recent_image @ image_centre, recent_text @ text_centre
     block = block_rows(image, len(weight))
     parts = [
-        exposed(image[start : start + block], text[start : start + block], recent_image, recent_text)
-        for start in range(0, len(image), block)
+        exposed(*rows, recent_image, recent_text, *offsets)
+        for rows in zip(image.split(block), text.split(block), squares.split(block), strict=True)
     ]
     return torch.cat(parts).log1p_()
 
 
-def exposed_through(image: Tensor, text: Tensor, recent_image: Tensor, recent_text: Tensor, lengths: Tensor) -> Tensor:
-    """`exposed`, in a form that a compiler makes one pass over two products."""
-    kernel = (image @ recent_image.T).clamp_min(0.0) * (text @ recent_text.T).clamp_min(0.0)
-    return (kernel / lengths[:, None]).square().square().square().sum(1)
-
-
 @fused
-def exposed(image: Tensor, text: Tensor, recent_image: Tensor, recent_text: Tensor) -> Tensor:
-    """How many recent survivors resemble each pair of a block; the recent rows are of unit length, or weighted."""
-    lengths = torch.linalg.vector_norm(image, dim=1) * torch.linalg.vector_norm(text, dim=1)
-    lengths = lengths.clamp_min(LEAST_LENGTHS)
+def exposed(
+    image: Tensor,
+    text: Tensor,
+    squares: Tensor,
+    recent_image: Tensor,
+    recent_text: Tensor,
+    by_image: Tensor,
+    by_text: Tensor,
+) -> Tensor:
+    """How many recent survivors resemble each pair of a block.
+
+    `squares` are the squared lengths of a pair's centred rows, multiplied; the recent rows are about their centres and
+    of unit length, or weighted, and `by_image`, `by_text` the centres' products with them.
+    """
+    squares = squares.clamp_min(LEAST_SQUARES)
     if not sync_is_free(image):
-        return exposed_through(image, text, recent_image, recent_text, lengths)
+        kernel = (image @ recent_image.T - by_image).clamp_min(0.0) * (text @ recent_text.T - by_text).clamp_min(0.0)
+        return (kernel.square() / squares[:, None]).square().square().sum(1)
     size = len(image), len(recent_image)
-    kernel = torch.mm(image, recent_image.T, out=scratch("exposure", *size)).clamp_min_(0.0)
-    kernel.mul_(torch.mm(text, recent_text.T, out=scratch("texts", *size)).clamp_min_(0.0))
+    kernel = torch.addmm(-by_image, image, recent_image.T, out=scratch("exposure", *size)).clamp_min_(0.0)
+    kernel.mul_(torch.addmm(-by_text, text, recent_text.T, out=scratch("texts", *size)).clamp_min_(0.0))
     # Half of the eighth power, squared in the sum; rows are divided by their lengths last, where there are fewest.
     found = torch.linalg.vector_norm(kernel.square_().square_(), dim=1)
-    return found.div_(lengths.pow_(4)).square_()
+    return found.div_(squares.square_()).square_()
 
 
 def unevenness(

@@ -57,6 +57,19 @@ def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
     return torch.linalg.vector_norm(rows, dim=1).square()
 
 
+def centred_squares(rows: Float[Tensor, "pool dim"], mean: Float[Tensor, " dim"]) -> Float[Tensor, " pool"]:
+    """Squared distance of every row from the mean, without a copy of the rows."""
+    if rows.is_cuda:
+        return squares_about(rows, mean)
+    return torch.addmv(row_squares(rows), rows, mean, alpha=-2).add_(mean.square().sum()).clamp_min_(0)
+
+
+@fused
+def squares_about(rows: Tensor, mean: Tensor) -> Tensor:
+    """`centred_squares` in one pass, once compiled."""
+    return (rows - mean).square().sum(1)
+
+
 def overlaps(
     image: Float[Tensor, "n dim"],
     text: Float[Tensor, "n dim"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.fused import fused
-from clipcov_stream.herding import row_dots, row_squares, top
+from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
 from clipcov_stream.sketch import (
     AllReduce,
@@ -470,16 +470,3 @@ def certified(
         number(cosine.sum()) / at_least(count, 1),
     )
     return *(scalar(value, target) for value in figures), len(valid) - num_valid
-
-
-def centred_squares(rows: Float[Tensor, "pool dim"], mean: Float[Tensor, " dim"]) -> Float[Tensor, " pool"]:
-    """Squared distance of every row from the mean, without a copy of the rows."""
-    if rows.is_cuda:
-        return squares_about(rows, mean)
-    return torch.addmv(row_squares(rows), rows, mean, alpha=-2).add_(mean.square().sum()).clamp_min_(0)
-
-
-@fused
-def squares_about(rows: Tensor, mean: Tensor) -> Tensor:
-    """`centred_squares` in one pass, once compiled."""
-    return (rows - mean).square().sum(1)

@@ -148,8 +148,8 @@ def aim_of(
     batch = opened.update(image, text, counted, all_reduce, valid.sum() if elapsed is None else elapsed)
     centres = (state.stream.image_mean, state.stream.text_mean)
     if settings.novelty > 0:
-        recent = (state.recent_image - centres[0], state.recent_text - centres[1], state.recent_weight)
-        common = common + settings.novelty * log_exposure(image - centres[0], text - centres[1], *recent)
+        recent = (state.recent_image, state.recent_text, state.recent_weight)
+        common = common + settings.novelty * log_exposure(image, text, *centres, *recent)
     frame = framed()
     whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more
     target = frame.matrix(opened.cross_cov_about(*centres))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcov_stream import evidence, sketch
-from clipcov_stream.evidence import LEAST_LENGTHS, log_density, log_exposure, matching, references, unevenness
+from clipcov_stream.evidence import log_density, log_exposure, matching, references, unevenness
 from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
 from clipcov_stream.scratch import LARGEST, scratch
 
@@ -269,20 +269,23 @@ def test_exposure_equals_the_oracle_in_blocks_and_at_once(block, monkeypatch):
     monkeypatch.setattr(evidence, "TABLE", block)
     generator = torch.Generator().manual_seed(0)
     image, text, recent_image, recent_text = (torch.randn(n, 4, generator=generator) for n in (150, 150, 20, 20))
-    recent_image[:5], recent_text[:5] = 3 * image[:5], text[:5]
+    recent_image[:5], recent_text[:5] = image[:5], text[:5]
+    centres = (torch.tensor([0.1, 0.2, -0.3, 0.0]), torch.tensor([0.5, 0.0, 0.1, -0.2]))
     weight = torch.arange(20.0) / 4
-    found = log_exposure(image, text, recent_image, recent_text, weight)
-    want = oracle.log_exposure(image, text, recent_image, recent_text, weight.numpy())
+    found = log_exposure(image, text, *centres, recent_image, recent_text, weight)
+    about = [rows - centre for rows, centre in zip((image, text, recent_image, recent_text), centres * 2, strict=True)]
+    want = oracle.log_exposure(*about, weight.numpy())
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     assert want[4] > math.log(2) - 1e-6 > want.mean()  # row 4 is there itself, once
 
 
 def test_exposure_of_nothing_to_nothing_is_nothing():
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    rows[0] = 0.0
-    rows[1] *= LEAST_LENGTHS**2
+    centre = torch.full((4,), 0.5)
+    rows[0] = centre
+    rows[1] = centre + 1e-5
     empty = torch.zeros(8, 4)
-    assert not log_exposure(rows, rows, empty, empty, torch.zeros(8)).any()
-    assert not log_exposure(rows, rows, empty + 1, empty + 1, torch.zeros(8)).any()
-    found = log_exposure(rows, rows, rows[:2], rows[:2], torch.ones(2))
+    assert not log_exposure(rows, rows, centre, centre, empty, empty, torch.zeros(8)).any()
+    assert not log_exposure(rows, rows, centre, centre, empty + 1, empty + 1, torch.zeros(8)).any()
+    found = log_exposure(rows, rows, centre, centre, rows[:2], rows[:2], torch.ones(2))
     assert bool(found.isfinite().all()) and float(found[0]) == 0

@@ -53,7 +53,7 @@ CASES = {
         SURVIVORS,
     ),
     objective.standardize: (drawn(POOL), VALID),
-    objective.squares_about: (drawn(POOL, DIM), drawn(DIM)),
+    herding.squares_about: (drawn(POOL, DIM), drawn(DIM)),
     objective.certified: (
         *[drawn(DIM, DIM)] * 4,
         drawn(POOL).abs(),
@@ -73,7 +73,15 @@ CASES = {
         0,
     ),
     evidence.num_reaching: (drawn(POOL, REFS), drawn(POOL)),
-    evidence.exposed: (drawn(POOL, DIM), drawn(POOL, DIM) + 1, drawn(REFS, DIM), drawn(REFS, DIM) + 1),
+    evidence.exposed: (
+        drawn(POOL, DIM),
+        drawn(POOL, DIM) + 1,
+        drawn(POOL).abs(),
+        drawn(REFS, DIM),
+        drawn(REFS, DIM) + 1,
+        drawn(REFS),
+        drawn(REFS) + 1,
+    ),
     evidence.resemblance: (
         drawn(POOL, DIM),
         drawn(DIM),
@@ -100,9 +108,6 @@ def test_the_forms_for_a_gpu_do_what_those_for_a_cpu_do():
         evidence.hide_own(one, start, torch.arange(0, POOL, 6), -7.0)
         evidence.hide_by_mask(other, start, torch.arange(0, POOL, 6), -7.0)
         assert torch.equal(one, other)
-    rows = (drawn(POOL, DIM), drawn(POOL, DIM) + 1, drawn(REFS, DIM), drawn(REFS, DIM) + 1)
-    lengths = rows[0].norm(dim=1) * rows[1].norm(dim=1)
-    torch.testing.assert_close(evidence.exposed_through(*rows, lengths), evidence.exposed(*rows))
     table, threshold = drawn(POOL, REFS), drawn(POOL)
     assert torch.equal(evidence.num_by_mask(table, threshold), evidence.num_reaching(table, threshold))
 

@@ -307,17 +307,13 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
     herding = aimed.herding
     picks = herding.picks()
     centres = (state.stream.image_mean, state.stream.text_mean)
-
-    def exposure() -> Tensor:
-        recent = (state.recent_image - centres[0], state.recent_text - centres[1], state.recent_weight)
-        return log_exposure(image - centres[0], text - centres[1], *recent)
-
+    recent = (state.recent_image, state.recent_text, state.recent_weight)
     parts: dict[str, Callable[[], Any]] = {
         "normalize": lambda: prepared(pool),
         "stream sketch": lambda: stream.clone().update(unit.image, unit.text, valid),
         "matching": lambda: matching(unit, settings.references).opened(valid, settings.gate, num),
         "density": lambda: log_density(image, text, among, settings.references),
-        "exposure": exposure,
+        "exposure": lambda: log_exposure(image, text, *centres, *recent),
         "target sketch": lambda: state.opened.clone().update(image, text, among),
         "whitening": lambda: Frame.of(state.stream, settings.ridge).rows(image, text),
         "unevenness": lambda: unevenness(herding.image, herding.text, among, settings.references),
