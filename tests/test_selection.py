@@ -681,7 +681,7 @@ def test_ranks_share_sketches_and_lag_but_not_survivors():
             barrier.wait(30)
             tensor.copy_(total)
 
-        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce)
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32))
         for step in range(2):
             survivors = selector(draw(16, 4, 2 * step + rank), 4)
             learner = draw(4, 6, 2 * step + rank)
@@ -698,6 +698,10 @@ def test_ranks_share_sketches_and_lag_but_not_survivors():
     assert int(first.stream.num_samples) == 64 and int(first.kept.num_samples) == 16
     assert float(first.lag_weight) == pytest.approx(8 * (1 + LAG_DECAY)) and first.lag.any()
     assert not torch.equal(chosen, others)
+    # Two of four survivors of each rank a step, in the ranks' order, each for two.
+    assert first.recent_weight.tolist() == [0.0] * 24 + [2.0] * 8
+    last = [oracle.unit(draw(16, 4, 2 + rank).text)[of[[0, 2]]] for rank, of in enumerate((chosen, others))]
+    close(first.recent_text[-4:], np.concatenate(last))
     rows = [draw(16, 4, seed) for seed in range(4)]
     expected = oracle.moments(*(oracle.unit(torch.cat([getattr(p, f) for p in rows])) for f in ("image", "text")))
     close(first.stream.cross_cov, expected.cross_cov)
@@ -834,10 +838,8 @@ def test_a_survivor_that_comes_again_waits_until_others_had_their_turn():
     pool = draw(64, 5, 1)
     rounds = {}
     for novelty in (0.0, 100.0):
-        state, chosen = (
-            SelectionState.initial(5, Settings(novelty=novelty, unevenness=0.0, gate=math.inf, recent=64)),
-            [],
-        )
+        knobs, chosen = Settings(novelty=novelty, unevenness=0.0, gate=math.inf, recent=64), []
+        state = SelectionState.initial(5, knobs)
         for _ in range(4):
             state, survivors, *_ = select(state, pool, 8)
             chosen += survivors.tolist()
