@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import threading
 import time
@@ -32,8 +33,49 @@ MEMORY = Path("/dev/shm")
 CLAIM = "clipcov_"
 PATIENCE = 10.0
 """Seconds to wait for the workers of a dead process, which look for their parent every five; ours every second."""
+TURN_PATIENCE = 60.0
+"""Seconds to wait for other jobs of the node to open their datasets."""
 WAITED_FOR: set[Path] = set()
 """Claims for whose processes that was in vain; once is enough."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """While a job opens a StreamingDataset, its other ranks with it, no other job of the node does.
+
+    Streaming looks for a number that no process uses and then takes it: of two jobs that start at once one would fail,
+    or its ranks find different numbers. The lock is one on /dev/shm itself, of the node's first rank, and leaves
+    nothing behind. It is only advice: a job that gets no turn in `TURN_PATIENCE` seconds says so and goes on, as jobs
+    over the same nodes may each wait for the other.
+    """
+    held = None
+    if MEMORY.is_dir() and get_local_rank() == 0:
+        held = os.open(MEMORY, os.O_RDONLY)
+        if not locked(held, TURN_PATIENCE):
+            log.warning("another job has been opening its data set for %.0f s; not waiting any longer", TURN_PATIENCE)
+    try:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def locked(file: int, patience: float) -> bool:
+    """Whether an exclusive lock on an open file was had within so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 @contextmanager

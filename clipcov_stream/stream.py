@@ -40,7 +40,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead, end_with_parent, opening
+from clipcov_stream.shared_memory import claim, clean_dead, end_with_parent, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 
 OPEN_ATTEMPTS = 5
@@ -166,7 +166,7 @@ class PairDataset(GuardedDataset):
         open_ = super().__init__
         clean_dead()
         try:
-            with opening(where.get("local"), where.get("split")):
+            with opening(where.get("local"), where.get("split")), turn():
                 opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
                 claim(self)
         except RuntimeError as error:
@@ -365,8 +365,8 @@ def content_id(image: bytes) -> int:
 def opened(open_: Callable[[], None]) -> None:
     """Open a StreamingDataset, again if another process has just taken the name of its shared memory.
 
-    Streaming looks for a number that no process uses and then takes it, so two that start at once may want the same.
-    Ranks agree on a number together, and one of them alone must not try again.
+    Jobs of this package take turns (`turn`); Streaming's other users do not. Ranks agree on a number together, and one
+    of them alone must not try again.
     """
     for attempt in range(OPEN_ATTEMPTS):
         try:

@@ -13,6 +13,8 @@ import kills
 import pytest
 import torch
 
+pytestmark = pytest.mark.alone
+
 
 def killed(*options: str) -> dict[str, Any]:
     """What the tool found. A process of its own: it forks, and this one has threads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from clipcov_stream import shared_memory
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.shared_memory import MEMORY, claims, clean_dead
 from clipcov_stream.stream import Columns, PairDataset
+
+pytestmark = pytest.mark.alone
 
 HOLDER = """
 import os, sys, time
@@ -170,6 +173,54 @@ def test_another_runs_memory_under_the_same_number_is_let_be(tmp_path: Path, cor
     assert holder.blocks() == left
     for name in left:
         (MEMORY / name).unlink()
+
+
+JOB = """
+import sys
+import torch.distributed as dist
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.stream import Columns, PairDataset
+dist.init_process_group("gloo")
+for number in range(8):
+    dataset = PairDataset(local=f"{sys.argv[2]}{number}", remote=sys.argv[1], columns=Columns(),
+                          transform=ImageTransform(16), tokenizer=None, batch_size=8)
+    assert dataset[0]["id"] == 0
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_jobs_that_start_at_once_open_their_data_sets_in_turn(tmp_path: Path, corpus: Path) -> None:
+    processes = []
+    for job in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(2):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            environment = {**os.environ, **{key: str(value) for key, value in ranks.items()}, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-c", JOB, str(corpus), str(tmp_path / f"job{job}-")]
+            environment["MASTER_ADDR"] = "127.0.0.1"
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * 6, "\n".join(errors)
+
+
+def test_a_turn_that_does_not_come_is_not_waited_for_without_end(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared_memory, "TURN_PATIENCE", 0.2)
+    with shared_memory.turn():
+        assert opened(corpus, tmp_path / "a")[0]["id"] == 0
+    assert "another job has been opening its data set" in caplog.text
+    caplog.clear()
+    assert opened(corpus, tmp_path / "b")[0]["id"] == 0
+    assert not caplog.text
 
 
 def test_a_claim_ends_with_its_dataset_but_not_with_a_workers_copy(tmp_path: Path, corpus: Path) -> None:

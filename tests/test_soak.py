@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from s3 import Bucket
 
 
+@pytest.mark.alone
 def test_two_hundred_steps_use_up_nothing(tmp_path: Path, bucket: "Bucket") -> None:
     soak.write_corpus(tmp_path / "corpus", 1024)
     remote = bucket.upload(tmp_path / "corpus", "folder")
