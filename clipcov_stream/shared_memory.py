@@ -18,7 +18,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import gettempdir
@@ -52,15 +52,22 @@ def turn() -> Iterator[None]:
     """
     held = None
     if MEMORY.is_dir() and get_local_rank() == 0:
-        held = os.open(MEMORY, os.O_RDONLY)
-        if not locked(held, TURN_PATIENCE):
-            log.warning("another job has been opening its data set for %.0f s; not waiting any longer", TURN_PATIENCE)
+        # The other ranks wait for this one below: whatever becomes of the lock, it comes to that.
+        try:
+            held = os.open(MEMORY, os.O_RDONLY)
+            if not locked(held, TURN_PATIENCE):
+                log.warning("another job has been opening its data set for %.0f s; not waiting longer", TURN_PATIENCE)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): jobs that start at once may collide", MEMORY, error)
     try:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         yield
     finally:
         if held is not None:
+            # Closing would not do if a thread has forked meanwhile.
+            with suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_UN)
             os.close(held)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -221,6 +222,17 @@ def test_a_turn_that_does_not_come_is_not_waited_for_without_end(
     caplog.clear()
     assert opened(corpus, tmp_path / "b")[0]["id"] == 0
     assert not caplog.text
+
+
+def test_a_machine_without_such_locks_opens_all_the_same(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: int, patience: float) -> bool:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(shared_memory, "locked", refuse)
+    assert opened(corpus, tmp_path / "a")[0]["id"] == 0
+    assert "cannot be locked" in caplog.text and "no locks available" in caplog.text
 
 
 def test_a_claim_ends_with_its_dataset_but_not_with_a_workers_copy(tmp_path: Path, corpus: Path) -> None:
