@@ -30,8 +30,8 @@ TABLE = 1 << 18
 NORM = 1e-12
 """The least that a row is divided by, as in F.normalize."""
 
-LEAST_SQUARES = 1e-12
-"""Of an image's squared length times its caption's, both centred: what is closer to the mean resembles nothing."""
+LEAST_SQUARE = 1e-6
+"""Of a centred row of unit length before: what is closer to the mean is rounding, and resembles nothing."""
 
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
@@ -330,7 +330,8 @@ def log_exposure(
     # w a^8 = (w^(1/8) a)^8: the weights go into the fewest numbers there are.
     recent_image = F.normalize(recent_image - image_centre, dim=1) * weight.pow(1 / 8)[:, None]
     recent_text = F.normalize(recent_text - text_centre, dim=1)
-    squares = centred_squares(image, image_centre) * centred_squares(text, text_centre)
+    squares = [centred_squares(*side) for side in ((image, image_centre), (text, text_centre))]
+    squares = squares[0].clamp_min(LEAST_SQUARE) * squares[1].clamp_min(LEAST_SQUARE)
     # (x - c) r = x r - c r, without a copy of the rows.
     offsets = recent_image @ image_centre, recent_text @ text_centre
     block = block_rows(image, len(weight))
@@ -356,7 +357,6 @@ def exposed(
     `squares` are the squared lengths of a pair's centred rows, multiplied; the recent rows are about their centres and
     of unit length, or weighted, and `by_image`, `by_text` the centres' products with them.
     """
-    squares = squares.clamp_min(LEAST_SQUARES)
     if not sync_is_free(image):
         kernel = (image @ recent_image.T - by_image).clamp_min(0.0) * (text @ recent_text.T - by_text).clamp_min(0.0)
         return (kernel.square() / squares[:, None]).square().square().sum(1)

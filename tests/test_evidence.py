@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -277,6 +278,20 @@ def test_exposure_equals_the_oracle_in_blocks_and_at_once(block, monkeypatch):
     want = oracle.log_exposure(*about, weight.numpy())
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     assert want[4] > math.log(2) - 1e-6 > want.mean()  # row 4 is there itself, once
+
+
+@pytest.mark.parametrize("distance", [1e-3, 3e-4, 1e-4, 1e-5, 0.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_rounding_beside_the_mean_is_not_exposure(distance: float, side: int):
+    generator = torch.Generator().manual_seed(2)
+    near = F.normalize(torch.randn(512, generator=generator), dim=0)
+    near = F.normalize(near + distance * torch.randn(64, 512, generator=generator) / 512**0.5, dim=1)
+    rows = [F.normalize(torch.randn(64, 512, generator=generator), dim=1)] * 2
+    rows[side] = near
+    centres = [each.mean(0) for each in rows]
+    found = log_exposure(*rows, *centres, *rows, torch.ones(64))
+    # Every pair resembles itself alone: its caption or image is like no other's.
+    assert float(found.max()) < math.log(2) + 0.3
 
 
 def test_exposure_of_nothing_to_nothing_is_nothing():
