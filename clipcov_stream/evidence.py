@@ -18,6 +18,7 @@ from torch import Tensor
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import centred_squares, row_dots
 from clipcov_stream.pool import Pool, exp_below, log_sum_exp, valid_of
+from clipcov_stream.products import product
 from clipcov_stream.scratch import scratch
 from clipcov_stream.sketch import all_hold, sync_is_free
 
@@ -121,7 +122,7 @@ def beside(
 ) -> tuple[Tensor, Tensor]:
     """Logits of a block's rows with the references less `half` of the column's total, own places closed; and the log
     of the sum of the logits' exponentials, of every row."""
-    table = torch.addmm(closed - half, rows, refs.T)
+    table = product(rows, refs, closed - half)
     hide_own(table, start, index, -torch.inf)
     top_logit = table.amax(1, keepdim=True)
     shift = half.amax()
@@ -193,7 +194,7 @@ def compared(
 
     def totals(rows: Tensor, refs: Tensor) -> Tensor:
         """Of references: log of what the others' exponentials sum to."""
-        table = torch.addmm(closed, rows.index_select(0, index), refs.T)
+        table = product(rows.index_select(0, index), refs, closed)
         table.fill_diagonal_(-torch.inf)
         return (log_sum_exp(table, 1) + to_pool.index_select(0, index)).nan_to_num(neginf=0.0)
 
@@ -230,7 +231,7 @@ def compared_at_once(
     tables, halves = [], []
     for name, rows, others in (("texts", pool.image, pool.text), ("images", pool.text, pool.image)):
         refs = others.index_select(0, index) * pool.logit_scale
-        table = torch.mm(rows, refs.T, out=scratch(name, len(rows), len(index)))
+        table = product(rows, refs, out=scratch(name, len(rows), len(index)))
         if not all_filled:
             table.masked_fill_(~filled, -torch.inf)
         table.view(-1).index_fill_(0, places, -torch.inf)
@@ -274,8 +275,8 @@ def log_density_at_once(rows: Float[Tensor, "pool dim"], index: Int64[Tensor, " 
     norm = torch.linalg.vector_norm(centred, dim=1)
     floored = norm.clamp_min(NORM)
     centred.div_(floored[:, None])
-    kernel = torch.mm(centred, centred.index_select(0, index).T, out=scratch("kernel", num, len(index)))
-    kernel.clamp_min_(0.0).square_().square_()
+    kernel = product(centred, centred.index_select(0, index), positive=True, out=scratch("kernel", num, len(index)))
+    kernel.square_().square_()
     kernel.view(-1).index_fill_(0, own_places(index), 0.0)
     # Half of the eighth power, squared in the sum.
     found = torch.linalg.vector_norm(kernel, dim=1).square_()
@@ -361,8 +362,8 @@ def exposed(
         kernel = (image @ recent_image.T - by_image).clamp_min(0.0) * (text @ recent_text.T - by_text).clamp_min(0.0)
         return (kernel.square() / squares[:, None]).square().square().sum(1)
     size = len(image), len(recent_image)
-    kernel = torch.addmm(-by_image, image, recent_image.T, out=scratch("exposure", *size)).clamp_min_(0.0)
-    kernel.mul_(torch.addmm(-by_text, text, recent_text.T, out=scratch("texts", *size)).clamp_min_(0.0))
+    kernel = product(image, recent_image, -by_image, True, scratch("exposure", *size))
+    kernel.mul_(product(text, recent_text, -by_text, True, scratch("texts", *size)))
     # Half of the eighth power, squared in the sum; rows are divided by their lengths last, where there are fewest.
     found = torch.linalg.vector_norm(kernel.square_().square_(), dim=1)
     return found.div_(squares.square_()).square_()
@@ -391,7 +392,7 @@ def unevenness(
     total = torch.zeros_like(weight)
     for rows in (image, text):
         unit = F.normalize(rows.index_select(0, index), dim=1)
-        kernel = (unit @ unit.T).clamp_min_(0.0).square_().square_().square_().fill_diagonal_(1.0)
+        kernel = product(unit, unit, positive=True).square_().square_().square_().fill_diagonal_(1.0)
         total = total + (kernel @ weight).clamp_min(1.0).log()
     spread = (total - (total @ weight) / weight.sum().clamp_min(1)) * weight
     return spread.square().sum() / (weight.sum() - 1).clamp_min(1)
@@ -405,6 +406,6 @@ def resemblance(
     at the very mean."""
     centred = F.normalize(rows - mean, dim=1)
     # The eighth power, by squaring: a general power takes ten times as long.
-    kernel = (centred @ refs.T).clamp_min_(0.0).square_().square_().square_()
+    kernel = product(centred, refs, positive=True).square_().square_().square_()
     hide_own(kernel, start, index, 0.0)
     return kernel @ weight, centred.square().sum(1)

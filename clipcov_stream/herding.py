@@ -7,6 +7,7 @@ d x d atom is ever built, and no table of all pairs either: picks are made in ch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from clipcov_stream import kernels
 from clipcov_stream.fused import fused
+from clipcov_stream.products import blocks, product
 from clipcov_stream.scratch import LARGEST, scratch
 from clipcov_stream.sketch import at_least, number, root, scalar, sync_is_free
 
@@ -38,18 +40,33 @@ def top(score: Float[Tensor, " pool"], num: int) -> Int64[Tensor, " num"]:
     return torch.sort(score, descending=True, stable=True).indices[:num]
 
 
-@fused
 def row_dots(left: Float[Tensor, "n dim"], right: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
     """Inner product of every row of one with the same row of the other."""
+    if left.is_cuda:
+        return fused_dots(left, right)
+    return by_blocks(lambda rows, others: (rows * others).sum(1), left, right)
+
+
+@fused
+def fused_dots(left: Tensor, right: Tensor) -> Tensor:
+    """`row_dots` in one pass, once compiled."""
     return (left * right).sum(1)
+
+
+def by_blocks(function: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """What a function returns of rows, a number for each, block by block: what it copies stays in a CPU's cache, and in
+    memory that the allocator has at hand."""
+    parts = [function(left[part], right[part]) for part in blocks(len(left))]
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else function(left, right)
 
 
 def along(
     image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], matrix: Float[Tensor, "dim dim"]
 ) -> Float[Tensor, " pool"]:
-    """<matrix, x_i y_i^T>_F of every row."""
-    product = image @ matrix
-    return row_dots(product, text) if product.is_cuda else product.mul_(text).sum(1)
+    """<matrix, x_i y_i^T>_F of every row. Costs: 2 * pool * dim^2 flops."""
+    if image.is_cuda:
+        return fused_dots(image @ matrix, text)
+    return by_blocks(lambda rows, others: product(rows, matrix.T).mul_(others).sum(1), image, text)
 
 
 def row_squares(rows: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
@@ -81,7 +98,7 @@ def overlaps(
     if not (sync_is_free(image) and image.dtype == torch.float32):
         return (image @ x.T).mul_(text @ y.T)
     of_image, of_text = (scratch(f"{name}_{side}", len(image), len(x)) for side in ("image", "text"))
-    return torch.mm(image, x.T, out=of_image).mul_(torch.mm(text, y.T, out=of_text))
+    return product(image, x, out=of_image).mul_(product(text, y, out=of_text))
 
 
 @dataclass(frozen=True)

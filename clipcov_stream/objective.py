@@ -15,6 +15,7 @@ from torch import Tensor
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
+from clipcov_stream.products import product
 from clipcov_stream.sketch import (
     AllReduce,
     BatchMoments,
@@ -22,8 +23,8 @@ from clipcov_stream.sketch import (
     all_hold,
     at_least,
     gathered,
-    num_ranks,
     number,
+    ranks_of,
     root,
     scalar,
     sync_is_free,
@@ -255,7 +256,7 @@ def contrastive_margin(
     valid: Bool[Tensor, " pool"],
 ) -> Float[Tensor, " pool"]:
     """`margin`, of any two towers; 0 for samples that are not valid, which are nobody's negatives."""
-    logits = scale * image @ text.T
+    logits = product(scale * image, text)
     invalid = ~valid
     by_image = log_sum_exp(logits.masked_fill(invalid[None, :], -torch.inf), 1)
     by_text = log_sum_exp(logits.masked_fill(invalid[:, None], -torch.inf), 0)
@@ -299,16 +300,18 @@ class Frame:
     def rows(
         self, image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], in_place: bool = False
     ) -> tuple[Float[Tensor, "pool dim"], Float[Tensor, "pool dim"]]:
-        """Whitened rows. `in_place` centres what is given, to spare a copy. Costs: 4 * pool * dim^2 flops."""
-        image, text = (
-            rows.sub_(mean) if in_place else rows - mean
-            for rows, mean in ((image, self.image_mean), (text, self.text_mean))
+        """Whitened rows; `in_place` writes over what is given, where that is faster. Costs: 4 * pool * dim^2 flops."""
+        if image.is_cuda:
+            return (image - self.image_mean) @ self.image.T, (text - self.text_mean) @ self.text.T
+        # W x - W m, without a copy of centred rows; the ridge keeps W m short enough for that.
+        return (
+            product(image, self.image, -(self.image @ self.image_mean), out=image if in_place else None),
+            product(text, self.text, -(self.text @ self.text_mean), out=text if in_place else None),
         )
-        return image @ self.image.T, text @ self.text.T
 
     def matrix(self, cross: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
         """A cross-covariance about the stream's means, as it is among whitened rows. Costs: 4 * dim^3 flops."""
-        return self.image @ cross @ self.text.T
+        return product(product(self.image, cross.T), self.text)
 
 
 def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "dim dim"]:
@@ -316,7 +319,7 @@ def inverse_root(cov: Float[Tensor, "dim dim"], ridge: float) -> Float[Tensor, "
     lower = cholesky(cov, ridge)
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(cov), dtype=cov.dtype, device=cov.device), upper=False)
     # tr(W cov W^T), the mean of |W (x - mean)|^2 over the stream.
-    size = ((inverse @ cov) * inverse).sum().clamp_min(0).sqrt()
+    size = (product(inverse, cov) * inverse).sum().clamp_min(0).sqrt()  # cov is its own transpose
     return inverse / torch.where(size > 1e-6, size, 1.0)
 
 
@@ -354,7 +357,7 @@ def updated_lag(
     learner_text = survivors.text if survivors.learner_text is None else survivors.learner_text
     # Of a learner that has diverged nothing is noted: one NaN would stay for good.
     valid = valid_of(survivors) & torch.as_tensor(scale, device=learner_image.device).isfinite()
-    logits = scale * learner_image @ learner_text.T
+    logits = product(scale * learner_image, learner_text)
     image, text = survivors.image - state.stream.image_mean, survivors.text - state.stream.text_mean
     if not all_hold(valid):
         logits = logits.masked_fill(~(valid[:, None] & valid[None, :]), -1e9)
@@ -379,16 +382,23 @@ def updated_recent(
     """RECENT once a step's survivors are trained on: theirs come last, as many of the oldest leave.
 
     A step adds 1 / RECENT_STEPS of the places over all ranks, evenly spaced in the order chosen, each for as many
-    survivors as it takes for them to stand for all; or all of them if there are no more.
+    survivors as it takes for them to stand for all; or all of them if there are no more. Of more ranks than that makes
+    places for, some stand for all of them, others at the next step. A rank with fewer survivors than the mean repeats
+    some, which then count for less.
     """
     num_places = len(state.recent_weight)
-    ranks = num_ranks(image.device, all_reduce)
-    num = min(len(image), max(1, num_places // RECENT_STEPS // ranks))
+    ranks, mean_rows = ranks_of(state.rank, len(image), image.device, all_reduce)
+    of_step = num_places // RECENT_STEPS
+    num = min(mean_rows, max(1, of_step // ranks))
     index = torch.arange(num, device=image.device) * len(image) // num
     weight = counted.index_select(0, index) * (len(image) / num)
     new = [image.index_select(0, index), text.index_select(0, index), weight]
     if all_reduce is not None:
         new = gathered(new, state.rank, ranks, all_reduce)
+    if ranks > of_step:
+        some = (torch.arange(of_step, device=image.device) * ranks // of_step + state.step) % ranks
+        new = [rows.index_select(0, some) for rows in new]
+        new[2] = new[2] * (ranks / of_step)
     return {name: torch.cat([getattr(state, name), rows])[-num_places:] for name, rows in zip(RECENT, new, strict=True)}
 
 

@@ -25,7 +25,8 @@ from clipcov_stream.objective import (
     random_survivors,
 )
 from clipcov_stream.pool import Pool, log_sum_exp, valid_of
-from clipcov_stream.sketch import AllReduce, gathered, num_ranks
+from clipcov_stream.products import product
+from clipcov_stream.sketch import AllReduce, gathered, ranks_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -98,10 +99,10 @@ def sem_dedup(
         eps: as in the paper; larger drops more.
     """
     valid = valid_of(pool)
-    closest = (pool.image @ pool.image.T).tril(-1).amax(1)
+    closest = product(pool.image, pool.image).tril(-1).amax(1)
     recent = state.own.get("recent")
     if recent is not None and len(recent):
-        closest = torch.maximum(closest, (pool.image @ recent.T).amax(1))
+        closest = torch.maximum(closest, product(pool.image, recent).amax(1))
     keys = torch.rand(len(pool), generator=state.generator()).to(closest.device)
     # Duplicates come after all others, the closest last.
     keys = torch.where(closest > 1 - eps, -closest, keys)
@@ -235,7 +236,7 @@ def joint(
     """JEST's chunks; a temperature of 0 takes the best of each instead of drawing."""
     valid = valid_of(pool)
     learner_image, learner_text, learner_scale = learner_of(pool)
-    logits = [learner_scale * learner_image @ learner_text.T, pool.logit_scale * pool.image @ pool.text.T]
+    logits = [product(learner_scale * learner_image, learner_text), product(pool.logit_scale * pool.image, pool.text)]
     generator = state.generator()
     left, chosen = valid.clone(), torch.empty(0, dtype=torch.int64, device=valid.device)
     sizes = [len(part) for part in torch.arange(num_survivors).tensor_split(min(chunks, num_survivors))]
@@ -326,7 +327,8 @@ def remember_images(
     """The last `MEMORY` survivors' image embeddings, over all ranks."""
     rows = pool.image.index_select(0, survivors)
     if all_reduce is not None:
-        (rows,) = gathered([rows], state.rank, num_ranks(rows.device, all_reduce), all_reduce)
+        ranks, _ = ranks_of(state.rank, len(rows), rows.device, all_reduce)
+        (rows,) = gathered([rows], state.rank, ranks, all_reduce)
     recent = state.own.get("recent", rows[:0])
     return {"recent": torch.cat([recent, rows])[-MEMORY:]}
 

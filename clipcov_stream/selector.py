@@ -25,7 +25,7 @@ class Selector:
         name: a name in SELECTORS, or a function of the same signature.
         seed: of everything random; `settings.seed` if not given.
         settings: the knobs, with the defaults of `Settings`.
-        rank: of this process, if each rank draws its own pools.
+        rank: of this process, if each rank draws its own pools; with `all_reduce` each must have its own.
         all_reduce: sums a tensor over ranks in place, if there are several.
 
     Raises:
@@ -66,7 +66,7 @@ class Selector:
         survivor gained when it was picked (`selection.Selected`).
 
         Raises:
-            ValueError: as `select`.
+            ValueError: as `select`; with `all_reduce`, ranks that share a number.
             RuntimeError: fewer valid candidates than survivors.
         """
         before = self._state_for(pool)

@@ -34,7 +34,8 @@ CLAIM = "clipcov_"
 PATIENCE = 10.0
 """Seconds to wait for the workers of a dead process, which look for their parent every five; ours every second."""
 TURN_PATIENCE = 60.0
-"""Seconds to wait for other jobs of the node to open their datasets."""
+"""Seconds to wait for other jobs of the node to open their datasets. The job's other ranks wait meanwhile, for which
+`dist_timeout` must be longer."""
 WAITED_FOR: set[Path] = set()
 """Claims for whose processes that was in vain; once is enough."""
 

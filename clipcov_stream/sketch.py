@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.fused import fused
+from clipcov_stream.products import add_across
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -218,7 +219,7 @@ class CrossCovSketch:
         used = 0
         for part, mask in zip(parts_of, masks, strict=True):
             x, y = centred(image[part], image_mean, mask), centred(text[part], text_mean, mask)
-            own_scatter.addmm_(x.T, y)
+            add_across(own_scatter, x, y)
             first_row = -part.start % stride
             used = used + self._num_counted(x[first_row::stride], None if mask is None else mask[first_row::stride])
             for scatter, rows in zip(parts[1:], (x, y), strict=False):
@@ -560,13 +561,23 @@ def summed_up(parts: list[Tensor], like: Tensor) -> Tensor:
     return parts[0]
 
 
-def num_ranks(device: torch.device, all_reduce: AllReduce | None) -> int:
-    """How many ranks `all_reduce` sums over; waits for them."""
+def ranks_of(rank: int, num_rows: int, device: torch.device, all_reduce: AllReduce | None) -> tuple[int, int]:
+    """How many ranks `all_reduce` sums over, and how many rows each has in the mean, rounded up; waits for them.
+
+    Raises:
+        ValueError: ranks that are not numbered from 0, each with a number of its own.
+    """
     if all_reduce is None:
-        return 1
-    ranks = torch.ones(1, device=device)
-    all_reduce(ranks)
-    return int(ranks)
+        return 1, num_rows
+    sums = torch.tensor([1, rank, rank * rank, num_rows], dtype=torch.float64, device=device)
+    all_reduce(sums)
+    ranks, first, second, rows = (int(value) for value in sums.tolist())
+    if first != ranks * (ranks - 1) // 2 or second != ranks * (ranks - 1) * (2 * ranks - 1) // 6:
+        raise ValueError(
+            f"rank={rank} with an all_reduce over {ranks} ranks: they must be numbered from 0 to {ranks - 1}, each "
+            "with a number of its own; give it to Selector or SelectionState.initial as rank="
+        )
+    return ranks, -(-rows // ranks)
 
 
 def gathered(parts: list[Tensor], rank: int, ranks: int, all_reduce: AllReduce) -> list[Tensor]:

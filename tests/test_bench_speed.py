@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipcov_stream import products
 from clipcov_stream.pool import prepared
 from clipcov_stream.selection import SELECTORS
 
@@ -20,13 +21,29 @@ def test_products_and_memory_are_counted():
         vector = product @ torch.ones(6)
         del product
         torch.addmm(torch.zeros(3), left, right[:, :3])
+        torch.zeros(8, 6).addmm_(left, right)
         view = left[:4].T
-    assert trace.flops == 2 * (8 * 4 * 6 + 8 * 6 + 8 * 4 * 3)
-    assert trace.products[0] == [((8, 4), (4, 1)), ((4, 6), (6, 1))]
+    assert trace.flops == 2 * (2 * 8 * 4 * 6 + 8 * 6 + 8 * 4 * 3)
+    assert trace.products[0] == ("mm", [((8, 4), (4, 1)), ((4, 6), (6, 1))])
+    assert [name for name, _ in trace.products] == ["mm", "mv", "addmm", "addmm"]
     # The product, the ones and the vector lived together; what went in, and views of it, do not count.
     assert trace.peak == 4 * (8 * 6 + 6 + 8)
     assert view.shape == (4, 4) and vector.shape == (8,)
     bench_selection.replayed(trace, "cpu")()
+
+
+@pytest.mark.skipif(products.LINEAR is None, reason="this build of torch has no oneDNN")
+def test_onednns_products_are_counted_and_replayed_by_onednn(monkeypatch):
+    left, right = torch.randn(128, 96), torch.randn(160, 96)
+    with bench_selection.Trace(left, right) as trace:
+        products.product(left, right, torch.zeros(160))
+    assert trace.flops == 2 * 128 * 96 * 160
+    called = []
+    monkeypatch.setattr(
+        bench_selection, "by_onednn", lambda *factors: called.append([tuple(of.shape) for of in factors])
+    )
+    bench_selection.replayed(trace, "cpu")()
+    assert called == [[(128, 96), (160, 96)]]
 
 
 def test_spread_and_slope():

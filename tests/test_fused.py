@@ -32,7 +32,7 @@ CASES = {
         1e4,
         *[drawn(DIM, DIM)] * 6,
     ),
-    herding.row_dots: (drawn(POOL, DIM), drawn(POOL, DIM)),
+    herding.fused_dots: (drawn(POOL, DIM), drawn(POOL, DIM)),
     herding.slack_of: (
         *[drawn(SURVIVORS)] * 5,
         drawn(POOL),

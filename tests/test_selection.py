@@ -670,29 +670,83 @@ def test_an_empty_state_starts_afresh():
     assert torch.equal(selector(draw(12, 3), 3), first) and selector.state.step == 1
 
 
-def test_ranks_share_sketches_and_lag_but_not_survivors():
-    barrier, slots, results = threading.Barrier(2), [None, None], [None, None]
+def on_ranks(num_ranks, work):
+    """What `work(rank, all_reduce)` returns on every rank; each is a thread."""
+    barrier, slots, results = threading.Barrier(num_ranks), [None] * num_ranks, [None] * num_ranks
 
-    def work(rank):
+    def run(rank):
         def all_reduce(tensor):
             slots[rank] = tensor.clone()
             barrier.wait(30)
-            total = slots[0] + slots[1]
+            total = sum(slots)
             barrier.wait(30)
             tensor.copy_(total)
 
+        try:
+            results[rank] = work(rank, all_reduce)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize("name", ["clipcov", "sem_dedup"])
+@pytest.mark.parametrize("numbers", [[0, 0], [1, 2], [1, 1, 1], [0, 1, 1, 3]])
+def test_ranks_without_a_number_of_their_own_are_refused(name, numbers):
+    def work(rank, all_reduce):
+        return Selector(name, rank=numbers[rank], all_reduce=all_reduce)(draw(16, 4, rank), 4)
+
+    for number, error in zip(numbers, on_ranks(len(numbers), work), strict=True):
+        assert isinstance(error, ValueError) and f"rank={number} with an all_reduce over {len(numbers)}" in str(error)
+
+
+def test_of_many_ranks_some_stand_for_all():
+    # 16 / 8 places a step for 5 ranks: two of these speak, others at the next step.
+    def work(rank, all_reduce):
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=16))
+        found = []
+        for step in range(5):
+            rows = draw(12, 4, 5 * step + rank)
+            found.append(oracle.unit(rows.image)[selector(rows, 3)[0]])
+        return selector.state, found
+
+    results = on_ranks(5, work)
+    state = results[0][0]
+    for other, _ in results[1:]:
+        assert_same_state(state, other)
+    speak = [[0, 2], [1, 3], [2, 4], [3, 0], [4, 1]]
+    assert state.recent_weight.tolist() == [0.0] * 6 + [7.5] * 10
+    close(state.recent_image[6:], [results[rank][1][step] for step in range(5) for rank in speak[step]])
+
+
+def test_ranks_may_have_other_numbers_of_survivors():
+    def work(rank, all_reduce):
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32))
+        return selector(draw(12, 4, rank), 2 + 2 * rank), selector.state
+
+    (few, state), (many, other) = on_ranks(2, work)
+    assert_same_state(state, other)
+    # Three of each in the mean, but places for two: they stand for two and for four.
+    assert state.recent_weight.tolist() == [0.0] * 28 + [1.0, 1.0, 2.0, 2.0]
+    want = [oracle.unit(draw(12, 4, rank).text)[of] for rank, of in enumerate((few, many[[0, 2]]))]
+    close(state.recent_text[-4:], np.concatenate(want))
+
+
+def test_ranks_share_sketches_and_lag_but_not_survivors():
+    def work(rank, all_reduce):
         selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32))
         for step in range(2):
             survivors = selector(draw(16, 4, 2 * step + rank), 4)
             learner = draw(4, 6, 2 * step + rank)
             selector.learned(learner.image, learner.text, 5.0)
-        results[rank] = selector.state, survivors
+        return selector.state, survivors
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    results = on_ranks(2, work)
     (first, chosen), (second, others) = results
     assert_same_state(first, second)
     assert int(first.stream.num_samples) == 64 and int(first.kept.num_samples) == 16

@@ -47,8 +47,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipcov_stream import kernels
 from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
 from clipcov_stream.graphed import WARMUP, GraphedSelect
+from clipcov_stream.herding import along
 from clipcov_stream.objective import Frame, SelectionState, Settings
 from clipcov_stream.pool import Pool, prepared, survivors_of, valid_of, with_learner
+from clipcov_stream.products import by_onednn
 from clipcov_stream.selection import SELECTORS, aim_of, learn, select
 
 OURS = "clipcov"
@@ -112,22 +114,26 @@ def warm_state(pools: list[Pool], num_survivors: int) -> SelectionState:
 class Trace(TorchDispatchMode):
     """The matrix products of what runs inside, and the most memory its live tensors took beside those before."""
 
-    PRODUCTS = frozenset({"mm", "addmm", "bmm", "mv", "addmv"})
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "mv", "addmv", "_linear_pointwise"})
 
     def __init__(self, *given: Tensor) -> None:
         super().__init__()
         self._before = {tensor.untyped_storage().data_ptr() for tensor in given}
-        self.products: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+        self.products: list[tuple[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]] = []
         self.flops = 0
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in self.PRODUCTS:
-            factors = [value for value in args if isinstance(value, Tensor)][-2:]
-            self.products.append([(tuple(factor.shape), factor.stride()) for factor in factors])
-            self.flops += 2 * factors[0].numel() * (factors[1].shape[-1] if factors[1].ndim > 1 else 1)
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in self.PRODUCTS:
+            # oneDNN's comes with its factors first and the second transposed, torch's with theirs last.
+            of_layers = name == "_linear_pointwise"
+            factors = list(args[:2]) if of_layers else [value for value in args if isinstance(value, Tensor)][-2:]
+            self.products.append((name, [(tuple(factor.shape), factor.stride()) for factor in factors]))
+            width = factors[1].shape[0 if of_layers else -1] if factors[1].ndim > 1 else 1
+            self.flops += 2 * factors[0].numel() * width
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
@@ -211,11 +217,14 @@ def replayed(trace: Trace, device: str) -> Callable[[], None]:
             made[shape, stride] = torch.randn(length, device=device).as_strided(shape, stride)
         return made[shape, stride]
 
-    calls = [[operand(*factor) for factor in factors] for factors in trace.products]
+    calls = [
+        (by_onednn if name == "_linear_pointwise" else torch.matmul, *(operand(*factor) for factor in factors))
+        for name, factors in trace.products
+    ]
 
     def run() -> None:
-        for left, right in calls:
-            torch.matmul(left, right)
+        for multiply, left, right in calls:
+            multiply(left, right)
 
     return graphed(run, device)
 
@@ -300,7 +309,6 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
     unit = prepared(pool)
     valid = valid_of(unit)
     stream = state.stream.clone()
-    match = matching(unit, settings.references)
     aimed = aim_of(unit, num, state)
     rows = slice(None) if aimed.rows is None else aimed.rows
     image, text, among = unit.image[rows], unit.text[rows], aimed.herding.valid
@@ -317,7 +325,7 @@ def parts_of(pool: Pool, state: SelectionState, num: int) -> dict[str, Callable[
         "target sketch": lambda: state.opened.clone().update(image, text, among),
         "whitening": lambda: Frame.of(state.stream, settings.ridge).rows(image, text),
         "unevenness": lambda: unevenness(herding.image, herding.text, among, settings.references),
-        "lag, aim": lambda: (herding.image @ herding.aim, herding.image @ herding.aim, match),
+        "lag, aim": lambda: [along(herding.image, herding.text, herding.aim) for _ in range(2)],
         "picks": lambda: replace(herding).picks(),
         "bound": lambda: replace(herding).bound(picks.slack),
     }
