@@ -64,7 +64,8 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     rare are outliers, worth no more than others. Beside that, picks are herded
     towards A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
     pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
-    Called by itself, rather than by `select`, it takes T from the state and this pool.
+    Called by itself, rather than by `select`, it takes T from the state and this pool, and exposures from survivors
+    that nobody notes: `select` notes those of clipcov alone.
 
     Costs, in flops: 8 * pool * references * dim for margins and densities, 4 * pool * recent * dim for exposures,
     6 * pool * dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool *
