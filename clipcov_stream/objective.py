@@ -22,6 +22,7 @@ from clipcov_stream.sketch import (
     CrossCovSketch,
     all_hold,
     at_least,
+    evenly,
     gathered,
     number,
     ranks_of,
@@ -300,14 +301,13 @@ class Frame:
     def rows(
         self, image: Float[Tensor, "pool dim"], text: Float[Tensor, "pool dim"], in_place: bool = False
     ) -> tuple[Float[Tensor, "pool dim"], Float[Tensor, "pool dim"]]:
-        """Whitened rows; `in_place` writes over what is given, where that is faster. Costs: 4 * pool * dim^2 flops."""
-        if image.is_cuda:
-            return (image - self.image_mean) @ self.image.T, (text - self.text_mean) @ self.text.T
-        # W x - W m, without a copy of centred rows; the ridge keeps W m short enough for that.
-        return (
-            product(image, self.image, -(self.image @ self.image_mean), out=image if in_place else None),
-            product(text, self.text, -(self.text @ self.text_mean), out=text if in_place else None),
+        """Whitened rows; `in_place` writes over what is given, to spare a copy. Costs: 4 * pool * dim^2 flops."""
+        image, text = (
+            rows.sub_(mean) if in_place else rows - mean
+            for rows, mean in ((image, self.image_mean), (text, self.text_mean))
         )
+        # Over the centred rows, which are ours by now.
+        return product(image, self.image, out=image), product(text, self.text, out=text)
 
     def matrix(self, cross: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
         """A cross-covariance about the stream's means, as it is among whitened rows. Costs: 4 * dim^3 flops."""
@@ -383,20 +383,20 @@ def updated_recent(
 
     A step adds 1 / RECENT_STEPS of the places over all ranks, evenly spaced in the order chosen, each for as many
     survivors as it takes for them to stand for all; or all of them if there are no more. Of more ranks than that makes
-    places for, some stand for all of them, others at the next step. A rank with fewer survivors than the mean repeats
-    some, which then count for less.
+    places for, some stand for all of them, others at the next step. Where ranks have other numbers of survivors each
+    gives as many, one that has fewer some of them twice, for less.
     """
     num_places = len(state.recent_weight)
-    ranks, mean_rows = ranks_of(state.rank, len(image), image.device, all_reduce)
+    ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
     of_step = num_places // RECENT_STEPS
     num = min(mean_rows, max(1, of_step // ranks))
-    index = torch.arange(num, device=image.device) * len(image) // num
+    index = evenly(len(image), num, image.device)
     weight = counted.index_select(0, index) * (len(image) / num)
     new = [image.index_select(0, index), text.index_select(0, index), weight]
     if all_reduce is not None:
         new = gathered(new, state.rank, ranks, all_reduce)
     if ranks > of_step:
-        some = (torch.arange(of_step, device=image.device) * ranks // of_step + state.step) % ranks
+        some = (evenly(ranks, of_step, image.device) + state.step) % ranks
         new = [rows.index_select(0, some) for rows in new]
         new[2] = new[2] * (ranks / of_step)
     return {name: torch.cat([getattr(state, name), rows])[-num_places:] for name, rows in zip(RECENT, new, strict=True)}

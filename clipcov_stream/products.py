@@ -1,8 +1,9 @@
-"""Matrix products of float32 rows on a CPU, by the faster of torch's two libraries.
+"""Large matrix products of float32 rows on a CPU, by oneDNN.
 
-torch.mm is MKL's on x86, which leaves half of the vector width of other makers' CPUs unused; oneDNN, which torch has
-for its layers, uses it all. Same precision, other rounding; which of them a product goes to depends on its shape alone,
-so equal inputs give equal results. Measured in tools/LOG.md, 2026-11-28.
+torch.mm is MKL's on x86, and oneDNN, which torch has for its layers, was more than twice as fast on the one CPU that
+was measured, an AMD one (tools/LOG.md, 2026-11-28). Same precision, other rounding; which of them a product goes to
+depends on its shape alone, so equal inputs give equal results. torch.backends.mkldnn.enabled = False leaves all to
+torch.mm.
 """
 
 from __future__ import annotations
@@ -17,23 +18,34 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 STEP = 64
-"""oneDNN compiles a kernel for every shape it meets and keeps the last thousand: rows go to it by multiples of this, at
-most BLOCK at a time, so that a gate which opens another number at every step makes no new ones."""
+"""oneDNN compiles a kernel for every shape it meets, and keeps the last thousand: rows go to it by multiples of this,
+at most BLOCK at a time, as the gate opens another number at every step."""
 
 BLOCK = 1024
 LEAST = 1 << 20
 """Multiplications from which on a call of oneDNN, which takes ten times as long to begin, is over sooner."""
 
-LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""oneDNN's linear layer with what follows it; the form that torch.compile uses too. None: this build has none."""
+
+def found_linear() -> Any:
+    """oneDNN's linear layer, in the form that torch.compile uses too; None where this torch has none that works so."""
+    try:
+        linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise")  # noqa: B009 - unknown to type checkers
+        rows = torch.ones(2, 3, dtype=torch.float32, device="cpu")
+        works = bool((linear(rows, rows, rows[:, 0], "none", [], "") == 4).all())
+    except Exception:  # not built in, or of another signature
+        return None
+    return linear if works else None
 
 
-def blocks(num: int, size: int = BLOCK) -> Iterator[slice]:
-    """Slices of `num` rows: of `size`, then of the largest multiple of STEP, then the rest."""
+LINEAR = found_linear()
+
+
+def blocks(num: int) -> Iterator[slice]:
+    """Slices of `num` rows: of BLOCK, then of the largest multiple of STEP, then the rest."""
     start = 0
     while start < num:
-        left = num - start
-        stop = start + (min(left, size) if left < STEP else min(left, size) // STEP * STEP)
+        size = min(num - start, BLOCK)
+        stop = start + (size if size < STEP else size // STEP * STEP)
         yield slice(start, stop)
         start = stop
 
@@ -46,16 +58,16 @@ def product(
     out: Float[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
     """left @ right.T + bias, what is below 0 as 0 if only what is `positive` counts; in `out`, which may be `left`
-    itself, or in memory of its own.
+    itself but no view of it, or in memory of its own.
 
     Costs: 2 * n * m * k flops.
     """
-    if not suits(left, right):
+    if not suits(left, right, bias):
         return by_torch(left, right, bias, positive, None if out is left else out)
     if len(left) % STEP == 0 and len(left) <= BLOCK:
         return by_onednn(left, right, bias, positive)
     if out is None:
-        out = torch.empty(len(left), len(right))
+        out = left.new_empty(len(left), len(right))
     for part in blocks(len(left)):
         rows = left[part]
         if len(rows) % STEP:
@@ -75,12 +87,13 @@ def add_across(total: Float[Tensor, "a b"], x: Float[Tensor, "n a"], y: Float[Te
             total.addmm_(rows.T, others)
 
 
-def suits(left: Tensor, right: Tensor) -> bool:
+def suits(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product of these is oneDNN's: float32 on a CPU, large, and nothing to differentiate."""
-    if not (LINEAR is not None and left.device.type == "cpu" and left.dtype == right.dtype == torch.float32):
+    if LINEAR is None or left.device.type != "cpu" or left.shape[0] < STEP or left.numel() * right.shape[0] < LEAST:
         return False
-    small = left.shape[0] < STEP or left.numel() * right.shape[0] < LEAST
-    return not (small or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)))
+    given = (left, right) if bias is None else (left, right, bias)
+    alike = all(part.dtype == torch.float32 for part in given) and torch.backends.mkldnn.enabled
+    return alike and not (torch.is_grad_enabled() and any(part.requires_grad for part in given))
 
 
 def by_torch(left: Tensor, right: Tensor, bias: Tensor | None, positive: bool, out: Tensor | None = None) -> Tensor:
@@ -93,4 +106,5 @@ def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None, positive:
     left, right = (
         rows if rows.is_contiguous() or rows.T.is_contiguous() else rows.contiguous() for rows in (left, right)
     )
-    return LINEAR(left, right, bias, "relu" if positive else "none", [], "")
+    found = LINEAR(left, right, bias, "none", [], "")
+    return found.clamp_min_(0.0) if positive else found  # its own "relu" makes 0 of NaN

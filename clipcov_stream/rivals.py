@@ -26,7 +26,7 @@ from clipcov_stream.objective import (
 )
 from clipcov_stream.pool import Pool, log_sum_exp, valid_of
 from clipcov_stream.products import product
-from clipcov_stream.sketch import AllReduce, gathered, ranks_of
+from clipcov_stream.sketch import AllReduce, evenly, gathered, ranks_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -327,7 +327,9 @@ def remember_images(
     """The last `MEMORY` survivors' image embeddings, over all ranks."""
     rows = pool.image.index_select(0, survivors)
     if all_reduce is not None:
-        ranks, _ = ranks_of(state.rank, len(rows), rows.device, all_reduce)
+        ranks, num = ranks_of(len(rows), rows.device, all_reduce)
+        # As many of each, should they have other numbers of survivors.
+        rows = rows.index_select(0, evenly(len(rows), num, rows.device))
         (rows,) = gathered([rows], state.rank, ranks, all_reduce)
     recent = state.own.get("recent", rows[:0])
     return {"recent": torch.cat([recent, rows])[-MEMORY:]}

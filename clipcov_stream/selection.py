@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
-from clipcov_stream.fused import aside
+from clipcov_stream.fused import aside, in_full
 from clipcov_stream.herding import Herding, along
 from clipcov_stream.objective import (
     Frame,
@@ -211,6 +211,7 @@ class Selected(NamedTuple):
     gain: Float[Tensor, " survivors"]
 
 
+@in_full
 def select(
     state: SelectionState,
     pool: Pool,
@@ -267,6 +268,7 @@ def select(
     return Selected(after, survivors, report, gain)
 
 
+@in_full
 def learn(state: SelectionState, survivors: Pool, all_reduce: AllReduce | None = None) -> SelectionState:
     """Note what the learner makes of the survivors it trains on: the next state, with their lag.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from clipcov_stream.graphed import GraphedSelect
@@ -12,7 +13,7 @@ from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn
 from clipcov_stream.selection import learn, reads_lag, resolve
-from clipcov_stream.sketch import AllReduce
+from clipcov_stream.sketch import AllReduce, gathered, ranks_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -99,7 +100,11 @@ class Selector:
     def _state_for(self, pool: Pool) -> SelectionState:
         """The state; if there is none yet, the one that was loaded, or a fresh one of the pool's width."""
         if self.state is None:
-            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, pool.image.device)
+            device = pool.image.device
+            if self.all_reduce is not None:  # what draws would draw alike on ranks of one number, and say nothing
+                ranks, _ = ranks_of(0, device, self.all_reduce)
+                gathered([torch.zeros(1, device=device)], self.rank, ranks, self.all_reduce)
+            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, device)
             if self._pending is not None:
                 self.state, self._pending = self.state.restored(self._pending), None
         return self.state

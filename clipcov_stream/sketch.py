@@ -561,32 +561,40 @@ def summed_up(parts: list[Tensor], like: Tensor) -> Tensor:
     return parts[0]
 
 
-def ranks_of(rank: int, num_rows: int, device: torch.device, all_reduce: AllReduce | None) -> tuple[int, int]:
-    """How many ranks `all_reduce` sums over, and how many rows each has in the mean, rounded up; waits for them.
-
-    Raises:
-        ValueError: ranks that are not numbered from 0, each with a number of its own.
-    """
+def ranks_of(num_rows: int, device: torch.device, all_reduce: AllReduce | None) -> tuple[int, int]:
+    """How many ranks `all_reduce` sums over, and how many rows each has in the mean, rounded up; waits for them."""
     if all_reduce is None:
         return 1, num_rows
-    sums = torch.tensor([1, rank, rank * rank, num_rows], dtype=torch.float64, device=device)
+    sums = torch.tensor([1, num_rows], dtype=torch.float64, device=device)
     all_reduce(sums)
-    ranks, first, second, rows = (int(value) for value in sums.tolist())
-    if first != ranks * (ranks - 1) // 2 or second != ranks * (ranks - 1) * (2 * ranks - 1) // 6:
-        raise ValueError(
-            f"rank={rank} with an all_reduce over {ranks} ranks: they must be numbered from 0 to {ranks - 1}, each "
-            "with a number of its own; give it to Selector or SelectionState.initial as rank="
-        )
+    ranks, rows = (int(value) for value in sums.tolist())
     return ranks, -(-rows // ranks)
 
 
 def gathered(parts: list[Tensor], rank: int, ranks: int, all_reduce: AllReduce) -> list[Tensor]:
-    """The rows of all `ranks`, in the ranks' order, in one collective; each gives parts of the same shapes and type."""
+    """The rows of all `ranks`, in the ranks' order, in one collective; each gives parts of the same shapes and type.
+
+    Raises:
+        ValueError: ranks that are not numbered from 0, each with a number of its own; on all of them.
+    """
     # A sum is all that can be asked for: of each place one rank alone gives what is not zero.
+    parts = [*parts, torch.ones_like(parts[0][:1].flatten()[:1])]
     every = [torch.zeros(ranks, *rows.shape, dtype=rows.dtype, device=rows.device) for rows in parts]
-    for place, rows in zip(every, parts, strict=True):
-        place[rank] = rows
-    return [place.flatten(0, 1) for place in summed(every, all_reduce)]
+    if 0 <= rank < ranks:
+        for place, rows in zip(every, parts, strict=True):
+            place[rank] = rows
+    *every, filled = summed(every, all_reduce)
+    if not bool((filled == 1).all()):
+        raise ValueError(
+            f"rank={rank} with an all_reduce over {ranks} ranks: they must be numbered from 0 to {ranks - 1}, each "
+            "with a number of its own; give it to Selector or SelectionState.initial as rank="
+        )
+    return [place.flatten(0, 1) for place in every]
+
+
+def evenly(num_rows: int, num: int, device: torch.device) -> Tensor:
+    """Places of `num` of a number of rows, evenly spaced; some of them twice if there are fewer."""
+    return torch.arange(num, device=device) * num_rows // num
 
 
 def summed(parts: list[Tensor], all_reduce: AllReduce | None) -> list[Tensor]:

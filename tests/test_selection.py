@@ -695,14 +695,37 @@ def on_ranks(num_ranks, work):
     return results
 
 
-@pytest.mark.parametrize("name", ["clipcov", "sem_dedup"])
-@pytest.mark.parametrize("numbers", [[0, 0], [1, 2], [1, 1, 1], [0, 1, 1, 3]])
+@pytest.mark.parametrize("name", ["clipcov", "random"])
+@pytest.mark.parametrize("numbers", [[0, 0], [1, 2], [1, 1, 1], [-1, 0], [1, 1, 2, 2, 3, 6], [0, 0, 3, 4, 4, 5, 5]])
 def test_ranks_without_a_number_of_their_own_are_refused(name, numbers):
     def work(rank, all_reduce):
         return Selector(name, rank=numbers[rank], all_reduce=all_reduce)(draw(16, 4, rank), 4)
 
     for number, error in zip(numbers, on_ranks(len(numbers), work), strict=True):
         assert isinstance(error, ValueError) and f"rank={number} with an all_reduce over {len(numbers)}" in str(error)
+
+
+@pytest.mark.parametrize("name", ["clipcov", "sem_dedup"])
+def test_what_ranks_remember_needs_their_numbers_too(name):
+    def work(rank, all_reduce):
+        state = SelectionState.initial(4, Settings(), rank=0)
+        return select(state, draw(16, 4, rank), 4, SELECTORS[name], all_reduce)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ValueError) and "rank=0 with an all_reduce over 2 ranks" in str(error)
+
+
+def test_sem_dedup_remembers_ranks_of_other_numbers_of_survivors():
+    def work(rank, all_reduce):
+        selector = Selector("sem_dedup", rank=rank, all_reduce=all_reduce)
+        return selector(draw(12, 4, rank), 2 + 2 * rank), selector.state.own["recent"]
+
+    (few, rows), (many, others) = on_ranks(2, work)
+    assert torch.equal(rows, others)
+    # Three of each in the mean.
+    places = [few[[0, 0, 1]], many[[0, 1, 2]]]
+    want = [oracle.unit(draw(12, 4, rank).image)[of] for rank, of in enumerate(places)]
+    close(rows, np.concatenate(want))
 
 
 def test_of_many_ranks_some_stand_for_all():
