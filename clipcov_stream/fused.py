@@ -72,20 +72,3 @@ def aside(run: Callable[[], Result], device: torch.device) -> Callable[[], Resul
 def side_stream(device: torch.device) -> Any:
     """One per device, always the same: memory that was allocated on it is used again on it, in order."""
     return torch.cuda.Stream(device)
-
-
-def in_full(function: Function) -> Function:
-    """`function`, in which autocast is off: its products are those of its numbers, whatever it is called inside of.
-
-    Its first argument has a tensor `lag`, on the device that all others are on.
-    """
-
-    @functools.wraps(function)
-    def call(state: Any, *rest: Any, **named: Any) -> Any:
-        kind = state.lag.device.type
-        if not torch.is_autocast_enabled(kind):
-            return function(state, *rest, **named)
-        with torch.autocast(kind, enabled=False):
-            return function(state, *rest, **named)
-
-    return cast(Function, call)

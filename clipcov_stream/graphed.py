@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.collectives import AllReduce
 from clipcov_stream.objective import RECENT, SKETCHES, SelectionState
 from clipcov_stream.pool import Pool
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import Selected, clipcov, select
-from clipcov_stream.sketch import STATE, AllReduce
+from clipcov_stream.sketch import STATE
 
 WARMUP = 3
 """Pools selected from without a graph first: kernels compile and libraries make their handles, which no graph can
@@ -58,8 +59,7 @@ class GraphedSelect:
             return select(state, pool, num_survivors, selector, all_reduce)
         pool = replace(pool, ids=None, concepts=None)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), autocast, *layouts)
+        key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), *layouts)
         if key != self._key:
             self._key, self._calls, self._recording = key, 0, None
         self._calls += 1

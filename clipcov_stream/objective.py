@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
 from clipcov_stream.products import product
 from clipcov_stream.sketch import (
-    AllReduce,
     BatchMoments,
     CrossCovSketch,
     all_hold,
     at_least,
-    evenly,
-    gathered,
     number,
-    ranks_of,
     root,
     scalar,
     sync_is_free,

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcov_stream.batch import check_batch, count_survivors, rows_of, trained_on
 from clipcov_stream.clock import Stopwatch
+from clipcov_stream.collectives import AllReduce
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
@@ -32,7 +33,6 @@ from clipcov_stream.objective import SelectionState, Settings, mix, random_survi
 from clipcov_stream.pool import Pool, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn
-from clipcov_stream.sketch import AllReduce
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,22 @@
 torch.mm is MKL's on x86, and oneDNN, which torch has for its layers, was more than twice as fast on the one CPU that
 was measured, an AMD one (tools/LOG.md, 2026-11-28). Same precision, other rounding; which of them a product goes to
 depends on its shape alone, so equal inputs give equal results. torch.backends.mkldnn.enabled = False leaves all to
-torch.mm.
+torch.mm. And, on any device, products that autocast does not round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 STEP = 64
 """oneDNN compiles a kernel for every shape it meets, and keeps the last thousand: rows go to it by multiples of this,
@@ -108,3 +111,20 @@ def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None, positive:
     )
     found = LINEAR(left, right, bias, "none", [], "")
     return found.clamp_min_(0.0) if positive else found  # its own "relu" makes 0 of NaN
+
+
+def in_full(function: Function) -> Function:
+    """`function`, in which autocast is off: its products are those of its numbers, whatever it is called inside of.
+
+    Its first argument has a tensor `lag`, on the device that all others are on.
+    """
+
+    @functools.wraps(function)
+    def call(state: Any, *rest: Any, **named: Any) -> Any:
+        kind = state.lag.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(state, *rest, **named)
+        with torch.autocast(kind, enabled=False):
+            return function(state, *rest, **named)
+
+    return cast(Function, call)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
 from clipcov_stream.herding import top
 from clipcov_stream.objective import (
     SelectionState,
@@ -26,7 +27,6 @@ from clipcov_stream.objective import (
 )
 from clipcov_stream.pool import Pool, log_sum_exp, valid_of
 from clipcov_stream.products import product
-from clipcov_stream.sketch import AllReduce, evenly, gathered, ranks_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from clipcov_stream.collectives import AllReduce
 from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
-from clipcov_stream.fused import aside, in_full
+from clipcov_stream.fused import aside
 from clipcov_stream.herding import Herding, along
 from clipcov_stream.objective import (
     Frame,
@@ -43,8 +44,9 @@ from clipcov_stream.objective import (
     updated_recent,
 )
 from clipcov_stream.pool import Pool, prepared, valid_of
+from clipcov_stream.products import in_full
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
-from clipcov_stream.sketch import AllReduce, CrossCovSketch, sync_is_free
+from clipcov_stream.sketch import CrossCovSketch, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn
 from clipcov_stream.selection import learn, reads_lag, resolve
-from clipcov_stream.sketch import AllReduce, gathered, ranks_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

@@ -1,7 +1,6 @@
 """Selection: the objective's pieces against the oracle, then what every selector must obey."""
 
 import math
-import threading
 from dataclasses import replace
 from functools import partial
 
@@ -668,120 +667,6 @@ def test_an_empty_state_starts_afresh():
     first = selector(draw(12, 3), 3)
     selector.load_state_dict({})
     assert torch.equal(selector(draw(12, 3), 3), first) and selector.state.step == 1
-
-
-def on_ranks(num_ranks, work):
-    """What `work(rank, all_reduce)` returns on every rank; each is a thread."""
-    barrier, slots, results = threading.Barrier(num_ranks), [None] * num_ranks, [None] * num_ranks
-
-    def run(rank):
-        def all_reduce(tensor):
-            slots[rank] = tensor.clone()
-            barrier.wait(30)
-            total = sum(slots)
-            barrier.wait(30)
-            tensor.copy_(total)
-
-        try:
-            results[rank] = work(rank, all_reduce)
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(num_ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
-
-
-@pytest.mark.parametrize("name", ["clipcov", "random"])
-@pytest.mark.parametrize("numbers", [[0, 0], [1, 2], [1, 1, 1], [-1, 0], [1, 1, 2, 2, 3, 6], [0, 0, 3, 4, 4, 5, 5]])
-def test_ranks_without_a_number_of_their_own_are_refused(name, numbers):
-    def work(rank, all_reduce):
-        return Selector(name, rank=numbers[rank], all_reduce=all_reduce)(draw(16, 4, rank), 4)
-
-    for number, error in zip(numbers, on_ranks(len(numbers), work), strict=True):
-        assert isinstance(error, ValueError) and f"rank={number} with an all_reduce over {len(numbers)}" in str(error)
-
-
-@pytest.mark.parametrize("name", ["clipcov", "sem_dedup"])
-def test_what_ranks_remember_needs_their_numbers_too(name):
-    def work(rank, all_reduce):
-        state = SelectionState.initial(4, Settings(), rank=0)
-        return select(state, draw(16, 4, rank), 4, SELECTORS[name], all_reduce)
-
-    for error in on_ranks(2, work):
-        assert isinstance(error, ValueError) and "rank=0 with an all_reduce over 2 ranks" in str(error)
-
-
-def test_sem_dedup_remembers_ranks_of_other_numbers_of_survivors():
-    def work(rank, all_reduce):
-        selector = Selector("sem_dedup", rank=rank, all_reduce=all_reduce)
-        return selector(draw(12, 4, rank), 2 + 2 * rank), selector.state.own["recent"]
-
-    (few, rows), (many, others) = on_ranks(2, work)
-    assert torch.equal(rows, others)
-    # Three of each in the mean.
-    places = [few[[0, 0, 1]], many[[0, 1, 2]]]
-    want = [oracle.unit(draw(12, 4, rank).image)[of] for rank, of in enumerate(places)]
-    close(rows, np.concatenate(want))
-
-
-def test_of_many_ranks_some_stand_for_all():
-    # 16 / 8 places a step for 5 ranks: two of these speak, others at the next step.
-    def work(rank, all_reduce):
-        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=16))
-        found = []
-        for step in range(5):
-            rows = draw(12, 4, 5 * step + rank)
-            found.append(oracle.unit(rows.image)[selector(rows, 3)[0]])
-        return selector.state, found
-
-    results = on_ranks(5, work)
-    state = results[0][0]
-    for other, _ in results[1:]:
-        assert_same_state(state, other)
-    speak = [[0, 2], [1, 3], [2, 4], [3, 0], [4, 1]]
-    assert state.recent_weight.tolist() == [0.0] * 6 + [7.5] * 10
-    close(state.recent_image[6:], [results[rank][1][step] for step in range(5) for rank in speak[step]])
-
-
-def test_ranks_may_have_other_numbers_of_survivors():
-    def work(rank, all_reduce):
-        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32))
-        return selector(draw(12, 4, rank), 2 + 2 * rank), selector.state
-
-    (few, state), (many, other) = on_ranks(2, work)
-    assert_same_state(state, other)
-    # Three of each in the mean, but places for two: they stand for two and for four.
-    assert state.recent_weight.tolist() == [0.0] * 28 + [1.0, 1.0, 2.0, 2.0]
-    want = [oracle.unit(draw(12, 4, rank).text)[of] for rank, of in enumerate((few, many[[0, 2]]))]
-    close(state.recent_text[-4:], np.concatenate(want))
-
-
-def test_ranks_share_sketches_and_lag_but_not_survivors():
-    def work(rank, all_reduce):
-        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32))
-        for step in range(2):
-            survivors = selector(draw(16, 4, 2 * step + rank), 4)
-            learner = draw(4, 6, 2 * step + rank)
-            selector.learned(learner.image, learner.text, 5.0)
-        return selector.state, survivors
-
-    results = on_ranks(2, work)
-    (first, chosen), (second, others) = results
-    assert_same_state(first, second)
-    assert int(first.stream.num_samples) == 64 and int(first.kept.num_samples) == 16
-    assert float(first.lag_weight) == pytest.approx(8 * (1 + LAG_DECAY)) and first.lag.any()
-    assert not torch.equal(chosen, others)
-    # Two of four survivors of each rank a step, in the ranks' order, each for two.
-    assert first.recent_weight.tolist() == [0.0] * 24 + [2.0] * 8
-    last = [oracle.unit(draw(16, 4, 2 + rank).text)[of[[0, 2]]] for rank, of in enumerate((chosen, others))]
-    close(first.recent_text[-4:], np.concatenate(last))
-    rows = [draw(16, 4, seed) for seed in range(4)]
-    expected = oracle.moments(*(oracle.unit(torch.cat([getattr(p, f) for p in rows])) for f in ("image", "text")))
-    close(first.stream.cross_cov, expected.cross_cov)
 
 
 # Custom selectors and errors
