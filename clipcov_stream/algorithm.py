@@ -25,7 +25,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors
+from clipcov_stream.batch import check_batch, check_ratio, count_survivors, size_of
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import Teacher, check_embedder, check_towers, embed_with_towers, scale_of
 from clipcov_stream.graphed import GraphedSelect
@@ -56,9 +56,9 @@ class ClipCov(Algorithm):
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
-        coverage, learnability, gate, balance, unevenness, novelty, recent, quality, overshoot, memory, ridge,
-            references: see `selection.Settings`. The lag behind learnability comes from the training pass: from the
-            model's outputs, if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and
+        coverage, learnability, gate, balance, unevenness, novelty, recent, repeats, quality, overshoot, memory,
+            ridge, references: see `selection.Settings`. The lag behind learnability comes from the training pass: from
+            the model's outputs, if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and
             else from one more forward pass over the survivors.
         seed: of everything random in selection.
         scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools.
@@ -86,6 +86,9 @@ class ClipCov(Algorithm):
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
             stops once they exceed it by more than three standard errors, so that a bad start is no reason to. Of pools
             that travel encoded, undecodable images are found, and counted, among those chosen alone.
+        dataset_size: samples of the data set, which the pools' `id` number from 0, so that it can be counted how often
+            each was trained on (`repeats`), a byte each; None asks the loader's data set (`num_samples`, or its
+            length), and where that has none, or pools no `id`, nothing is counted.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 
@@ -111,6 +114,7 @@ class ClipCov(Algorithm):
         quality: float = Settings.quality,
         novelty: float = Settings.novelty,
         recent: int = Settings.recent,
+        repeats: float = Settings.repeats,
         overshoot: float = Settings.overshoot,
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
@@ -126,6 +130,7 @@ class ClipCov(Algorithm):
         run_ahead: int = 0,
         lag_delay: int = 0,
         max_invalid_ratio: float = 0.05,
+        dataset_size: int | None = None,
         image_key: str = "image",
         text_key: str = "text",
     ) -> None:
@@ -152,6 +157,7 @@ class ClipCov(Algorithm):
             coverage=coverage,
             novelty=novelty,
             recent=recent,
+            repeats=repeats,
             overshoot=overshoot,
             memory=memory,
             ridge=ridge,
@@ -168,6 +174,9 @@ class ClipCov(Algorithm):
         self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
         self.embed_patch_dropout = embed_patch_dropout or None  # 0 leaves out as little
         self.max_invalid_ratio = max_invalid_ratio
+        if not (dataset_size is None or dataset_size >= 0):
+            raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known, or None")
+        self.dataset_size, self._asks_size = dataset_size or 0, dataset_size is None
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | None = None
         self.selection: SelectionState | None = None
@@ -325,6 +334,8 @@ class ClipCov(Algorithm):
             )
         if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
             dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        if self._asks_size:
+            self.dataset_size = size_of(getattr(state.dataloader, "dataset", None))
         self._checked = False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:

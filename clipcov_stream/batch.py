@@ -62,3 +62,12 @@ def rows_of(value: Any, survivors: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value.index_select(0, survivors.to(value.device))
     return [value[i] for i in survivors.tolist()]
+
+
+def size_of(dataset: Any) -> int:
+    """Samples of a data set, which their ids number from 0; 0 if it does not say."""
+    try:
+        # Of a StreamingDataset the length is one rank's, of one epoch.
+        return int(getattr(dataset, "num_samples", None) or len(dataset))
+    except (TypeError, NotImplementedError):
+        return 0

@@ -131,6 +131,7 @@ class SelectionConfig:
     quality: float | None = None
     novelty: float | None = None
     recent: int | None = None
+    repeats: float | None = None
     overshoot: float | None = None
     memory: float | None = None
     ridge: float | None = None

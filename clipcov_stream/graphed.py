@@ -23,6 +23,9 @@ from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import Selected, clipcov, select
 from clipcov_stream.sketch import STATE
 
+OTHERS = ("lag", "lag_weight", *RECENT, "times")
+"""What `clipcov` remembers beside its sketches."""
+
 WARMUP = 3
 """Pools selected from without a graph first: kernels compile and libraries make their handles, which no graph can
 hold; and the shapes of a run's first steps are not always those of the rest."""
@@ -57,7 +60,8 @@ class GraphedSelect:
         can = pool.image.is_cuda and plain(selector) is clipcov and all_reduce is None and pool.learner_image is None
         if self._failed or not (can and alone()):
             return select(state, pool, num_survivors, selector, all_reduce)
-        pool = replace(pool, ids=None, concepts=None)
+        # Only what it reads is copied for it.
+        pool = replace(pool, ids=state.places(pool.ids), concepts=None)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
         key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), *layouts)
         if key != self._key:
@@ -122,7 +126,7 @@ class Recording:
 def of_state(state: SelectionState) -> list[Tensor]:
     """Every tensor that `clipcov` remembers, in an order of its own."""
     sketches = [getattr(getattr(state, sketch), name) for sketch in SKETCHES for name in STATE]
-    rest = [getattr(state, name) for name in ("lag", "lag_weight", *RECENT)]
+    rest = [getattr(state, name) for name in OTHERS]
     return [value for value in (*sketches, *rest) if value.numel()]
 
 
@@ -135,7 +139,7 @@ def with_values(state: SelectionState, values: Iterable[Tensor]) -> SelectionSta
         for name in STATE:
             if getattr(sketches[sketch], name).numel():
                 setattr(sketches[sketch], name, next(values))
-    rest = [name for name in ("lag", "lag_weight", *RECENT) if getattr(state, name).numel()]
+    rest = [name for name in OTHERS if getattr(state, name).numel()]
     return replace(state, **sketches, **{name: next(values) for name in rest})
 
 
@@ -144,15 +148,16 @@ def inputs_of(state: SelectionState, pool: Pool) -> list[Tensor]:
     scale, device = pool.logit_scale, pool.image.device
     if not (isinstance(scale, Tensor) and scale.device == device):
         scale = torch.full((), float(scale), dtype=torch.float32, device=device)  # written without a wait
-    valid = [] if pool.valid is None else [pool.valid.to(device)]
-    return [*of_state(state), pool.image, pool.text, scale, *valid]
+    rest = [value.to(device) for value in (pool.ids, pool.valid) if value is not None]
+    return [*of_state(state), pool.image, pool.text, scale, *rest]
 
 
 def with_inputs(state: SelectionState, pool: Pool, inputs: list[Tensor]) -> tuple[SelectionState, Pool]:
     """Inverse of `inputs_of`."""
     num = len(of_state(state))
-    image, text, scale, *valid = inputs[num:]
-    own_pool = Pool(image, text, scale, valid=valid[0] if valid else None)
+    image, text, scale, *rest = inputs[num:]
+    names = [name for name in ("ids", "valid") if getattr(pool, name) is not None]
+    own_pool = Pool(image, text, scale, **dict(zip(names, rest, strict=True)))
     return with_values(state, inputs[:num]), own_pool
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ LATER: dict[str, Any] = {
     "unevenness": 0.0,
     "novelty": 0.0,
     "recent": Settings.recent,
+    "repeats": math.inf,
     "embed_patch_dropout": None,
 }
 """Arguments that checkpoints of before they existed lack, and what those runs did."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
+from clipcov_stream.collectives import AllReduce
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
@@ -29,7 +29,7 @@ from clipcov_stream.sketch import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
+    from jaxtyping import Bool, Float, Int64, UInt8
 
 SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
@@ -38,6 +38,9 @@ LAG_DECAY = 0.9
 RECENT = ("recent_image", "recent_text", "recent_weight")
 RECENT_STEPS = 8
 """Steps whose survivors are remembered one by one."""
+
+MOST_COUNTS = 1 << 27
+"""Samples that are counted one by one, a byte each; of a larger data set some share a count."""
 
 COVARIANCE_ROWS = 4
 """Per dimension: what whitening learns of a pool. Rows of one pool say little that the next pool's do not say too."""
@@ -59,6 +62,9 @@ class Settings:
             (`evidence.log_exposure`); like `balance` as far as the pool is uneven.
         recent: survivors that stand for all of the last RECENT_STEPS steps' there, those of more steps if a batch is
             smaller than recent / RECENT_STEPS.
+        repeats: how often a pair may be trained on again before it wears out: for every time more its chance to match
+            counts half, and the gate opens the pairs that have most left (`evidence.Matching`). Over many passes the
+            doubtful get their turn, the sooner the less sure the embedder is. inf: nothing wears out.
         quality: worth per standard deviation of the margin over the open candidates.
         learnability: worth per standard deviation of the lag over the open candidates.
         coverage: weight of the distance to the target, beside what pairs are worth.
@@ -81,6 +87,7 @@ class Settings:
     unevenness: float = 0.05
     novelty: float = 3.0
     recent: int = 256
+    repeats: float = 1.0
     quality: float = 0.0
     learnability: float = 0.5
     coverage: float = 1.0
@@ -95,11 +102,13 @@ class Settings:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
         if not self.gate > 0:
             raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
-        weights = ("balance", "unevenness", "novelty", "quality", "learnability", "coverage", "overshoot", "memory")
-        for name in weights:
+        weights = ("balance", "unevenness", "novelty", "quality", "learnability", "coverage")
+        for name in (*weights, "overshoot", "memory"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
+        if not self.repeats >= 0:
+            raise ValueError(f"selection.repeats={self.repeats} must be at least 0; inf lets no pair wear out")
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ValueError(f"selection.ridge={self.ridge} must be a finite number above 0")
         if not (isinstance(self.references, int) and self.references >= 2):
@@ -123,6 +132,8 @@ class SelectionState:
         lag_weight: sum of the decayed weights in `lag`.
         recent_image, recent_text: embeddings of recent survivors, over all ranks, the latest last.
         recent_weight: how many survivors each of these rows stands for; 0 in a place that is not filled yet.
+        times: how often each of the data set's samples was trained on since selection began, 255 at most, by id
+            (modulo MOST_COUNTS); empty where their number is not known.
         own: what this selector alone remembers (`rivals.REMEMBER`).
     """
 
@@ -137,11 +148,19 @@ class SelectionState:
     recent_image: Float[Tensor, "recent dim"]
     recent_text: Float[Tensor, "recent dim"]
     recent_weight: Float[Tensor, " recent"]
+    times: UInt8[Tensor, " samples"]
     own: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, dim: int, settings: Settings, rank: int = 0, device: torch.device | str = "cpu") -> SelectionState:
-        """State before the first pool of embeddings `dim` wide."""
+    def initial(
+        cls,
+        dim: int,
+        settings: Settings,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        dataset_size: int = 0,
+    ) -> SelectionState:
+        """State before the first pool of embeddings `dim` wide, of a data set of that many samples; 0 if not known."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(settings.recent if settings.novelty > 0 else 0, *shape, device=device)
@@ -168,7 +187,19 @@ class SelectionState:
             recent_image=zeros(dim),
             recent_text=zeros(dim),
             recent_weight=zeros(),
+            times=torch.zeros(min(dataset_size, MOST_COUNTS), dtype=torch.uint8, device=device),
         )
+
+    def times_of(self, ids: Int64[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
+        """How often samples were trained on; None if that is not counted."""
+        places = self.places(ids)
+        return None if places is None else self.times.index_select(0, places).float()
+
+    def places(self, ids: Int64[Tensor, " n"] | None) -> Int64[Tensor, " n"] | None:
+        """Where in `times` samples are counted; None if they are not."""
+        if ids is None or not len(self.times) or self.settings.repeats == math.inf:
+            return None
+        return ids.to(self.times.device) % len(self.times)
 
     def generator(self) -> torch.Generator:
         """A CPU generator that depends on (seed, step, rank) alone."""
@@ -181,17 +212,21 @@ class SelectionState:
             "lag": self.lag.clone(),
             "lag_weight": self.lag_weight.clone(),
             **{name: getattr(self, name).clone() for name in RECENT},
+            "times": self.times.clone(),
             "own": {name: value.clone() for name, value in self.own.items()},
         }
 
     def restored(self, state: dict[str, Any]) -> SelectionState:
         """This state with another's memories, from `state_dict`; settings, half-life included, and rank stay.
 
+        Of samples that the data set no longer has counts are dropped, and new ones begin at 0.
+
         Raises:
             ValueError: keys missing, or sketches of other widths.
         """
         # Without novelty there are none, and states from before there were any are as good.
         state = state if self.settings.novelty > 0 else {**state, **{name: getattr(self, name) for name in RECENT}}
+        state = state if self.settings.repeats < math.inf else {**state, "times": self.times}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
@@ -210,8 +245,16 @@ class SelectionState:
             lag=state["lag"].to(self.lag, copy=True),
             lag_weight=state["lag_weight"].to(self.lag_weight, copy=True),
             **{name: state[name].to(self.lag, copy=True) for name in RECENT},
+            times=resized(state["times"].to(self.times.device), len(self.times)),
             own={name: value.to(self.lag.device, copy=True) for name, value in state["own"].items()},
         )
+
+
+def resized(counts: Tensor, num: int) -> Tensor:
+    """A copy of the first `num` counts, with zeros for those that there are not."""
+    whole = counts.new_zeros(num)
+    whole[: len(counts)] = counts[:num]
+    return whole
 
 
 def mix(*numbers: int) -> int:
@@ -367,36 +410,6 @@ def updated_lag(
         all_reduce(flat)
         step_lag, count = flat[:-1].view_as(step_lag), flat[-1]
     return state.lag * LAG_DECAY + step_lag, state.lag_weight * LAG_DECAY + count
-
-
-def updated_recent(
-    state: SelectionState,
-    image: Float[Tensor, "survivors dim"],
-    text: Float[Tensor, "survivors dim"],
-    counted: Bool[Tensor, " survivors"],
-    all_reduce: AllReduce | None,
-) -> dict[str, Tensor]:
-    """RECENT once a step's survivors are trained on: theirs come last, as many of the oldest leave.
-
-    A step adds 1 / RECENT_STEPS of the places over all ranks, evenly spaced in the order chosen, each for as many
-    survivors as it takes for them to stand for all; or all of them if there are no more. Of more ranks than that makes
-    places for, some stand for all of them, others at the next step. Where ranks have other numbers of survivors each
-    gives as many, one that has fewer some of them twice, for less.
-    """
-    num_places = len(state.recent_weight)
-    ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
-    of_step = num_places // RECENT_STEPS
-    num = min(mean_rows, max(1, of_step // ranks))
-    index = evenly(len(image), num, image.device)
-    weight = counted.index_select(0, index) * (len(image) / num)
-    new = [image.index_select(0, index), text.index_select(0, index), weight]
-    if all_reduce is not None:
-        new = gathered(new, state.rank, ranks, all_reduce)
-    if ranks > of_step:
-        some = (evenly(ranks, of_step, image.device) + state.step) % ranks
-        new = [rows.index_select(0, some) for rows in new]
-        new[2] = new[2] * (ranks / of_step)
-    return {name: torch.cat([getattr(state, name), rows])[-num_places:] for name, rows in zip(RECENT, new, strict=True)}
 
 
 def gated(

@@ -116,6 +116,7 @@ class Preparation:
         uses_lag: whether survivors' rows are kept for the lag.
         notes_alignment: whether candidates' alignments are kept.
         selecting: `select`, in the form that is fast where the pool is.
+        dataset_size: samples of the data set, whose ids are below that; 0 if not known.
         saved: the selection state of a checkpoint, to begin from.
         materialize: makes tensors of encoded survivors.
         group: of processes, for collectives.
@@ -139,6 +140,7 @@ class Preparation:
     uses_lag: bool
     notes_alignment: bool
     selecting: GraphedSelect
+    dataset_size: int = 0
     saved: Mapping[str, Any] | None = None
     materialize: Materializer | None = None
     group: Group = None
@@ -206,7 +208,7 @@ class Preparation:
     def _select(self, pool: Pool, num_chosen: int, ticket: Ticket, before: SelectionState | None) -> Chosen:
         if before is None:
             rank, width = dist.get_global_rank() if self.scope == "local" else 0, pool.image.shape[1]
-            before = SelectionState.initial(width, self.settings, rank, pool.image.device)
+            before = SelectionState.initial(width, self.settings, rank, pool.image.device, self.dataset_size)
             if self.saved:
                 before = before.restored(dict(self.saved))
         state = replace(before, step=ticket.step)

@@ -9,7 +9,9 @@ The method, `clipcov`, has three parts, all from the pool's own embeddings, with
 corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
-   is estimated, and `gate` times as many of the best stay open (`evidence.matching`).
+   is estimated, and `gate` times as many of the best stay open (`evidence.matching`). Where the data set is passed over
+   many times, the best are those that have most left to give: a pair's chance to match counts half for every time
+   that it was trained on, but for the first `repeats`, until a doubtful one that is new is worth more.
 2. What is common? An open pair is worth less the denser its image and its caption lie, and the more of its like were
    trained on lately, so that popular concepts and near-duplicates do not fill the batch again and again
    (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); and more if it
@@ -41,12 +43,12 @@ from clipcov_stream.objective import (
     certificate,
     standardize,
     updated_lag,
-    updated_recent,
 )
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.products import in_full
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import CrossCovSketch, sync_is_free
+from clipcov_stream.trained import updated_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tensor, " survivors"]:
     """Survivors that preserve the cross-covariance of what matches, the rare before the common.
 
-    A pair is open if it is among the `gate * share` best matches of the pool; if fewer are left than survivors are
+    A pair is open if it is among the `gate * share` best matches of the pool: by score, or, where it is known that each
+    was trained on times_i before, by posterior_i * 2^-max(times_i - repeats, 0). If fewer are left than survivors are
     needed, the best matches are all that survives. An open pair is worth
 
         w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
@@ -97,6 +100,7 @@ def choose(
 
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
         unevenness, of those, where the settings ask for it (`evidence.unevenness`);
+        repeats, how often survivors were trained on before, in the mean, where it is counted;
         aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`).
     """
     aimed = aim_of(pool, num_survivors, state, all_reduce, elapsed)
@@ -109,6 +113,9 @@ def choose(
         "aim_residual_bound": herding.bound(picks.slack) / aimed.size,
     }
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
+    times = None if pool.ids is None else state.times_of(pool.ids.index_select(0, survivors))
+    if times is not None:
+        figures["repeats"] = times.mean()
     return Choice(survivors, picks.gain, aimed.opened, figures)
 
 
@@ -143,7 +150,9 @@ def aim_of(
     # Small matrices, a chain of short steps: beside the pool's large ones they take no time of their own on a GPU.
     framed = aside(lambda: Frame.of(state.stream, settings.ridge), pool.image.device)
     match = matching(pool, settings.references)
-    open_ = match.opened(valid, settings.gate, num_survivors)
+    times = state.times_of(pool.ids)
+    wear = None if times is None else math.log(2) * (times - settings.repeats).clamp_min(0)
+    open_ = match.opened(valid, settings.gate, num_survivors, wear)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
     common = settings.balance * log_density(image, text, among, settings.references)
     opened = state.opened.fork()
@@ -261,8 +270,9 @@ def select(
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     trained_on = kept.update(image, text, counted, all_reduce, elapsed)
-    if plain(selector) is clipcov and state.settings.novelty > 0:
-        seen = replace(seen, **updated_recent(seen, image, text, counted, all_reduce))
+    if plain(selector) is clipcov:
+        ids = None if pool.ids is None else pool.ids.index_select(0, survivors)
+        seen = replace(seen, **updated_memory(seen, image, text, counted, ids, all_reduce))
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, own=own)

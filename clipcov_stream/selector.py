@@ -28,6 +28,8 @@ class Selector:
         settings: the knobs, with the defaults of `Settings`.
         rank: of this process, if each rank draws its own pools; with `all_reduce` each must have its own.
         all_reduce: sums a tensor over ranks in place, if there are several.
+        dataset_size: samples of the data set, which `Pool.ids` number from 0: `clipcov` then knows how often it trained
+            on each. 0: not known, and as good as new each time.
 
     Raises:
         ValueError: a name that is not in SELECTORS.
@@ -48,6 +50,7 @@ class Selector:
         settings: Settings | None = None,
         rank: int = 0,
         all_reduce: AllReduce | None = None,
+        dataset_size: int = 0,
     ) -> None:
         self.function = resolve(name)
         self.settings = settings or Settings()
@@ -55,6 +58,7 @@ class Selector:
             self.settings = replace(self.settings, seed=seed)
         self.rank = rank
         self.all_reduce = all_reduce
+        self.dataset_size = dataset_size
         self.state: SelectionState | None = None
         self.report: dict[str, Tensor] = {}
         self.gain: Tensor | None = None
@@ -104,7 +108,9 @@ class Selector:
             if self.all_reduce is not None:  # what draws would draw alike on ranks of one number, and say nothing
                 ranks, _ = ranks_of(0, device, self.all_reduce)
                 gathered([torch.zeros(1, device=device)], self.rank, ranks, self.all_reduce)
-            self.state = SelectionState.initial(pool.image.shape[1], self.settings, self.rank, device)
+            self.state = SelectionState.initial(
+                pool.image.shape[1], self.settings, self.rank, device, self.dataset_size
+            )
             if self._pending is not None:
                 self.state, self._pending = self.state.restored(self._pending), None
         return self.state

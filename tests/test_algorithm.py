@@ -249,6 +249,7 @@ def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
             ("unevenness", 0.1),
             ("novelty", 1.0),
             ("recent", 64),
+            ("repeats", 0.5),
             ("ridge", 0.2),
             ("references", 64),
             ("overshoot", 2.0),
@@ -269,8 +270,9 @@ def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
 def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
     saved = ClipCov(filter_ratio=0.75).state_dict()
     saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
-    ClipCov(filter_ratio=0.75, unevenness=0.0, novelty=0.0).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0"):
+    ClipCov(filter_ratio=0.75, unevenness=0.0, novelty=0.0, repeats=math.inf).load_state_dict(saved)
+    wanted = "selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0; selection.repeats=inf, not 1.0"
+    with pytest.raises(ValueError, match=wanted):
         ClipCov(filter_ratio=0.75).load_state_dict(saved)
 
 
@@ -509,6 +511,8 @@ class TestOwnTrainer:
         ({"half_life": 0.0}, "selection.half_life=0.0 must be a positive number"),
         ({"coverage": -1.0}, "selection.coverage=-1.0 must be a finite number"),
         ({"gate": 0.0}, "selection.gate=0.0 must be above 0; inf opens every candidate"),
+        ({"repeats": -1.0}, "selection.repeats=-1.0 must be at least 0; inf lets no pair wear out"),
+        ({"dataset_size": -1}, "dataset_size=-1 must be a number of samples, 0 if it is not known, or None"),
         ({"logit_scale": 0.0}, "selection.logit_scale=0.0"),
         ({"embed_resolution": 0}, "selection.embed_resolution=0 must be at least 1 pixel"),
         ({"embed_patch_dropout": 1.0}, r"selection.embed_patch_dropout=1.0 must be in \[0, 1\), or null"),

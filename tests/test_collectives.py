@@ -1,16 +1,20 @@
 """What ranks remember together, when all that they have is a sum: each is a thread with a Selector of its own."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_selection import assert_same_state, close, draw
 
 from clipcov_stream.objective import LAG_DECAY, SelectionState, Settings
 from clipcov_stream.selection import SELECTORS, select
 from clipcov_stream.selector import Selector
+from clipcov_stream.trained import from_digits, in_digits
 
 
 def on_ranks(num_ranks, work):
@@ -101,6 +105,29 @@ def test_ranks_may_have_other_numbers_of_survivors():
     assert state.recent_weight.tolist() == [0.0] * 28 + [1.0, 1.0, 2.0, 2.0]
     want = [oracle.unit(draw(12, 4, rank).text)[of] for rank, of in enumerate((few, many[[0, 2]]))]
     close(state.recent_text[-4:], np.concatenate(want))
+
+
+@pytest.mark.parametrize("novelty", [0.0, 3.0])
+def test_ranks_count_what_all_of_them_trained_on(novelty):
+    def work(rank, all_reduce):
+        settings = Settings(recent=32, novelty=novelty)
+        selector, ids = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=settings, dataset_size=99), []
+        for step in range(3):
+            pool = replace(draw(12, 4, 3 * step + rank), ids=33 * rank + torch.arange(12) + step)
+            ids.append(pool.ids[selector(pool, 4)])
+        return selector.state, torch.cat(ids)
+
+    results = on_ranks(3, work)
+    for state, _ in results[1:]:
+        assert_same_state(results[0][0], state)
+    every = torch.cat([ids for _, ids in results])
+    assert results[0][0].times.tolist() == np.bincount(every, minlength=99).tolist()
+
+
+@given(st.lists(st.integers(0, 2**38 - 1), min_size=1))
+def test_numbers_travel_exactly(numbers):
+    digits = in_digits(torch.tensor(numbers))
+    assert {part.dtype for part in digits} == {torch.float32} and from_digits(*digits).tolist() == numbers
 
 
 def test_ranks_share_sketches_and_lag_but_not_survivors():

@@ -69,6 +69,52 @@ def test_the_gate_lets_matches_through():
     assert not match.opened(valid, math.inf, 10)[:100].any()
 
 
+@pytest.mark.parametrize("matched", [0.3, 0.6])
+def test_the_posterior_is_how_often_pairs_match(matched):
+    """Of 2,000 drawn pairs, half of which are hard to tell; it errs towards too low a chance."""
+    pools = [draw(1000, 16, matched, seed, noise) for seed, noise in enumerate((0.3, 1.5))]
+    valid, found, truth = torch.ones(1000, dtype=torch.bool), [], []
+    for pool in pools:
+        match = matching(pool, 4096)
+        posterior = match.posterior(valid)
+        assert ((posterior > 0) & (posterior < 1)).all()
+        order = match.p_value.argsort(stable=True)
+        assert (posterior[order].diff() <= 0).all()  # the smaller its p-value the likelier a pair matches
+        found.append(posterior)
+        truth.append(torch.arange(1000) < matched * 1000)
+    posterior, truth = torch.cat(found), torch.cat(truth).float()
+    order = posterior.argsort()
+    pairs = [(float(posterior[part].mean()), float(truth[part].mean())) for part in order.chunk(5)]
+    for estimated, true in pairs:
+        assert -0.1 < true - estimated < 0.35, pairs
+
+
+@pytest.mark.parametrize("gate", [0.3, 1.0, math.inf])
+@pytest.mark.parametrize("free", [True, False])
+def test_the_gate_opens_what_has_most_left(gate, free, monkeypatch):
+    if not free:
+        monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())  # as a GPU does
+    pool, valid = draw(200, 8, 0.5), torch.arange(200) % 9 != 4
+    match = matching(prepared(replace(pool, valid=valid)), 4096)
+    wear = torch.randint(0, 9, (200,), generator=torch.Generator().manual_seed(1)).float()
+    for lost in (torch.zeros(200), wear):
+        open_ = match.opened(valid, gate, 10, lost)
+        left = (match.posterior(valid).log() - lost).numpy()
+        number = math.ceil(float(gate * match.share * valid.sum())) if gate < math.inf else 200
+        order = np.lexsort((-match.score.numpy(), -left))
+        want = np.zeros(200, dtype=bool)
+        want[order[: max(number, 10)]] = True
+        assert np.array_equal(open_, want & valid.numpy())
+
+
+def test_a_worn_pair_gives_way_to_a_doubtful_one():
+    pool, valid = draw(200, 8, 0.5), torch.ones(200, dtype=torch.bool)
+    match = matching(pool, 4096)
+    new = match.opened(valid, 1.0, 10, torch.zeros(200))
+    worn = match.opened(valid, 1.0, 10, torch.where(new, 50.0, 0.0))
+    assert int(worn.sum()) == int(new.sum()) and not (worn & new).sum() > max(0, 2 * int(new.sum()) - 200)
+
+
 def test_density_equals_the_oracle():
     pool, among = draw(15, 4, 0.5), torch.arange(15) % 4 != 2
     want = oracle.log_density(pool.image, pool.text, among.numpy())
@@ -125,6 +171,9 @@ def test_degenerate_pools_are_defined(rows, valid):
     assert all(torch.isfinite(value).all() for value in (match.score, match.p_value, match.share, density, uneven))
     assert float(uneven) == pytest.approx(0.0, abs=1e-9)
     assert torch.equal(match.opened(flags, 0.8, 1).any(), flags.any())
+    assert torch.equal(match.opened(flags, 0.8, 1, torch.ones(len(rows))).any(), flags.any())
+    posterior = match.posterior(flags)
+    assert ((posterior >= 0) & (posterior < 1)).all() and torch.equal(posterior > 0, flags)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -75,9 +75,14 @@ def test_selection_never_waits_for_the_device(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_valid", [False, True])
 def test_a_graph_replays_select_bit_for_bit(with_valid: bool) -> None:
     """The state it leaves too, over pools of which some have samples that are not valid, and a resume."""
-    run, states = GraphedSelect(), [SelectionState.initial(64, Settings(half_life=1e4), device="cuda") for _ in "ab"]
+
+    def fresh() -> SelectionState:
+        return SelectionState.initial(64, Settings(half_life=1e4), device="cuda", dataset_size=900)
+
+    run, states = GraphedSelect(), [fresh() for _ in "ab"]
     for step in range(WARMUP + 4):
-        pool = pool_of(640, 64, step, "cuda")
+        ids = (torch.arange(640) + 100 * step).cuda()
+        pool = replace(pool_of(640, 64, step, "cuda"), ids=ids)
         if with_valid:
             pool = replace(pool, valid=torch.arange(640, device="cuda") % 7 != step % 7)
         states[0], expected, report, gained = select(states[0], pool, 128)
@@ -88,8 +93,7 @@ def test_a_graph_replays_select_bit_for_bit(with_valid: bool) -> None:
         assert all(map(torch.equal, of_state(states[1]), of_state(states[0])))
         assert states[1].step == states[0].step == step + 1
         if step == WARMUP + 1:
-            fresh = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
-            states[1] = fresh.restored(states[1].state_dict())
+            states[1] = fresh().restored(states[1].state_dict())
 
 
 def test_the_kernels_reach_what_exact_picks_reach() -> None:

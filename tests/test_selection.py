@@ -827,10 +827,91 @@ def test_recent_survivors_are_spaced_evenly_and_stand_for_all():
     assert not rivals.recent_weight.any()
 
 
+def counting(pools, num_survivors, dataset_size=40, **knobs):
+    """The state after pools of a data set of that size, and the ids trained on."""
+    state, ids = SelectionState.initial(pools[0].image.shape[1], Settings(**knobs), dataset_size=dataset_size), []
+    for pool in pools:
+        state, survivors, *_ = select(state, pool, num_survivors)
+        ids.append(pool.ids[survivors])
+    return state, ids
+
+
+def test_it_is_counted_how_often_each_sample_was_trained_on():
+    pools = [replace(draw(20, 3, seed), ids=torch.randperm(40)[:20]) for seed in range(9)]
+    state, ids = counting(pools, 5)
+    assert state.times.tolist() == np.bincount(torch.cat(ids), minlength=40).tolist()
+    # A sample that a step has twice is counted once: it is one step's gradient.
+    twice, ids = counting([draw(20, 3)], 20)
+    assert twice.times.tolist() == [int(number in ids[0]) for number in range(40)] and len(set(ids[0].tolist())) < 20
+    # Ids beyond the data set, of any sign, share places.
+    shared, ids = counting([replace(pool, ids=pool.ids * 2**40 - 7) for pool in pools[:1]], 5)
+    assert shared.times.nonzero().squeeze(1).tolist() == sorted(set((ids[0] % 40).tolist()))
+    full, _ = counting([draw(20, 3)], 20)
+    full = replace(full, times=full.times.bool() * torch.tensor(255, dtype=torch.uint8))
+    assert torch.equal(select(full, draw(20, 3), 20).state.times, full.times)
+
+
+@pytest.mark.parametrize("without", ["knob", "size", "ids"])
+def test_what_is_not_counted_changes_nothing(without):
+    pools = [draw(20, 3, seed) for seed in range(4)]
+    plain_, ids = counting(pools, 5, 0)
+    if without == "ids":
+        got = SelectionState.initial(3, Settings(), dataset_size=40)
+        for pool in pools:
+            got = select(got, replace(pool, ids=None), 5).state
+    else:
+        got, others = counting(pools, 5, 40 if without == "knob" else 0, repeats=math.inf if without == "knob" else 1.0)
+        assert all(map(torch.equal, ids, others))
+    assert not got.times.any() and "repeats" not in select(got, replace(pools[0], ids=None), 5).report
+    assert_same_state(replace(got, times=plain_.times), plain_)
+
+
+def test_the_gate_reads_how_often_each_was_trained_on():
+    """Survivors by the oracle: the most worth of those that have most left to give."""
+    pool, knobs = draw(60, 5, 3), {"coverage": 0.0, "balance": 0.0, "novelty": 0.0, "learnability": 0.0, "gate": 0.8}
+    pool = replace(pool, ids=torch.arange(60))
+    state = SelectionState.initial(5, Settings(quality=1.0, **knobs), dataset_size=60)
+    state = replace(state, times=torch.randint(0, 9, (60,), dtype=torch.uint8))
+    selected, unit = select(state, pool, 9), prepared(pool)
+    match = matching(unit, 4096)
+    left = np.asarray(match.posterior(unit.valid), np.float64) * 0.5 ** np.maximum(state.times.numpy() - 1.0, 0.0)
+    order = np.lexsort((-match.score.numpy(), -left))
+    num_open = math.ceil(0.8 * float(match.share) * 60)
+    among = np.zeros(60, dtype=bool)
+    among[order[:num_open]] = True
+    want = np.argsort(-np.where(among, match.score.numpy(), -np.inf), kind="stable")[:9]
+    assert 9 < num_open < 60 and selected.survivors.tolist() == want.tolist()
+    assert float(selected.report["repeats"]) == pytest.approx(state.times.numpy()[want].mean())
+
+
+def test_over_many_passes_every_pair_has_its_turn():
+    pool = replace(draw(64, 5, 1), ids=torch.arange(64))
+    trained = {}
+    for repeats in (0.0, 1.0, math.inf):  # eight are open, those with most left
+        chosen = torch.cat(counting([pool] * 120, 8, 64, repeats=repeats, gate=1e-6)[1]).unique()
+        trained[repeats] = len(chosen)
+    assert trained == {0.0: 64, 1.0: 64, math.inf: 8}
+
+
+def test_counts_go_on_with_a_data_set_that_has_grown_or_shrunk():
+    state, _ = counting([draw(20, 3, seed) for seed in range(3)], 5)
+    saved = state.state_dict()
+    for size in (30, 40, 55):
+        times = SelectionState.initial(3, Settings(), dataset_size=size).restored(saved).times
+        assert times.tolist() == [*state.times.tolist(), *[0] * 15][:size]
+    del saved["times"]
+    with pytest.raises(ValueError, match=r"selection state lacks .'times'."):
+        SelectionState.initial(3, Settings(), dataset_size=40).restored(saved)
+    assert not SelectionState.initial(3, Settings(repeats=math.inf), dataset_size=40).restored(saved).times.any()
+
+
 @pytest.mark.parametrize("novelty", [0.0, 2.0])
 def test_a_recording_reads_and_writes_all_that_is_remembered(novelty):
     """On a GPU a graph's state goes through a list of tensors: none may be left out."""
-    state, other = (learn(after([draw(20, 3, seed)], 8, novelty=novelty), trained_on(seed, dim=3)) for seed in range(2))
+    state, other = (
+        learn(counting([draw(20, 3, seed)], 8, novelty=novelty)[0], trained_on(seed, dim=3)) for seed in range(2)
+    )
+    assert not torch.equal(state.times, other.times)
     copied = with_values(replace(other, step=state.step), of_state(state))
     assert_same_state(copied, state)
 
@@ -898,6 +979,7 @@ def test_errors_name_the_values():
     ("knob", "value"),
     [
         *[("half_life", 0.0), ("gate", 0.0), ("gate", math.nan), ("balance", -1.0), ("quality", -1.0)],
+        *[("repeats", -1.0), ("repeats", math.nan)],
         *[("novelty", -1.0), ("recent", 7)],
         *[("coverage", math.inf), ("ridge", 0.0), ("references", 1), ("unevenness", -0.1), ("unevenness", math.inf)],
     ],

@@ -241,6 +241,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         options = {
             "selector": selector.partition(" ")[0],
             "embed": "teacher" if proxy is None else "columns",
+            "dataset_size": len(corpus.train),
             **job["knobs"],
         }
     if proxy is not None:

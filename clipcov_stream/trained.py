@@ -1,0 +1,93 @@
+"""What was trained on: recent survivors one by one, and how often each sample of the data set.
+
+Written by `select` once there are survivors, and read by later pools: what resembles recent survivors is worth less
+(`evidence.log_exposure`), and what was trained on often has less left to give (`evidence.Matching.opened`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
+from clipcov_stream.objective import RECENT, RECENT_STEPS, SelectionState
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+
+MOST_TIMES = 255
+"""That a count holds."""
+
+
+def updated_memory(
+    state: SelectionState,
+    image: Float[Tensor, "survivors dim"],
+    text: Float[Tensor, "survivors dim"],
+    counted: Bool[Tensor, " survivors"],
+    ids: Int64[Tensor, " survivors"] | None,
+    all_reduce: AllReduce | None,
+) -> dict[str, Tensor]:
+    """RECENT and times once a step's survivors are trained on, of all ranks, in one collective.
+
+    Of ranks that have other numbers of survivors each gives as many, one that has fewer some of them twice, which is
+    counted once; one that has more leaves some out.
+    """
+    places = state.places(ids)
+    if state.settings.novelty == 0 and places is None:
+        return {}
+    ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
+    recent = recent_rows(state, image, text, counted, ranks, mean_rows) if state.settings.novelty > 0 else []
+    if all_reduce is not None:
+        digits = [] if places is None else in_digits(places[evenly(len(places), mean_rows, places.device)])
+        every = gathered([*recent, *digits], state.rank, ranks, all_reduce)
+        recent, digits = every[: len(recent)], every[len(recent) :]
+        places = from_digits(*digits) if digits else None
+    updated = joined(state, recent, ranks) if recent else {}
+    if places is not None:
+        more = state.times.index_select(0, places).clamp_max(MOST_TIMES - 1) + 1
+        updated["times"] = state.times.index_copy(0, places, more)
+    return updated
+
+
+def in_digits(numbers: Int64[Tensor, " n"]) -> list[Tensor]:
+    """Numbers below 2^38 as two that float32 holds exactly, to travel with rows of that type."""
+    return [(numbers >> 14).float(), (numbers & 16383).float()]
+
+
+def from_digits(high: Tensor, low: Tensor) -> Int64[Tensor, " n"]:
+    """Inverse of `in_digits`."""
+    return (high.long() << 14) + low.long()
+
+
+def recent_rows(
+    state: SelectionState,
+    image: Float[Tensor, "survivors dim"],
+    text: Float[Tensor, "survivors dim"],
+    counted: Bool[Tensor, " survivors"],
+    ranks: int,
+    mean_rows: int,
+) -> list[Tensor]:
+    """What a rank's survivors of a step add to RECENT.
+
+    A step adds 1 / RECENT_STEPS of the places over all ranks, evenly spaced in the order chosen, each for as many
+    survivors as it takes for them to stand for all; or all of them if there are no more. Of more ranks than that makes
+    places for, some stand for all of them, others at the next step. Where ranks have other numbers of survivors each
+    gives as many, one that has fewer some of them twice, for less.
+    """
+    num = min(mean_rows, max(1, len(state.recent_weight) // RECENT_STEPS // ranks))
+    index = evenly(len(image), num, image.device)
+    weight = counted.index_select(0, index) * (len(image) / num)
+    return [image.index_select(0, index), text.index_select(0, index), weight]
+
+
+def joined(state: SelectionState, new: list[Tensor], ranks: int) -> dict[str, Tensor]:
+    """RECENT with all ranks' rows last; as many of the oldest leave."""
+    num_places = len(state.recent_weight)
+    of_step = num_places // RECENT_STEPS
+    if ranks > of_step:
+        some = (evenly(ranks, of_step, new[0].device) + state.step) % ranks
+        new = [rows.index_select(0, some) for rows in new]
+        new[2] = new[2] * (ranks / of_step)
+    return {name: torch.cat([getattr(state, name), rows])[-num_places:] for name, rows in zip(RECENT, new, strict=True)}
