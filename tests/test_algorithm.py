@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from streaming import StreamingDataset
 from torch.utils.data import BatchSampler, DataLoader
 
 from clipcov_stream import ClipCov
-from clipcov_stream.batch import check_batch, count_survivors
+from clipcov_stream.batch import check_batch, count_survivors, size_of
 from clipcov_stream.build import check_same_tokens, tokenizer_of
 from clipcov_stream.config import ModelConfig, load_config
 from clipcov_stream.identity import LATER
@@ -265,6 +266,39 @@ def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
     ClipCov(**arguments).load_state_dict(saved)
     with pytest.raises(ValueError, match=rf"began with selection.*{key}=.*, not {value!r}.*load_weights_only"):
         ClipCov(**{**arguments, key: value}).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("given", [None, 0, 7])
+def test_a_run_counts_how_often_it_trained_on_each_sample(tmp_path: Path, corpus: Path, given: int | None) -> None:
+    trainer, *_ = trainer_of(tmp_path, recipe(corpus, max_duration="9ba"))
+    clipcov, ids = ClipCov(0.75, warmup="2ba", dataset_size=given), []
+    trainer.state.algorithms[:] = [clipcov]
+
+    class Ids(Callback):
+        def before_train_batch(self, *_: Any) -> None:
+            ids.append(clipcov.survivor_ids)
+
+    trainer.state.callbacks.append(Ids())
+    trainer.fit()
+    assert clipcov.selection is not None
+    size = trainer.state.dataloader.dataset.num_samples if given is None else given
+    trained_on = torch.stack([torch.bincount(step % max(size, 1), minlength=size).clamp_max(1) for step in ids[2:]])
+    assert clipcov.selection.times.tolist() == trained_on.sum(0)[:size].tolist()
+    assert len(clipcov.selection.times) == size and (given == 0 or clipcov.selection.times.any())
+
+
+def test_the_size_of_a_data_set_is_what_it_says() -> None:
+    class Streamed:
+        num_samples = 9
+
+        def __len__(self) -> int:
+            return 3
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[int]:
+            return iter(())
+
+    assert [size_of(of) for of in (Streamed(), [1, 2], Endless(), None)] == [9, 2, 0, 0]
 
 
 def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
