@@ -37,7 +37,7 @@ from clipcov_stream.pool import Pool, with_learner
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
 from clipcov_stream.ranks import SCOPES, Group, Shares, on_all_ranks, own_group, sum_over_ranks
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
-from clipcov_stream.selection import learn, reads_lag, resolve
+from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
 
 class ClipCov(Algorithm):
@@ -88,7 +88,7 @@ class ClipCov(Algorithm):
             that travel encoded, undecodable images are found, and counted, among those chosen alone.
         dataset_size: samples of the data set, which the pools' `id` number from 0, so that it can be counted how often
             each was trained on (`repeats`), a byte each; None asks the loader's data set (`num_samples`, or its
-            length), and where that has none, or pools no `id`, nothing is counted.
+            length), and where that has none, ranks' data sets differ in it, or pools have no `id`, nothing is counted.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 
@@ -174,7 +174,7 @@ class ClipCov(Algorithm):
         self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
         self.embed_patch_dropout = embed_patch_dropout or None  # 0 leaves out as little
         self.max_invalid_ratio = max_invalid_ratio
-        if not (dataset_size is None or dataset_size >= 0):
+        if not (dataset_size is None or (isinstance(dataset_size, int) and dataset_size >= 0)):
             raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known, or None")
         self.dataset_size, self._asks_size = dataset_size or 0, dataset_size is None
         self.image_key, self.text_key = image_key, text_key
@@ -335,7 +335,9 @@ class ClipCov(Algorithm):
         if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
             dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         if self._asks_size:
-            self.dataset_size = size_of(getattr(state.dataloader, "dataset", None))
+            self.dataset_size = same_on_all_ranks(size_of(getattr(state.dataloader, "dataset", None)), state)
+        if plain(self.function) is not clipcov:
+            self.dataset_size = 0  # rivals do not count
         self._checked = False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
@@ -555,6 +557,14 @@ class ClipCov(Algorithm):
                 f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
                 f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
             )
+
+
+def same_on_all_ranks(size: int, state: State) -> int:
+    """The size of a data set if every rank says the same; else 0, for their ids are not those of one."""
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_global_rank()] = size
+    sum_over_ranks(sizes := state.device.tensor_to_device(sizes))
+    return size if bool((sizes == size).all()) else 0
 
 
 def share_buffers(model: nn.Module) -> None:

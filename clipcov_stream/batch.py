@@ -69,5 +69,5 @@ def size_of(dataset: Any) -> int:
     try:
         # Of a StreamingDataset the length is one rank's, of one epoch.
         return int(getattr(dataset, "num_samples", None) or len(dataset))
-    except (TypeError, NotImplementedError):
+    except Exception:  # whatever a stranger's __len__ raises, it does not say
         return 0

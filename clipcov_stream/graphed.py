@@ -38,8 +38,8 @@ class GraphedSelect:
     Everything else, and the first WARMUP pools of any one size, goes to `select` itself. If recording fails it warns
     once and leaves it at that. Its kernels and their order are those of `select`.
 
-    Costs: beside `select`, a copy of the pool's embeddings and of the state each way; memory for one recording, which
-    keeps what `select` allocates, some four times the embeddings.
+    Costs: beside `select`, a copy of the pool's embeddings and of the state, with its counts of repeats, each way;
+    memory for one recording, which keeps what `select` allocates, some four times the embeddings.
     """
 
     def __init__(self) -> None:

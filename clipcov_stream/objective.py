@@ -6,6 +6,7 @@ Pure functions of a pool and of the state. How picks are made from worths and an
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from clipcov_stream.sketch import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64, UInt8
+    from jaxtyping import Bool, Float, Int64, Integer, UInt8
 
 SKETCHES = ("stream", "opened", "kept")
 LAG_DECAY = 0.9
@@ -132,8 +133,8 @@ class SelectionState:
         lag_weight: sum of the decayed weights in `lag`.
         recent_image, recent_text: embeddings of recent survivors, over all ranks, the latest last.
         recent_weight: how many survivors each of these rows stands for; 0 in a place that is not filled yet.
-        times: how often each of the data set's samples was trained on since selection began, 255 at most, by id
-            (modulo MOST_COUNTS); empty where their number is not known.
+        times: how often each of the data set's samples was trained on since selection began, 255 at most, by id modulo
+            its length, which must be the same on all ranks; empty where the number of samples is not known.
         own: what this selector alone remembers (`rivals.REMEMBER`).
     """
 
@@ -187,19 +188,21 @@ class SelectionState:
             recent_image=zeros(dim),
             recent_text=zeros(dim),
             recent_weight=zeros(),
-            times=torch.zeros(min(dataset_size, MOST_COUNTS), dtype=torch.uint8, device=device),
+            times=torch.zeros(
+                min(dataset_size, MOST_COUNTS) if settings.repeats < math.inf else 0, dtype=torch.uint8, device=device
+            ),
         )
 
-    def times_of(self, ids: Int64[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
+    def times_of(self, ids: Integer[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
         """How often samples were trained on; None if that is not counted."""
         places = self.places(ids)
         return None if places is None else self.times.index_select(0, places).float()
 
-    def places(self, ids: Int64[Tensor, " n"] | None) -> Int64[Tensor, " n"] | None:
+    def places(self, ids: Integer[Tensor, " n"] | None) -> Int64[Tensor, " n"] | None:
         """Where in `times` samples are counted; None if they are not."""
         if ids is None or not len(self.times) or self.settings.repeats == math.inf:
             return None
-        return ids.to(self.times.device) % len(self.times)
+        return ids.to(self.times.device, torch.int64) % len(self.times)
 
     def generator(self) -> torch.Generator:
         """A CPU generator that depends on (seed, step, rank) alone."""
@@ -219,14 +222,14 @@ class SelectionState:
     def restored(self, state: dict[str, Any]) -> SelectionState:
         """This state with another's memories, from `state_dict`; settings, half-life included, and rank stay.
 
-        Of samples that the data set no longer has counts are dropped, and new ones begin at 0.
+        Of samples that the data set no longer has counts are dropped, with a warning, and new ones begin at 0.
 
         Raises:
             ValueError: keys missing, or sketches of other widths.
         """
         # Without novelty there are none, and states from before there were any are as good.
         state = state if self.settings.novelty > 0 else {**state, **{name: getattr(self, name) for name in RECENT}}
-        state = state if self.settings.repeats < math.inf else {**state, "times": self.times}
+        state = state if len(self.times) else {"times": self.times, **state}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
@@ -234,6 +237,12 @@ class SelectionState:
             raise ValueError(
                 f"selection state holds {len(state['recent_weight'])} recent survivors, not "
                 f"selection.recent={len(self.recent_weight)}"
+            )
+        if self.settings.repeats < math.inf and bool(state["times"][len(self.times) :].any()):
+            warnings.warn(
+                f"selection state counts what was trained on of {len(state['times'])} samples, the data set has "
+                f"{len(self.times)} (dataset_size): the other counts are dropped",
+                stacklevel=2,
             )
         sketches = {name: getattr(self, name).clone() for name in SKETCHES}
         for name, sketch in sketches.items():

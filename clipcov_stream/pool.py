@@ -13,7 +13,7 @@ from clipcov_stream.fused import fused
 from clipcov_stream.sketch import all_hold
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
+    from jaxtyping import Bool, Float, Int64, Integer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Pool:
         learner_image, learner_text, learner_logit_scale: the same samples seen by the model in training. Selectors in
             `rivals.NEEDS_LEARNER` read them, and `selection.learn`, where without them the embedder stands in.
         valid: (pool,) bool, False for samples that must not be chosen (an undecodable image, say).
-        ids: (pool,) int64, the samples' numbers in the data set; only `dissect` needs them.
+        ids: (pool,) integers, the samples' numbers in the data set: `clipcov` counts by them how often it trained on
+            each where it knows the data set's size, and `dissect` needs them.
         concepts: (pool, width) int64, the indices of each sample's concepts, padded with -1; only `concept_balance`
             needs them.
 
@@ -42,7 +43,7 @@ class Pool:
     learner_text: Float[Tensor, "_ _"] | None = None
     learner_logit_scale: float | Tensor | None = None
     valid: Bool[Tensor, "_"] | None = None
-    ids: Int64[Tensor, "_"] | None = None
+    ids: Integer[Tensor, "_"] | None = None
     concepts: Int64[Tensor, "_ _"] | None = None
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ runs in the training thread or ahead of it, in one of its own.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -295,7 +296,7 @@ class Preparation:
                 raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
             else:
                 image, text, scale = towers(self.embedder)
-            named = {"valid": valid, "ids": batch.get("id"), "concepts": batch.get("concepts")}
+            named = {"valid": valid, "ids": self._ids(batch), "concepts": batch.get("concepts")}
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
@@ -307,6 +308,19 @@ class Preparation:
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
+
+    def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""
+        ids = batch.get("id")
+        if not (isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()):
+            return None
+        if self.dataset_size and not ids.is_cuda and int(ids.max()) >= self.dataset_size:
+            warnings.warn(
+                f"ids of the pool reach {int(ids.max())}, but the data set has {self.dataset_size} samples: some share "
+                "a count of how often they were trained on. Give ClipCov the number that ids are below, dataset_size=",
+                stacklevel=2,
+            )
+        return ids
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""

@@ -12,8 +12,8 @@ from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, survivors_of, with_learner
-from clipcov_stream.rivals import SelectorFn
-from clipcov_stream.selection import learn, reads_lag, resolve
+from clipcov_stream.rivals import SelectorFn, plain
+from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -28,11 +28,12 @@ class Selector:
         settings: the knobs, with the defaults of `Settings`.
         rank: of this process, if each rank draws its own pools; with `all_reduce` each must have its own.
         all_reduce: sums a tensor over ranks in place, if there are several.
-        dataset_size: samples of the data set, which `Pool.ids` number from 0: `clipcov` then knows how often it trained
-            on each. 0: not known, and as good as new each time.
+        dataset_size: samples of the data set, which `Pool.ids` number from 0, the same on all ranks: `clipcov` then
+            counts how often it trained on each (`Settings.repeats`), and its gate opens what has most left to give
+            instead of the best scores. 0: not known, every pair is as good as new.
 
     Raises:
-        ValueError: a name that is not in SELECTORS.
+        ValueError: a name that is not in SELECTORS, or a negative dataset_size.
 
     >>> import torch
     >>> selector = Selector("clipcov", seed=0)
@@ -58,7 +59,9 @@ class Selector:
             self.settings = replace(self.settings, seed=seed)
         self.rank = rank
         self.all_reduce = all_reduce
-        self.dataset_size = dataset_size
+        if dataset_size < 0:
+            raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known")
+        self.dataset_size = dataset_size if plain(self.function) is clipcov else 0
         self.state: SelectionState | None = None
         self.report: dict[str, Tensor] = {}
         self.gain: Tensor | None = None
@@ -71,7 +74,7 @@ class Selector:
         survivor gained when it was picked (`selection.Selected`).
 
         Raises:
-            ValueError: as `select`; with `all_reduce`, ranks that share a number.
+            ValueError: as `select`; with `all_reduce`, ranks that share a number, or differ in dataset_size.
             RuntimeError: fewer valid candidates than survivors.
         """
         before = self._state_for(pool)
@@ -107,7 +110,10 @@ class Selector:
             device = pool.image.device
             if self.all_reduce is not None:  # what draws would draw alike on ranks of one number, and say nothing
                 ranks, _ = ranks_of(0, device, self.all_reduce)
-                gathered([torch.zeros(1, device=device)], self.rank, ranks, self.all_reduce)
+                own = torch.tensor([self.dataset_size], dtype=torch.float64, device=device)
+                sizes = gathered([own], self.rank, ranks, self.all_reduce)[0].tolist()
+                if len(set(sizes)) > 1:
+                    raise ValueError(f"dataset_size must be the same on all ranks, not {[int(size) for size in sizes]}")
             self.state = SelectionState.initial(
                 pool.image.shape[1], self.settings, self.rank, device, self.dataset_size
             )

@@ -26,15 +26,17 @@ def updated_memory(
     image: Float[Tensor, "survivors dim"],
     text: Float[Tensor, "survivors dim"],
     counted: Bool[Tensor, " survivors"],
-    ids: Int64[Tensor, " survivors"] | None,
+    places: Int64[Tensor, " survivors"] | None,
     all_reduce: AllReduce | None,
 ) -> dict[str, Tensor]:
     """RECENT and times once a step's survivors are trained on, of all ranks, in one collective.
 
     Of ranks that have other numbers of survivors each gives as many, one that has fewer some of them twice, which is
     counted once; one that has more leaves some out.
+
+    Args:
+        places: the survivors' (`SelectionState.places`); None where times are not counted, on all ranks alike.
     """
-    places = state.places(ids)
     if state.settings.novelty == 0 and places is None:
         return {}
     ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)

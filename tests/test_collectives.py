@@ -124,6 +124,29 @@ def test_ranks_count_what_all_of_them_trained_on(novelty):
     assert results[0][0].times.tolist() == np.bincount(every, minlength=99).tolist()
 
 
+def test_ranks_with_other_numbers_of_survivors_count_the_same_and_a_sample_of_two_ranks_once():
+    def work(rank, all_reduce):
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, dataset_size=9)
+        pool = replace(draw(12, 4, rank), ids=torch.arange(12) % 9)
+        return selector(pool, 3 + 4 * rank), selector.state
+
+    (few, state), (many, other) = on_ranks(2, work)
+    assert_same_state(state, other)
+    # Five of each in the mean, evenly spaced: two of the three twice.
+    chosen = {*(few[[0, 0, 1, 1, 2]] % 9).tolist(), *(many[[0, 1, 2, 4, 5]] % 9).tolist()}
+    assert state.times.tolist() == [int(number in chosen) for number in range(9)]
+
+
+def test_ranks_must_know_of_the_same_data_set():
+    def work(rank, all_reduce):
+        return Selector("clipcov", rank=rank, all_reduce=all_reduce, dataset_size=99 + rank)(draw(12, 4, rank), 4)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ValueError) and "dataset_size must be the same on all ranks, not [99, 100]" in str(
+            error
+        )
+
+
 @given(st.lists(st.integers(0, 2**38 - 1), min_size=1))
 def test_numbers_travel_exactly(numbers):
     digits = in_digits(torch.tensor(numbers))

@@ -55,10 +55,11 @@ def no_sync() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_selection_never_waits_for_the_device(dtype: torch.dtype) -> None:
     pools = [pool_of(640, 64, seed, "cuda", dtype) for seed in range(4)]
+    pools = [replace(pool, ids=torch.arange(640, device="cuda") + 99 * seed) for seed, pool in enumerate(pools)]
     learner = torch.randn(128, 32, device="cuda")
     scale = torch.tensor(30.0, device="cuda")
     for run in (select, GraphedSelect()):
-        state = SelectionState.initial(64, Settings(half_life=1e4), device="cuda")
+        state = SelectionState.initial(64, Settings(half_life=1e4), device="cuda", dataset_size=900)
 
         def step(state: SelectionState, pool: Pool) -> tuple[SelectionState, torch.Tensor]:
             state, survivors, *_ = run(state, pool, 128)  # noqa: B023

@@ -1,5 +1,6 @@
 """Selection: the objective's pieces against the oracle, then what every selector must obey."""
 
+import contextlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -854,7 +855,7 @@ def test_it_is_counted_how_often_each_sample_was_trained_on():
 @pytest.mark.parametrize("without", ["knob", "size", "ids"])
 def test_what_is_not_counted_changes_nothing(without):
     pools = [draw(20, 3, seed) for seed in range(4)]
-    plain_, ids = counting(pools, 5, 0)
+    plain_, ids = counting(pools, 5, 0, repeats=math.inf)
     if without == "ids":
         got = SelectionState.initial(3, Settings(), dataset_size=40)
         for pool in pools:
@@ -862,7 +863,11 @@ def test_what_is_not_counted_changes_nothing(without):
     else:
         got, others = counting(pools, 5, 40 if without == "knob" else 0, repeats=math.inf if without == "knob" else 1.0)
         assert all(map(torch.equal, ids, others))
-    assert not got.times.any() and "repeats" not in select(got, replace(pools[0], ids=None), 5).report
+    assert (
+        len(got.times) == (40 if without == "ids" else 0)
+        and not got.times.any()
+        and "repeats" not in select(got, replace(pools[0], ids=None), 5).report
+    )
     assert_same_state(replace(got, times=plain_.times), plain_)
 
 
@@ -897,12 +902,24 @@ def test_counts_go_on_with_a_data_set_that_has_grown_or_shrunk():
     state, _ = counting([draw(20, 3, seed) for seed in range(3)], 5)
     saved = state.state_dict()
     for size in (30, 40, 55):
-        times = SelectionState.initial(3, Settings(), dataset_size=size).restored(saved).times
+        fresh = SelectionState.initial(3, Settings(), dataset_size=size)
+        dropped = state.times[size:].any()
+        with pytest.warns(UserWarning, match="has 30 .dataset_size.") if dropped else contextlib.nullcontext():
+            times = fresh.restored(saved).times
+        assert dropped == (size == 30)
         assert times.tolist() == [*state.times.tolist(), *[0] * 15][:size]
     del saved["times"]
     with pytest.raises(ValueError, match=r"selection state lacks .'times'."):
         SelectionState.initial(3, Settings(), dataset_size=40).restored(saved)
-    assert not SelectionState.initial(3, Settings(repeats=math.inf), dataset_size=40).restored(saved).times.any()
+    for fresh in (SelectionState.initial(3, Settings(repeats=math.inf), dataset_size=40), after([draw(20, 3)])):
+        assert not len(fresh.restored(saved).times)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_ids_of_any_integer_type_are_counted(dtype):
+    pool = draw(20, 3)
+    (want, _), (got, _) = counting([pool], 5), counting([replace(pool, ids=pool.ids.to(dtype))], 5)
+    assert torch.equal(got.times, want.times) and want.times.any()
 
 
 @pytest.mark.parametrize("novelty", [0.0, 2.0])
