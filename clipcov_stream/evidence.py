@@ -82,15 +82,16 @@ class Matching:
         """`gate` valid samples for each that is estimated to match, at least `num_survivors`: those of highest score.
 
         Args:
-            wear: what each pair's log posterior has lost since it was new; then those are open that have most left, of
-                equal ones those of highest score.
+            wear: what each pair's log posterior has lost since it was new. If any valid pair has lost some, those are
+                open that have most left, of equal ones those of highest score.
         """
         count = valid.sum()
         num_open = (gate * self.share * count).clamp_min(num_survivors) if gate < float("inf") else count
         score = self.score if all_hold(valid) else self.score.masked_fill(~valid, -torch.inf)
         order = torch.sort(score, descending=True, stable=True).indices
         if wear is not None:
-            left = (self.posterior(valid).log() - wear).index_select(0, order)  # -inf where a sample is not valid
+            # By score alone while all are new: with the teacher that is better by .01 (tools/LOG.md).
+            left = torch.where((wear * valid).any(), self.posterior(valid).log() - wear, 0.0).index_select(0, order)
             order = order.index_select(0, torch.sort(left, descending=True, stable=True).indices)
         if sync_is_free(order):
             return torch.zeros_like(valid).index_fill_(0, order[: math.ceil(num_open)], True).logical_and_(valid)

@@ -29,8 +29,7 @@ class Selector:
         rank: of this process, if each rank draws its own pools; with `all_reduce` each must have its own.
         all_reduce: sums a tensor over ranks in place, if there are several.
         dataset_size: samples of the data set, which `Pool.ids` number from 0, the same on all ranks: `clipcov` then
-            counts how often it trained on each (`Settings.repeats`), and its gate opens what has most left to give
-            instead of the best scores. 0: not known, every pair is as good as new.
+            counts how often it trained on each (`Settings.repeats`). 0: not known, every pair is as good as new.
 
     Raises:
         ValueError: a name that is not in SELECTORS, or a negative dataset_size.

@@ -97,7 +97,10 @@ def test_the_gate_opens_what_has_most_left(gate, free, monkeypatch):
     pool, valid = draw(200, 8, 0.5), torch.arange(200) % 9 != 4
     match = matching(prepared(replace(pool, valid=valid)), 4096)
     wear = torch.randint(0, 9, (200,), generator=torch.Generator().manual_seed(1)).float()
-    for lost in (torch.zeros(200), wear):
+    beyond = torch.where(valid, 0.0, 3.0)  # what is not valid has no say
+    for unworn in (torch.zeros(200), beyond):
+        assert torch.equal(match.opened(valid, gate, 10, unworn), match.opened(valid, gate, 10))
+    for lost in (wear, torch.where(torch.arange(200) == 0, 1.0, 0.0)):
         open_ = match.opened(valid, gate, 10, lost)
         left = (match.posterior(valid).log() - lost).numpy()
         number = math.ceil(float(gate * match.share * valid.sum())) if gate < math.inf else 200

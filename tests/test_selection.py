@@ -871,6 +871,14 @@ def test_what_is_not_counted_changes_nothing(without):
     assert_same_state(replace(got, times=plain_.times), plain_)
 
 
+def test_until_a_pair_wears_out_counting_changes_no_choice():
+    pools = [replace(draw(20, 3, seed), ids=torch.arange(20) + 20 * (seed % 2)) for seed in range(4)]
+    # Two passes: nothing was trained on more often than `repeats`, 1, before.
+    (_, ids), (_, others) = counting(pools, 5), counting(pools, 5, 0)
+    assert all(map(torch.equal, ids, others))
+    assert not all(map(torch.equal, counting(pools * 4, 12)[1], counting(pools * 4, 12, 0)[1]))
+
+
 def test_the_gate_reads_how_often_each_was_trained_on():
     """Survivors by the oracle: the most worth of those that have most left to give."""
     pool, knobs = draw(60, 5, 3), {"coverage": 0.0, "balance": 0.0, "novelty": 0.0, "learnability": 0.0, "gate": 0.8}
