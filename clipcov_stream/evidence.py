@@ -90,7 +90,7 @@ class Matching:
         score = self.score if all_hold(valid) else self.score.masked_fill(~valid, -torch.inf)
         order = torch.sort(score, descending=True, stable=True).indices
         if wear is not None:
-            # By score alone while all are new: with the teacher that is better by .01 (tools/LOG.md).
+            # By score alone while none is worn: a run of few passes is what it is where nothing is counted.
             left = torch.where((wear * valid).any(), self.posterior(valid).log() - wear, 0.0).index_select(0, order)
             order = order.index_select(0, torch.sort(left, descending=True, stable=True).indices)
         if sync_is_free(order):
