@@ -357,7 +357,8 @@ def test_a_resumed_run_takes_the_half_life_it_is_given(tmp_path: Path, corpus: P
     trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
     selection = algorithm_of(trainer).selection
     assert selection is not None and selection.stream.half_life == 20 * 32
-    other = SelectionState.initial(16, Settings(half_life=99.0)).restored(selection.state_dict())
+    size = algorithm_of(trainer).dataset_size
+    other = SelectionState.initial(16, Settings(half_life=99.0), dataset_size=size).restored(selection.state_dict())
     assert other.stream.half_life == other.kept.half_life == 99.0
     assert torch.equal(other.stream.cross_cov, selection.stream.cross_cov)
 
