@@ -10,8 +10,9 @@ corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
    is estimated, and `gate` times as many of the best stay open (`evidence.matching`). Where the data set is passed over
-   many times, the best are those that have most left to give: a pair's chance to match counts half for every time
-   that it was trained on, but for the first `repeats`, until a doubtful one that is new is worth more.
+   many times, the best are those that have most left to give: a pair's chance to match counts a half, a third, a
+   quarter and so on from the time on that it was trained on more than `repeats` times, until a doubtful one that is
+   new is worth more.
 2. What is common? An open pair is worth less the denser its image and its caption lie, and the more of its like were
    trained on lately, so that popular concepts and near-duplicates do not fill the batch again and again
    (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); and more if it
@@ -58,7 +59,7 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """Survivors that preserve the cross-covariance of what matches, the rare before the common.
 
     A pair is open if it is among the `gate * share` best matches of the pool: by score, or, once any of the pool was
-    trained on more than `repeats` times, by posterior_i * 2^-max(times_i - repeats, 0), times_i how often each was. If
+    trained on more than `repeats` times, by posterior_i / (1 + max(times_i - repeats, 0)), times_i how often each was. If
     fewer are left than survivors are needed, the best matches are all that survives. An open pair is worth
 
         w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
@@ -153,7 +154,7 @@ def aim_of(
     framed = aside(lambda: Frame.of(state.stream, settings.ridge), pool.image.device)
     match = matching(pool, settings.references)
     times = state.times_of(pool.ids)
-    wear = None if times is None else math.log(2) * (times - settings.repeats).clamp_min(0)
+    wear = None if times is None else (times - settings.repeats).clamp_min(0).log1p()
     open_ = match.opened(valid, settings.gate, num_survivors, wear)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
     common = settings.balance * log_density(image, text, among, settings.references)

@@ -887,7 +887,7 @@ def test_the_gate_reads_how_often_each_was_trained_on():
     state = replace(state, times=torch.randint(0, 9, (60,), dtype=torch.uint8))
     selected, unit = select(state, pool, 9), prepared(pool)
     match = matching(unit, 4096)
-    left = np.asarray(match.posterior(unit.valid), np.float64) * 0.5 ** np.maximum(state.times.numpy() - 1.0, 0.0)
+    left = np.asarray(match.posterior(unit.valid), np.float64) / (1 + np.maximum(state.times.numpy() - 1.0, 0.0))
     order = np.lexsort((-match.score.numpy(), -left))
     num_open = math.ceil(0.8 * float(match.share) * 60)
     among = np.zeros(60, dtype=bool)
