@@ -307,7 +307,7 @@ def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
     saved = ClipCov(filter_ratio=0.75).state_dict()
     saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
     ClipCov(filter_ratio=0.75, unevenness=0.0, novelty=0.0, repeats=math.inf).load_state_dict(saved)
-    wanted = "selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0; selection.repeats=inf, not 1.0"
+    wanted = "selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0; selection.repeats=inf, not 2.0"
     with pytest.raises(ValueError, match=wanted):
         ClipCov(filter_ratio=0.75).load_state_dict(saved)
 

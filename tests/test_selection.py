@@ -861,7 +861,7 @@ def test_what_is_not_counted_changes_nothing(without):
         for pool in pools:
             got = select(got, replace(pool, ids=None), 5).state
     else:
-        got, others = counting(pools, 5, 40 if without == "knob" else 0, repeats=math.inf if without == "knob" else 1.0)
+        got, others = counting(pools, 5, 40 if without == "knob" else 0, repeats=math.inf if without == "knob" else 2.0)
         assert all(map(torch.equal, ids, others))
     assert (
         len(got.times) == (40 if without == "ids" else 0)
@@ -873,7 +873,7 @@ def test_what_is_not_counted_changes_nothing(without):
 
 def test_until_a_pair_wears_out_counting_changes_no_choice():
     pools = [replace(draw(20, 3, seed), ids=torch.arange(20) + 20 * (seed % 2)) for seed in range(4)]
-    # Two passes: nothing was trained on more often than `repeats`, 1, before.
+    # Two passes: nothing was trained on more often than `repeats`, 2, before.
     (_, ids), (_, others) = counting(pools, 5), counting(pools, 5, 0)
     assert all(map(torch.equal, ids, others))
     assert not all(map(torch.equal, counting(pools * 4, 12)[1], counting(pools * 4, 12, 0)[1]))
@@ -887,7 +887,7 @@ def test_the_gate_reads_how_often_each_was_trained_on():
     state = replace(state, times=torch.randint(0, 9, (60,), dtype=torch.uint8))
     selected, unit = select(state, pool, 9), prepared(pool)
     match = matching(unit, 4096)
-    left = np.asarray(match.posterior(unit.valid), np.float64) / (1 + np.maximum(state.times.numpy() - 1.0, 0.0))
+    left = np.asarray(match.posterior(unit.valid), np.float64) / (1 + np.maximum(state.times.numpy() - 2.0, 0.0))
     order = np.lexsort((-match.score.numpy(), -left))
     num_open = math.ceil(0.8 * float(match.share) * 60)
     among = np.zeros(60, dtype=bool)
