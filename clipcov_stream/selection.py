@@ -59,8 +59,8 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     """Survivors that preserve the cross-covariance of what matches, the rare before the common.
 
     A pair is open if it is among the `gate * share` best matches of the pool: by score, or, once any of the pool was
-    trained on more than `repeats` times, by posterior_i / (1 + max(times_i - repeats, 0)), times_i how often each was. If
-    fewer are left than survivors are needed, the best matches are all that survives. An open pair is worth
+    trained on more than `repeats` times, by posterior_i / (1 + max(times_i - repeats, 0)), times_i how often each was.
+    If fewer are left than survivors are needed, the best matches are all that survives. An open pair is worth
 
         w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
 
