@@ -63,10 +63,10 @@ class Settings:
             (`evidence.log_exposure`); like `balance` as far as the pool is uneven.
         recent: survivors that stand for all of the last RECENT_STEPS steps' there, those of more steps if a batch is
             smaller than recent / RECENT_STEPS.
-        repeats: how often a pair may be trained on again before it wears out: of one that was n times more its chance
-            to match counts 1 / (1 + n), what the n-th of its like adds to a log of counts (`evidence.log_exposure`).
-            The gate opens the pairs that have most left (`evidence.Matching`): over many passes the doubtful get their
-            turn, the sooner the less sure the embedder is. inf: nothing wears out.
+        repeats: how often a pair may be trained on before it wears out: once it was `repeats` + n times, its chance to
+            match counts 1 / (1 + n), what one more adds to a log of counts (`evidence.log_exposure`). The gate opens
+            the pairs that have most left (`evidence.Matching`): over many passes the doubtful get their turn, the
+            sooner the less sure the embedder is. inf: nothing wears out.
         quality: worth per standard deviation of the margin over the open candidates.
         learnability: worth per standard deviation of the lag over the open candidates.
         coverage: weight of the distance to the target, beside what pairs are worth.

@@ -872,10 +872,11 @@ def test_what_is_not_counted_changes_nothing(without):
 
 
 def test_until_a_pair_wears_out_counting_changes_no_choice():
-    pools = [replace(draw(20, 3, seed), ids=torch.arange(20) + 20 * (seed % 2)) for seed in range(4)]
-    # Two passes: nothing was trained on more often than `repeats`, 2, before.
+    pools = [replace(draw(20, 3, seed), ids=torch.arange(20) + 20 * (seed % 2)) for seed in range(6)]
+    # Three passes: before the last nothing was trained on more often than `repeats`, 2.
     (_, ids), (_, others) = counting(pools, 5), counting(pools, 5, 0)
     assert all(map(torch.equal, ids, others))
+    assert not all(map(torch.equal, counting(pools, 5, repeats=1.0)[1], others))
     assert not all(map(torch.equal, counting(pools * 4, 12)[1], counting(pools * 4, 12, 0)[1]))
 
 
@@ -900,10 +901,10 @@ def test_the_gate_reads_how_often_each_was_trained_on():
 def test_over_many_passes_every_pair_has_its_turn():
     pool = replace(draw(64, 5, 1), ids=torch.arange(64))
     trained = {}
-    for repeats in (0.0, 1.0, math.inf):  # eight are open, those with most left
+    for repeats in (0.0, 2.0, math.inf):  # eight are open, those with most left
         chosen = torch.cat(counting([pool] * 120, 8, 64, repeats=repeats, gate=1e-6)[1]).unique()
         trained[repeats] = len(chosen)
-    assert trained == {0.0: 64, 1.0: 64, math.inf: 8}
+    assert trained == {0.0: 64, 2.0: 64, math.inf: 8}
 
 
 def test_counts_go_on_with_a_data_set_that_has_grown_or_shrunk():
