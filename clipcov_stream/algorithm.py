@@ -39,6 +39,12 @@ from clipcov_stream.ranks import SCOPES, Group, Shares, on_all_ranks, own_group,
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
+SOFT_START = 0.5
+"""Of `ClipCov`, with the teacher; measured in tools/LOG.md."""
+
+RIVALS_WARMUP = "100ba"
+"""Of selectors that would trust the teacher from the first step on."""
+
 
 class ClipCov(Algorithm):
     """Trains on the survivors of every candidate pool: samples that match, are rare and preserve the cross-covariance.
@@ -54,6 +60,10 @@ class ClipCov(Algorithm):
         selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
             kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
+            None is "100ba" for rivals with the teacher, and else none: clipcov has its `soft_start`.
+        soft_start: share of the matching pairs that the embedder must tell from chance before all survivors are chosen;
+            with less, some are random in proportion (`start.num_places`), so that selection begins when the embedder is
+            ready. None is SOFT_START for the teacher, which is in training, and 0 for embedders that are not.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
         coverage, learnability, gate, balance, unevenness, novelty, recent, repeats, quality, overshoot, memory,
@@ -101,7 +111,7 @@ class ClipCov(Algorithm):
         filter_ratio: float = 0.8,
         embed: str = "teacher",
         selector: str | SelectorFn = "clipcov",
-        warmup: str | int = "100ba",
+        warmup: str | int | None = None,
         half_life: float | None = None,
         coverage: float = Settings.coverage,
         learnability: float = Settings.learnability,
@@ -119,6 +129,7 @@ class ClipCov(Algorithm):
         memory: float = Settings.memory,
         ridge: float = Settings.ridge,
         references: int = Settings.references,
+        soft_start: float | None = None,
         proxy: nn.Module | None = None,
         teacher_momentum: float = 0.99,
         logit_scale: float = 100.0,
@@ -145,7 +156,7 @@ class ClipCov(Algorithm):
         self.filter_ratio = filter_ratio
         self.embed = embed
         self.scope = scope
-        self.warmup = parse_warmup(warmup)
+        self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.half_life = half_life
         self.settings = Settings(
             half_life=math.inf if half_life is None else half_life,
@@ -162,6 +173,7 @@ class ClipCov(Algorithm):
             memory=memory,
             ridge=ridge,
             references=references,
+            soft_start=(SOFT_START if embed == "teacher" else 0.0) if soft_start is None else soft_start,
             seed=seed,
         )
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
@@ -226,6 +238,10 @@ class ClipCov(Algorithm):
             f"ClipCov(filter_ratio={self.filter_ratio}, embed={self.embed!r}, selector={self.selector!r}, "
             f"warmup={self.warmup.to_timestring()!r}, settings={self.settings})"
         )
+
+    def _own_warmup(self) -> str:
+        learns = self.uses_embeddings and self.embed == "teacher"
+        return RIVALS_WARMUP if learns and plain(self.function) is not clipcov else "0ba"
 
     @property
     def uses_embeddings(self) -> bool:

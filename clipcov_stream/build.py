@@ -301,7 +301,7 @@ def build_selection(
         scale = own
     proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
     knobs = ("coverage", "learnability", "gate", "balance", "unevenness", "quality")
-    knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references")
+    knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
     optional = given(config, *knobs, "teacher_momentum", *passes)
     return ClipCov(

@@ -121,7 +121,7 @@ class SelectionConfig:
     filter_ratio: float = 0.8
     embed: str = "teacher"
     scope: str = "local"
-    warmup: str | int = "100ba"
+    warmup: str | int | None = None
     half_life: float | None = None
     coverage: float | None = None
     learnability: float | None = None
@@ -136,6 +136,7 @@ class SelectionConfig:
     memory: float | None = None
     ridge: float | None = None
     references: int | None = None
+    soft_start: float | None = None
     seed: int | None = None
     proxy: ProxyConfig | None = None
     teacher_momentum: float | None = None

@@ -64,29 +64,45 @@ class Matching:
         2003), so that s a p^(a - 1) / (1 - s + s a p^(a - 1)) of those at p match. s is Storey's, a that of their mean.
         Where it errs it is too low in the middle, by .4 at most over tenths of a noisy corpus (tools/LOG.md).
         """
+        share, power = self._mixture(valid)
+        matched = share * power * self.p_value.clamp_min(LEAST_P_VALUE).pow(power - 1)
+        return (matched / (1 - share + matched)).masked_fill(~valid, 0.0)
+
+    def _mixture(self, valid: Bool[Tensor, " pool"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """s and a of `posterior`."""
         share = self.share.clamp(0.02, 0.98)
         mean = (self.p_value * valid).sum() / valid.sum().clamp_min(1)
         # (1 - s) / 2 + s a / (1 + a) is the mean of the mixture.
         own = ((mean - (1 - share) / 2) / share).clamp(0.01, 0.49)
-        power = own / (1 - own)
-        matched = share * power * self.p_value.clamp_min(LEAST_P_VALUE).pow(power - 1)
-        return (matched / (1 - share + matched)).masked_fill(~valid, 0.0)
+        return share, own / (1 - own)
+
+    def told(self, valid: Bool[Tensor, " pool"], likely: float) -> Float[Tensor, ""]:
+        """Share of the matching pairs that can be told from chance: those more likely to match than `likely`; 0-dim.
+
+        By `posterior`, and for p-values too small to be told from one another by all of them together, in which a good
+        embedder's matches gather: of those below p a share s p^a / (s p^a + (1 - s) p) matches.
+        """
+        share, power = self._mixture(valid)
+        matched = share * LEAST_P_VALUE**power
+        least = (self.p_value <= LEAST_P_VALUE) & (matched / (matched + (1 - share) * LEAST_P_VALUE) > likely)
+        num = (valid & (least | (self.posterior(valid) > likely))).sum()
+        return num / (self.share * valid.sum()).clamp_min(1)
 
     def opened(
         self,
         valid: Bool[Tensor, " pool"],
         gate: float,
-        num_survivors: int,
+        least: Float[Tensor, ""] | float | int,
         wear: Float[Tensor, " pool"] | None = None,
     ) -> Bool[Tensor, " pool"]:
-        """`gate` valid samples for each that is estimated to match, at least `num_survivors`: those of highest score.
+        """`gate` valid samples for each that is estimated to match, at least `least`: those of highest score.
 
         Args:
             wear: what each pair's log posterior has lost since it was new. If any valid pair has lost some, those are
                 open that have most left, of equal ones those of highest score.
         """
         count = valid.sum()
-        num_open = (gate * self.share * count).clamp_min(num_survivors) if gate < float("inf") else count
+        num_open = (gate * self.share * count).clamp_min(least) if gate < float("inf") else count
         score = self.score if all_hold(valid) else self.score.masked_fill(~valid, -torch.inf)
         order = torch.sort(score, descending=True, stable=True).indices
         if wear is not None:

@@ -135,8 +135,8 @@ def noted(selection: Any) -> Noted:
         survivors = [sample for ids, _ in shares for sample in ids]
         if gain is not None:
             gain = [value for _, values in shares for value in values]
-            # Each rank's share is in order; by gain is nearly the order in which all were chosen.
-            order = np.argsort(-np.nan_to_num(gain), kind="stable").tolist()
+            # Each rank's share is in order; by gain is nearly the order in which all were chosen, random ones last.
+            order = np.argsort(-np.nan_to_num(gain, nan=-np.inf), kind="stable").tolist()
             survivors, gain = [survivors[place] for place in order], [gain[place] for place in order]
     alignment = as_list(selection.alignment)
     is_warmup = selection.uses_embeddings and alignment is None

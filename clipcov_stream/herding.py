@@ -167,7 +167,7 @@ class Herding:
         push = 0.5 * (overlap.sum() - overlap.diagonal().sum())
         return self.worth.index_select(0, index).sum() + self.coverage * (pull - push)
 
-    def picks(self, chunk: int | None = None) -> Picks:
+    def picks(self, chunk: int | None = None, num: Float[Tensor, ""] | float | None = None) -> Picks:
         """Choose `num_survivors`.
 
         Args:
@@ -175,6 +175,7 @@ class Herding:
                 look before. 1 is exact; so is any chunk that finds no more than NEAR * chunk valid samples. None is
                 CHUNK; on a CPU all, and exact, where the pool is so small that one table is the least work; and on a
                 GPU, if that is more, as many as make LOOKS looks, among NEAR_OF_LOOKS * chunk.
+            num: how many of the first picks the slack is of; None is all.
 
         Costs: 4 * pool * survivors * dim flops and no host sync but on a CPU, where it is free; a table of pool x
             chunk, or on a GPU, with Triton, half-precision copies of the rows and a table of (near * chunk)^2.
@@ -192,7 +193,7 @@ class Herding:
         else:
             index, gain = self._picks(chunk, near)
         exact = near * min(chunk, self.num_survivors) >= len(self.worth)
-        return Picks(index, gain, gain.new_zeros(()) if exact else self.slack(index, gain))
+        return Picks(index, gain, gain.new_zeros(()) if exact else self.slack(index, gain, num))
 
     def _at_once(self) -> bool:
         """Whether one table of the whole pool is less work than a look at it every CHUNK picks: up to about twice the
@@ -227,7 +228,12 @@ class Herding:
             gain = gain.add_(along, alpha=coverage * size).sub_(overlap.sum(1), alpha=coverage)
             gain.index_fill_(0, picked[-1], -math.inf)
 
-    def slack(self, index: Int64[Tensor, " survivors"], gain: Float[Tensor, " survivors"]) -> Float[Tensor, ""]:
+    def slack(
+        self,
+        index: Int64[Tensor, " survivors"],
+        gain: Float[Tensor, " survivors"],
+        num: Float[Tensor, ""] | float | None = None,
+    ) -> Float[Tensor, ""]:
         """By how much the mean gain of those left at most exceeds a pick's; 0-dim, 0 where every pick is exact.
 
         All from sums over the picks. Before pick t the gain of i is worth_i + coverage * ((t + 1) <A, z_i> - sum_{s <
@@ -237,14 +243,18 @@ class Herding:
         Args:
             index: valid atoms in the order picked.
             gain: of each when it was picked.
+            num: of the first picks alone; None is all.
         """
         x, y = self.image.index_select(0, index), self.text.index_select(0, index)
         with_all = along(x, y, self.mean_atom)
         worth, pull, size = (of.index_select(0, index) for of in (self.worth, self.along, self.squares))
         every = (self.worth, self.valid, self.mean_atom, self.aim)
-        return slack_of(gain, with_all, worth, pull, size, *every, self.coverage)
+        num = float(len(index)) if num is None else num
+        return slack_of(gain, with_all, worth, pull, size, *every, self.coverage, num)
 
-    def bound(self, slack: Float[Tensor, ""] | float = 0.0) -> Float[Tensor, ""]:
+    def bound(
+        self, slack: Float[Tensor, ""] | float = 0.0, num: Float[Tensor, ""] | float | None = None
+    ) -> Float[Tensor, ""]:
         """What ||C_S - A||_F of the picks cannot exceed, whatever the atoms, the worths and the aim.
 
             ||C_S - A|| <= ||C_N - A|| + sqrt((s^2 + 2 (D + slack) / coverage) (N - (K + 1) / 2) / (K (N - 1)))
@@ -256,9 +266,11 @@ class Herding:
 
         Args:
             slack: of the picks.
+            num: K, of the first picks alone; None is all of them.
         """
+        num = float(self.num_survivors) if num is None else num
         parts = (self.squares, self.along, self.worth, self.valid, self.mean_atom, self.aim)
-        return bound_of(*parts, slack, self.coverage, self.num_survivors)
+        return bound_of(*parts, slack, self.coverage, num)
 
 
 @fused
@@ -273,6 +285,7 @@ def slack_of(
     mean_atom: Tensor,
     aim: Tensor,
     coverage: float,
+    num: Tensor | float,
 ) -> Tensor:
     """`Herding.slack`, of what it needs of the picks and of all."""
     # In double: the sums are over all picks and differ by little.
@@ -289,7 +302,7 @@ def slack_of(
     mean = (every - rest + coverage * later * (along_all - pulls)) / at_least(count - later + 1, 1)
     # Rounding: sums over the pool, of gains that themselves are sums.
     noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
-    return (mean - found - noise).amax().clamp_min(0).to(all_worths)
+    return (mean - found - noise).masked_fill(later > num, 0.0).amax().clamp_min(0).to(all_worths)
 
 
 @fused
@@ -302,7 +315,7 @@ def bound_of(
     aim: Tensor,
     slack: Tensor | float,
     coverage: float,
-    num: int,
+    num: Tensor | float,
 ) -> Tensor:
     """`Herding.bound`, of what it needs of the atoms."""
     count = number(valid.sum())

@@ -77,6 +77,9 @@ class Settings:
         ridge: added to both covariances before whitening, as a fraction of their mean variance.
         references: samples of the pool that every candidate is compared with, for its match and its density; a pool
             that has no more is compared with all of itself.
+        soft_start: share of the matching pairs that the embedder must tell from chance before selection has the choice
+            of all survivors; with less, survivors are random in proportion (`start.num_places`). For an embedder that
+            is still in training; 0 trusts it from the first pool on.
         seed: of everything random: rivals that draw, and the survivors of a warm-up. clipcov draws nothing.
 
     Raises:
@@ -97,6 +100,7 @@ class Settings:
     memory: float = 1.0
     ridge: float = 0.1
     references: int = 256
+    soft_start: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,6 +115,10 @@ class Settings:
                 raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
         if not self.repeats >= 0:
             raise ValueError(f"selection.repeats={self.repeats} must be at least 0; inf lets no pair wear out")
+        if not 0 <= self.soft_start <= 1:
+            raise ValueError(
+                f"selection.soft_start={self.soft_start} must be from 0 to 1, a share of the matching pairs"
+            )
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ValueError(f"selection.ridge={self.ridge} must be a finite number above 0")
         if not (isinstance(self.references, int) and self.references >= 2):

@@ -20,6 +20,9 @@ corpus:
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
    that of the open pairs (`herding.Herding`).
 
+An embedder that is still in training chooses no more of them than it has learned to judge; the rest are random
+(`start.num_places`).
+
 That cross-covariance takes the place of the paper's sums per latent class (CLIPCov: Joshi, Jain, Payani,
 Mirzasoleiman, AISTATS 2024, arXiv 2403.12267), which need a partition of the whole data set.
 """
@@ -49,6 +52,7 @@ from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.products import in_full
 from clipcov_stream.rivals import REMEMBER, RIVALS, SelectorFn, plain
 from clipcov_stream.sketch import CrossCovSketch, sync_is_free
+from clipcov_stream.start import num_places, with_random
 from clipcov_stream.trained import updated_memory
 
 if TYPE_CHECKING:
@@ -60,7 +64,8 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
 
     A pair is open if it is among the `gate * share` best matches of the pool: by score, or, once any of the pool was
     trained on more than `repeats` times, by posterior_i / (1 + max(times_i - repeats, 0)), times_i how often each was.
-    If fewer are left than survivors are needed, the best matches are all that survives. An open pair is worth
+    If fewer are left than survivors are needed, the best matches are all that survives; with a `soft_start` some places
+    are random until the embedder tells so much of the matches from chance (`start.num_places`). An open pair is worth
 
         w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
 
@@ -102,22 +107,27 @@ def choose(
 
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
         unevenness, of those, where the settings ask for it (`evidence.unevenness`);
+        random_share, of survivors, of a soft start (`start.num_places`), where the settings ask for one;
         repeats, how often survivors were trained on before, in the mean, where it is counted;
-        aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`).
+        aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`),
+            both of those survivors that are not random.
     """
     aimed = aim_of(pool, num_survivors, state, all_reduce, elapsed)
-    herding = aimed.herding
-    picks = herding.picks()
+    herding, places = aimed.herding, aimed.places
+    picks = herding.picks(num=places)
     image, text = (rows.index_select(0, picks.index) for rows in (herding.image, herding.text))
+    if isinstance(places, Tensor):  # a GPU picks as many as survive, and the first have places
+        text = text * (torch.arange(num_survivors, device=text.device) < places)[:, None]
     figures = {
         **aimed.figures,
-        "aim_residual": (image.T @ text / num_survivors - herding.aim).norm() / aimed.size,
-        "aim_residual_bound": herding.bound(picks.slack) / aimed.size,
+        "aim_residual": (image.T @ text / places - herding.aim).norm() / aimed.size,
+        "aim_residual_bound": herding.bound(picks.slack, places) / aimed.size,
     }
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
+    survivors, gain = with_random(survivors, picks.gain, places, valid_of(pool), num_survivors)
     if aimed.times is not None:
         figures["repeats"] = aimed.times.index_select(0, survivors).mean()
-    return Choice(survivors, picks.gain, aimed.opened, figures)
+    return Choice(survivors, gain, aimed.opened, figures)
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class Aimed:
         herding: worths and aim of the open candidates.
         opened: the target's sketch, this pool included.
         size: 0-dim, norm of the whitened target.
+        places: how many survivors the herding has the choice of; the others are random.
         times: (pool,) how often each candidate was trained on; None where that is not counted.
         figures: of the gate, 0-dim.
     """
@@ -137,6 +148,7 @@ class Aimed:
     herding: Herding
     opened: CrossCovSketch
     size: Tensor
+    places: Tensor | float
     times: Tensor | None
     figures: dict[str, Tensor]
 
@@ -155,8 +167,11 @@ def aim_of(
     match = matching(pool, settings.references)
     times = state.times_of(pool.ids)
     wear = None if times is None else (times - settings.repeats).clamp_min(0).log1p()
-    open_ = match.opened(valid, settings.gate, num_survivors, wear)
-    rows, image, text, among, score = narrowed(pool, open_, match.score, num_survivors)
+    # Who opens every candidate asks for no evidence.
+    places = num_places(match, valid, num_survivors, settings.soft_start if settings.gate < math.inf else 0.0)
+    num_picks = num_survivors if isinstance(places, Tensor) else int(places)
+    open_ = match.opened(valid, settings.gate, places, wear)
+    rows, image, text, among, score = narrowed(pool, open_, match.score, num_picks)
     common = settings.balance * log_density(image, text, among, settings.references)
     opened = state.opened.fork()
     counted = among if rows is None else None  # all of those that were copied count
@@ -172,6 +187,8 @@ def aim_of(
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
     figures, crowding = {"matched_share": match.share}, 1.0
+    if settings.soft_start > 0:
+        figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
     if settings.unevenness > 0:
         figures["unevenness"] = unevenness(*whitened, among, settings.references)
         crowding = (figures["unevenness"] / settings.unevenness).clamp_max(1).square()
@@ -183,22 +200,22 @@ def aim_of(
         worth = worth + settings.learnability * standardize(along(*whitened, lag), among)
     aim = settings.overshoot * target + settings.memory * (target - memory)
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
-    herding = Herding(*whitened, worth, aim, settings.coverage, among, num_survivors, mean_atom)
+    herding = Herding(*whitened, worth, aim, settings.coverage, among, num_picks, mean_atom)
     figures["open_share"] = open_.sum() / valid.sum().clamp_min(1)
-    return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), times, figures)
+    return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), places, times, figures)
 
 
 def narrowed(
-    pool: Pool, open_: Bool[Tensor, " pool"], score: Float[Tensor, " pool"], num_survivors: int
+    pool: Pool, open_: Bool[Tensor, " pool"], score: Float[Tensor, " pool"], num_picks: int
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """The open candidates' numbers, image and text rows, a mask of which count, and scores.
 
     Where their number can be read for nothing they are copied together, and closed ones cost no more time. Elsewhere,
-    and if fewer are open than survive, everything stays and the numbers are None.
+    and if fewer are open than are picked, everything stays and the numbers are None.
     """
     if sync_is_free(open_):
         rows = open_.nonzero().squeeze(1)
-        if len(rows) >= num_survivors:
+        if len(rows) >= num_picks:
             image, text, among = (part.index_select(0, rows) for part in (pool.image, pool.text, open_))
             return rows, image, text, among, score.index_select(0, rows)
     return None, pool.image, pool.text, open_, score

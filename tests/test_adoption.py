@@ -62,7 +62,7 @@ constructor = registry.get(name)
 assert issubclass(constructor, Algorithm)
 clipcov = constructor(**keys)
 """
-    given = 'clipcov = ClipCov(filter_ratio=0.8, warmup="2ba")\n'
+    given = "clipcov = ClipCov(filter_ratio=0.8)\n"
     size = "device_train_microbatch_size=16"
     assert given in script and size in script
     script = script.replace(given, head).replace(

@@ -40,6 +40,7 @@ CASES = {
         drawn(DIM, DIM),
         drawn(DIM, DIM),
         0.5,
+        torch.tensor(float(SURVIVORS - 1)),
     ),
     herding.bound_of: (
         drawn(POOL).abs(),
@@ -50,7 +51,7 @@ CASES = {
         drawn(DIM, DIM),
         torch.tensor(0.1),
         1.0,
-        SURVIVORS,
+        torch.tensor(float(SURVIVORS)),
     ),
     objective.standardize: (drawn(POOL), VALID),
     herding.squares_about: (drawn(POOL, DIM), drawn(DIM)),

@@ -1052,7 +1052,7 @@ def test_select_never_waits_for_the_device(name, monkeypatch):
     # As on a GPU: on a CPU nothing has to be waited for, and what is not open is left out.
     monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())
     pool = replace(draw(24, 5), valid=torch.arange(24) != 3)
-    state = SelectionState.initial(5, Settings())
+    state = SelectionState.initial(5, Settings(soft_start=0.5))
     with NoHostSync():
         for _ in range(2):
             state, *_ = select(state, pool, 6, SELECTORS[name])

@@ -183,6 +183,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
                 proxy=build_towers(**proxy_of(args, towers)) if embed == "proxy" else None,
                 max_invalid_ratio=0.5,
                 dataset_size=args.pool * len(pools),  # so that repeats are counted, and soon worn
+                soft_start=0.0,  # all places are chosen, as in all but a run's first steps
                 **knobs,
             )
         )
