@@ -42,8 +42,8 @@ from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 SOFT_START = 0.5
 """Of `ClipCov`, with the teacher; measured in tools/LOG.md."""
 
-RIVALS_WARMUP = "100ba"
-"""Of selectors that would trust the teacher from the first step on."""
+HARD_WARMUP = "100ba"
+"""Of selection that would trust the teacher from the first step on."""
 
 
 class ClipCov(Algorithm):
@@ -60,10 +60,11 @@ class ClipCov(Algorithm):
         selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
             kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
-            None is "100ba" for rivals with the teacher, and else none: clipcov has its `soft_start`.
+            None is "100ba" with the teacher, and none with a soft start or another embedder.
         soft_start: share of the matching pairs that the embedder must tell from chance before all survivors are chosen;
             with less, some are random in proportion (`start.num_places`), so that selection begins when the embedder is
-            ready. None is SOFT_START for the teacher, which is in training, and 0 for embedders that are not.
+            ready. None is SOFT_START for the teacher, which is in training, and 0 for embedders that are not. For
+            clipcov alone, and not with a `gate` that asks for no evidence, inf.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher, whose do.
         coverage, learnability, gate, balance, unevenness, novelty, recent, repeats, quality, overshoot, memory,
@@ -156,7 +157,6 @@ class ClipCov(Algorithm):
         self.filter_ratio = filter_ratio
         self.embed = embed
         self.scope = scope
-        self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.half_life = half_life
         self.settings = Settings(
             half_life=math.inf if half_life is None else half_life,
@@ -176,6 +176,7 @@ class ClipCov(Algorithm):
             soft_start=(SOFT_START if embed == "teacher" else 0.0) if soft_start is None else soft_start,
             seed=seed,
         )
+        self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
         follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
         check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
@@ -240,8 +241,8 @@ class ClipCov(Algorithm):
         )
 
     def _own_warmup(self) -> str:
-        learns = self.uses_embeddings and self.embed == "teacher"
-        return RIVALS_WARMUP if learns and plain(self.function) is not clipcov else "0ba"
+        softly = plain(self.function) is clipcov and self.settings.starts_softly
+        return HARD_WARMUP if self.uses_embeddings and self.embed == "teacher" and not softly else "0ba"
 
     @property
     def uses_embeddings(self) -> bool:

@@ -79,14 +79,17 @@ class Matching:
     def told(self, valid: Bool[Tensor, " pool"], likely: float) -> Float[Tensor, ""]:
         """Share of the matching pairs that can be told from chance: those more likely to match than `likely`; 0-dim.
 
-        By `posterior`, and for p-values too small to be told from one another by all of them together, in which a good
-        embedder's matches gather: of those below p a share s p^a / (s p^a + (1 - s) p) matches.
+        By `posterior`, and for p-values too small to be told from one another, in which a good embedder's matches
+        gather, by how many there are beside how many chance would have. A share below its own standard error, some
+        1 / sqrt(pool), is taken as that: at chance the few that seem to match are all told, and mean nothing.
         """
-        share, power = self._mixture(valid)
-        matched = share * LEAST_P_VALUE**power
-        least = (self.p_value <= LEAST_P_VALUE) & (matched / (matched + (1 - share) * LEAST_P_VALUE) > likely)
+        count = valid.sum().clamp_min(1)
+        least = valid & (self.p_value <= LEAST_P_VALUE)
+        # Of p-values that go by 1 / 512, or in a small pool by half of one of its pairs, 0 and what is next to it.
+        by_chance = (2 * LEAST_P_VALUE * count).clamp_min(0.5)
+        least = least & (least.sum() * (1 - likely) > by_chance)
         num = (valid & (least | (self.posterior(valid) > likely))).sum()
-        return num / (self.share * valid.sum()).clamp_min(1)
+        return num / (torch.maximum(self.share, count.rsqrt()) * count).clamp_min(1)
 
     def opened(
         self,

@@ -300,9 +300,10 @@ def slack_of(
     every = number(torch.where(valid, all_worths, 0.0).sum(dtype=torch.float64))
     along_all = number((mean_atom * aim).sum()) * count
     mean = (every - rest + coverage * later * (along_all - pulls)) / at_least(count - later + 1, 1)
+    found, mean = (part.masked_fill(later > num, 0.0) for part in (found, mean))
     # Rounding: sums over the pool, of gains that themselves are sums.
     noise = 1e-5 * (found.abs().amax() + mean.abs().amax())
-    return (mean - found - noise).masked_fill(later > num, 0.0).amax().clamp_min(0).to(all_worths)
+    return (mean - found - noise).amax().clamp_min(0).to(all_worths)
 
 
 @fused

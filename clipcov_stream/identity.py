@@ -17,6 +17,7 @@ LATER: dict[str, Any] = {
     "novelty": 0.0,
     "recent": Settings.recent,
     "repeats": math.inf,
+    "soft_start": 0.0,
     "embed_patch_dropout": None,
 }
 """Arguments that checkpoints of before they existed lack, and what those runs did."""

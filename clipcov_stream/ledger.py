@@ -6,7 +6,7 @@
 All little-endian, 12 bytes per sample and 16 per step. Ids are `id` of `PairDataset`, a sample's number in the folder;
 they stand in the order chosen, as far as this rank trained them. The gain is what a sample added to clipcov's objective
 when it was picked (`selection.Selected`); it compares samples of one step, not of different ones. NaN where nothing was
-gained: in the warm-up, and of every other selector.
+gained: of survivors that are random, in a warm-up or a soft start, and of every other selector.
 
 A step is written by one call once its optimizer step is done, so a process that is killed leaves whole steps and at
 most one torn block at the end, which readers drop and count. A checkpoint is written after the blocks of its steps have

@@ -79,7 +79,8 @@ class Settings:
             that has no more is compared with all of itself.
         soft_start: share of the matching pairs that the embedder must tell from chance before selection has the choice
             of all survivors; with less, survivors are random in proportion (`start.num_places`). For an embedder that
-            is still in training; 0 trusts it from the first pool on.
+            is still in training; 0 trusts it from the first pool on, and so does a `gate` of inf, which asks for no
+            evidence.
         seed: of everything random: rivals that draw, and the survivors of a warm-up. clipcov draws nothing.
 
     Raises:
@@ -102,6 +103,10 @@ class Settings:
     references: int = 256
     soft_start: float = 0.0
     seed: int = 0
+
+    @property
+    def starts_softly(self) -> bool:
+        return self.soft_start > 0 and self.gate < math.inf
 
     def __post_init__(self) -> None:
         if not self.half_life > 0:

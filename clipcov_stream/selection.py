@@ -167,8 +167,7 @@ def aim_of(
     match = matching(pool, settings.references)
     times = state.times_of(pool.ids)
     wear = None if times is None else (times - settings.repeats).clamp_min(0).log1p()
-    # Who opens every candidate asks for no evidence.
-    places = num_places(match, valid, num_survivors, settings.soft_start if settings.gate < math.inf else 0.0)
+    places = num_places(match, valid, num_survivors, settings.soft_start if settings.starts_softly else 0.0)
     num_picks = num_survivors if isinstance(places, Tensor) else int(places)
     open_ = match.opened(valid, settings.gate, places, wear)
     rows, image, text, among, score = narrowed(pool, open_, match.score, num_picks)
@@ -187,7 +186,7 @@ def aim_of(
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
     figures, crowding = {"matched_share": match.share}, 1.0
-    if settings.soft_start > 0:
+    if settings.starts_softly:
         figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
     if settings.unevenness > 0:
         figures["unevenness"] = unevenness(*whitened, among, settings.references)
@@ -230,10 +229,10 @@ class Selected(NamedTuple):
 
     Args:
         state: the next one.
-        survivors: distinct indices into the pool, in the order chosen.
+        survivors: distinct indices into the pool, in the order chosen; those of a soft start that are random come last.
         report: the step's figures, 0-dim tensors.
-        gain: of each survivor when it was picked, `clipcov`'s objective (`Herding`); NaN for every other selector,
-            whose rules have no such figure.
+        gain: of each survivor when it was picked, `clipcov`'s objective (`Herding`); NaN where it is random, and for
+            every other selector, whose rules have no such figure.
     """
 
     state: SelectionState

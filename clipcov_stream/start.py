@@ -49,8 +49,9 @@ def with_random(
 ) -> tuple[Int64[Tensor, " survivors"], Float[Tensor, " survivors"]]:
     """The first `places` of the picks, and for the other places valid candidates, evenly spaced in the pool's order.
 
-    A stream is shuffled, so its order is as good as a draw, and equal pools give equal survivors. The gain of what
-    nobody picked is NaN. No host sync; with fewer valid candidates than survivors the indices are worth nothing.
+    A stream is shuffled, so its order is as good as a draw; where a pool is sorted, as with scope="global" by id, each
+    of its stretches gives one, its middle. Equal pools give equal survivors. The gain of what nobody picked is NaN. No
+    host sync; with fewer valid candidates than survivors the indices are worth nothing.
     """
     if isinstance(places, float):
         num = min(math.ceil(places), len(index))
@@ -58,13 +59,14 @@ def with_random(
             return index, gain
         rest = valid.index_fill(0, index[:num], False).nonzero().squeeze(1)
         missing = num_survivors - num
-        spaced = torch.arange(missing, device=index.device) * len(rest) // missing
+        spaced = (2 * torch.arange(missing, device=index.device) + 1) * len(rest) // (2 * missing)
         rest = rest.index_select(0, spaced) if len(rest) else torch.zeros_like(spaced)
         return torch.cat([index[:num], rest]), torch.cat([gain[:num], gain.new_full((missing,), math.nan)])
     place = torch.arange(num_survivors, device=index.device, dtype=torch.float64)
     picked = place < places
     rest = valid & (marked(index, picked, valid) == 0)
     missing = torch.as_tensor(num_survivors - places).clamp_min(1)
-    rank = ((place - places).clamp_min(0) * rest.sum() / missing).floor().long()  # in double, whole numbers are exact
+    # In double, where whole numbers are exact.
+    rank = (((place - places).clamp_min(0) + 0.5) * rest.sum() / missing).floor().long()
     others = torch.searchsorted(rest.cumsum(0), rank + 1).clamp_max(len(valid) - 1)
     return torch.where(picked, index, others), gain.masked_fill(~picked, math.nan)

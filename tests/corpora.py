@@ -34,7 +34,7 @@ def recipe(corpus: Path, **sections: Any) -> dict[str, Any]:
         "device": "cpu",
         "model": {"config": TINY_MODEL},
         "stream": {"local": str(corpus / "train"), "global_pool_size": 32, "num_workers": 0},
-        "selection": {"filter_ratio": 0.75, "warmup": "2ba"},
+        "selection": {"filter_ratio": 0.75, "warmup": "2ba", "soft_start": 0.0},  # what is chosen must show
         "optimizer": {"lr": 1e-2},
         "scheduler": {"t_warmup": "1ba"},
         "progress_bar": False,

@@ -49,7 +49,15 @@ def test_places_follow_from_the_definition():
 def test_places_grow_with_what_the_embedder_tells_apart():
     mean = [np.mean([places_of(draw(400, 16, noise, seed), 80) for seed in range(8)]) for noise in (64.0, 3, 1.5, 0.3)]
     assert mean == sorted(mean)
-    assert mean[0] < 8 and mean[-1] == 80
+    assert mean[0] < 16 and mean[-1] == 80
+
+
+@pytest.mark.parametrize(("pool", "most"), [(80, 0.3), (640, 0.05)])
+def test_an_embedder_that_knows_nothing_has_next_to_no_places(pool, most):
+    """Also where chance has some pairs whose p-value is 0."""
+    places = [places_of(draw(pool, 16, 0.3, seed, matched=0.0), pool // 5) for seed in range(60)]
+    assert np.mean(places) < most * pool / 5 + 1
+    assert sum(number == pool // 5 for number in places) <= 2
 
 
 def test_places_depend_on_the_embedder_and_not_on_the_noise_of_the_captions():
@@ -76,7 +84,7 @@ def test_what_is_left_goes_to_others_evenly(data):
     assert gains[:places].tolist() == gain[:places].tolist() and bool(gains[places:].isnan().all())
     rest = [i for i in range(pool) if valid[i] and i not in index[:places].tolist()]
     missing = num - places
-    assert found[places:].tolist() == [rest[k * len(rest) // missing] for k in range(missing)]
+    assert found[places:].tolist() == [rest[(2 * k + 1) * len(rest) // (2 * missing)] for k in range(missing)]
     # As on a GPU, where as many are picked as survive.
     tensors = with_random(index, gain, torch.tensor(float(places)), valid, num)
     assert tensors[0].tolist() == found.tolist()
@@ -87,7 +95,8 @@ def test_too_few_valid_candidates_are_no_error_of_its_own():
     """`Selector` and `ClipCov` say so; here indices only have to lie in the pool."""
     valid = torch.tensor([True, False, True, False])
     for places in (1.0, torch.tensor(1.0)):
-        found, _ = with_random(torch.tensor([0, 2, 1, 3])[: 1 if places == 1 else 4], torch.zeros(4), places, valid, 4)
+        picks = torch.tensor([0, 2, 1, 3]) if isinstance(places, torch.Tensor) else torch.tensor([0])
+        found, _ = with_random(picks, torch.zeros(len(picks)), places, valid, 4)
         assert found.shape == (4,) and int(found.min()) >= 0 and int(found.max()) < 4
     pool = draw(20, 4, 1.0)
     with pytest.raises(RuntimeError, match="only 3 of the pool's 20 samples can be used, 8 are needed"):
@@ -127,6 +136,7 @@ def test_a_gpu_gives_the_same_places_to_the_same(monkeypatch):
             found.append(chosen)
         ours, theirs = found
         assert ours.survivors.tolist() == theirs.survivors.tolist()
+        assert len(set(theirs.survivors.tolist())) == 48
         torch.testing.assert_close(ours.gain, theirs.gain, rtol=1e-3, atol=1e-3, equal_nan=True)
         for name in ("random_share", "matched_share", "aim_residual"):
             torch.testing.assert_close(ours.report[name], theirs.report[name], rtol=1e-3, atol=1e-3)
@@ -136,8 +146,10 @@ def test_a_gpu_gives_the_same_places_to_the_same(monkeypatch):
 
 
 def test_who_opens_every_candidate_has_all_places():
-    report = select(SelectionState.initial(16, Settings(gate=math.inf, soft_start=0.5)), draw(90, 16, 50.0), 30).report
-    assert float(report["random_share"]) == 0.0
+    settings_ = Settings(gate=math.inf, soft_start=0.5)
+    found = select(SelectionState.initial(16, settings_), draw(90, 16, 50.0), 30)
+    assert "random_share" not in found.report and not bool(found.gain.isnan().any())
+    assert ClipCov(gate=math.inf).warmup.to_timestring() == ClipCov(soft_start=0.0).warmup.to_timestring() == "100ba"
 
 
 def own(pool: Pool, num_survivors: int, state: SelectionState) -> torch.Tensor:

@@ -12,8 +12,8 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
 trained on is left out of the stream. With the teacher the first --warmup of the steps train on random survivors, the
-same for all rivals, while clipcov starts softly (soft_start; with 0 it warms up as they do); with a proxy selection
-begins at once. --variant adds clipcov with other knobs beside the rest,
+same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with a proxy
+selection begins at once. --variant adds clipcov with other knobs beside the rest,
 for ablations, and --size repeats everything at another pool size, number of survivors and of steps. --model vit trains
 a ViT-S instead, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. Finished runs are
 kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
@@ -28,6 +28,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import time
 import warnings
@@ -250,7 +251,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
         options["logit_scale"] = proxy.logit_scale
     start = time.perf_counter()
-    softly = options["selector"] == "clipcov" and options.get("soft_start") != 0
+    softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
     clipcov = ClipCov(1 - survivors / pool_size, warmup=0 if softly else warmup, seed=seed, **options)
     kept, curve = Survivors(warmup), Curve(corpus, steps, survivors)
     stream = Stream(corpus, pool_size, steps, seed, columns, proxy_rows(corpus, embed, seed))

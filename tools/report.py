@@ -108,13 +108,16 @@ def galleries(groups: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
 
 
 def shown_record(record: Mapping[str, Any], classes: Sequence[str] | None, in_order: bool) -> dict[str, Any]:
-    """A gallery's step as the page shows it; the places of picks that were made in no order are left out."""
+    """A gallery's step as the page shows it; the places of picks that were made in no order are left out, and of a soft
+    start's random ones, which gained nothing."""
+    gained = any("gain" in entry for entry in record["shown"])
+    in_order = in_order and not record["is_warmup"]
     entries = [
         {
             **entry,
             "url": "data:image/jpeg;base64," + entry["jpeg"],
             "class": class_name(entry.get("class"), classes),
-            "facts": facts(entry, in_order and not record["is_warmup"]),
+            "facts": facts(entry, in_order and ("gain" in entry or not gained)),
         }
         for entry in record["shown"]
     ]
