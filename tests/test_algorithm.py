@@ -130,10 +130,11 @@ def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: 
     assert not any(same[2:])
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, stop: int) -> None:
+@pytest.mark.parametrize(("stop", "soft_start"), [(1, 0.0), (4, 0.0), (4, 0.5)])
+def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, stop: int, soft_start: float) -> None:
     # One step, inside the warm-up, and four: two steps after selection has begun, in the middle of the epoch.
-    tree = recipe(corpus, max_duration="9ba", save_interval=f"{stop}ba")
+    chosen = {"selection": {"soft_start": soft_start}}
+    tree = recipe(corpus, max_duration="9ba", save_interval=f"{stop}ba", **chosen)
     straight, expected, metrics = run(tmp_path, tree)
     first, _, _ = trainer_of(tmp_path, {**tree, "save_folder": str(tmp_path / "checkpoints")})
     # Killed, not stopped: a shorter duration would have given the first steps another learning rate.
@@ -306,7 +307,8 @@ def test_the_size_of_a_data_set_is_what_it_says() -> None:
 def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
     saved = ClipCov(filter_ratio=0.75).state_dict()
     saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
-    ClipCov(filter_ratio=0.75, unevenness=0.0, novelty=0.0, repeats=math.inf).load_state_dict(saved)
+    before = {"unevenness": 0.0, "novelty": 0.0, "repeats": math.inf, "soft_start": 0.0, "warmup": "0ba"}
+    ClipCov(filter_ratio=0.75, **before).load_state_dict(saved)
     wanted = "selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0; selection.repeats=inf, not 2.0"
     with pytest.raises(ValueError, match=wanted):
         ClipCov(filter_ratio=0.75).load_state_dict(saved)
@@ -347,7 +349,7 @@ def test_a_selector_keeps_its_name_in_another_process() -> None:
 def test_a_restored_state_is_saved_again_before_the_first_step(tmp_path: Path, corpus: Path) -> None:
     trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
     saved = algorithm_of(trainer).state_dict()
-    again = ClipCov(filter_ratio=0.75, warmup="2ba")
+    again = ClipCov(filter_ratio=0.75, warmup="2ba", soft_start=0.0)
     again.load_state_dict(saved)
     for name in ("selection", "teacher", "samples_seen", "num_invalid"):
         assert_same(again.state_dict()[name], saved[name])

@@ -77,6 +77,7 @@ def train(folder: Path, loggers: dict[str, dict[str, str]]) -> Found:
     corpus = draw_corpus(folder / "shapes")
     split = {"local": str(corpus / "eval"), "tasks": ["zeroshot", "retrieval"]}
     tree = recipe(corpus, run_name="logged", loggers=loggers, eval={"shapes": split}, eval_interval="3ba")
+    del tree["selection"]["soft_start"]  # what the default logs
     path = write_recipe(folder / "recipe.yaml", {**tree, "metrics_file": str(folder / "metrics.jsonl")})
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
