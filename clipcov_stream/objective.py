@@ -207,6 +207,11 @@ class SelectionState:
             ),
         )
 
+    @property
+    def counts_times(self) -> bool:
+        """Whether `times` are counted, of samples whose ids are known; on all ranks alike."""
+        return len(self.times) > 0 and self.settings.repeats < math.inf
+
     def times_of(self, ids: Integer[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
         """How often samples were trained on; None if that is not counted."""
         places = self.places(ids)
@@ -214,7 +219,7 @@ class SelectionState:
 
     def places(self, ids: Integer[Tensor, " n"] | None) -> Int64[Tensor, " n"] | None:
         """Where in `times` samples are counted; None if they are not."""
-        if ids is None or not len(self.times) or self.settings.repeats == math.inf:
+        if ids is None or not self.counts_times:
             return None
         return ids.to(self.times.device, torch.int64) % len(self.times)
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MOST_TIMES = 255
 """That a count holds."""
 
+UNKNOWN = -1
+"""The place of a survivor whose number in the data set is not known."""
+
 
 def updated_memory(
     state: SelectionState,
@@ -35,26 +38,35 @@ def updated_memory(
     counted once; one that has more leaves some out.
 
     Args:
-        places: the survivors' (`SelectionState.places`); None where times are not counted, on all ranks alike.
+        places: the survivors' (`SelectionState.places`); None where this rank does not know which samples they are, and
+            its survivors are not counted.
     """
-    if state.settings.novelty == 0 and places is None:
+    counts = state.counts_times and (places is not None or all_reduce is not None)
+    if state.settings.novelty == 0 and not counts:
         return {}
+    one: Tensor | int = 1
     ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
     recent = recent_rows(state, image, text, counted, ranks, mean_rows) if state.settings.novelty > 0 else []
     if all_reduce is not None:
-        digits = [] if places is None else in_digits(places[evenly(len(places), mean_rows, places.device)])
+        # Whether this rank's pool has ids or not: one that sent less than the others would have them wait for ever.
+        places = torch.full((len(image),), UNKNOWN, device=image.device) if places is None else places
+        digits = in_digits(places[evenly(len(places), mean_rows, places.device)]) if counts else []
         every = gathered([*recent, *digits], state.rank, ranks, all_reduce)
         recent, digits = every[: len(recent)], every[len(recent) :]
-        places = from_digits(*digits) if digits else None
+        if counts:
+            # In the place of what is not known one that is, which is counted once all the same; without any, nothing.
+            places = from_digits(*digits)
+            known = places.amax()
+            places, one = torch.where(places == UNKNOWN, known, places).clamp_min(0), known != UNKNOWN
     updated = joined(state, recent, ranks) if recent else {}
-    if places is not None:
-        more = state.times.index_select(0, places).clamp_max(MOST_TIMES - 1) + 1
+    if counts and places is not None:
+        more = state.times.index_select(0, places).clamp_max(MOST_TIMES - 1) + one
         updated["times"] = state.times.index_copy(0, places, more)
     return updated
 
 
 def in_digits(numbers: Int64[Tensor, " n"]) -> list[Tensor]:
-    """Numbers below 2^38 as two that float32 holds exactly, to travel with rows of that type."""
+    """Numbers from -1 to 2^38 as two that float32 holds exactly, to travel with rows of that type."""
     return [(numbers >> 14).float(), (numbers & 16383).float()]
 
 

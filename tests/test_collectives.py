@@ -137,6 +137,21 @@ def test_ranks_with_other_numbers_of_survivors_count_the_same_and_a_sample_of_tw
     assert state.times.tolist() == [int(number in chosen) for number in range(9)]
 
 
+@pytest.mark.parametrize("without", [{0}, {1, 2}, {0, 1, 2}])
+def test_a_rank_whose_pools_have_no_ids_keeps_no_other_waiting_and_has_its_survivors_uncounted(without):
+    def work(rank, all_reduce):
+        selector = Selector("clipcov", rank=rank, all_reduce=all_reduce, settings=Settings(recent=32), dataset_size=99)
+        pool = replace(draw(12, 4, rank), ids=33 * rank + torch.arange(12))
+        survivors = selector(replace(pool, ids=None) if rank in without else pool, 4)
+        return selector.state, pool.ids[survivors].tolist()
+
+    results = on_ranks(3, work)
+    for state, _ in results[1:]:
+        assert_same_state(results[0][0], state)
+    known = {number for rank, (_, ids) in enumerate(results) if rank not in without for number in ids}
+    assert results[0][0].times.tolist() == [int(number in known) for number in range(99)]
+
+
 def test_ranks_must_know_of_the_same_data_set():
     def work(rank, all_reduce):
         return Selector("clipcov", rank=rank, all_reduce=all_reduce, dataset_size=99 + rank)(draw(12, 4, rank), 4)
@@ -147,7 +162,7 @@ def test_ranks_must_know_of_the_same_data_set():
         )
 
 
-@given(st.lists(st.integers(0, 2**38 - 1), min_size=1))
+@given(st.lists(st.integers(-1, 2**38 - 1), min_size=1))
 def test_numbers_travel_exactly(numbers):
     digits = in_digits(torch.tensor(numbers))
     assert {part.dtype for part in digits} == {torch.float32} and from_digits(*digits).tolist() == numbers
