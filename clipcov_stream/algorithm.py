@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from clipcov_stream.ahead import Ahead, check_ahead
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors, size_of
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
-from clipcov_stream.embed import Teacher, check_embedder, check_towers, embed_with_towers, scale_of
+from clipcov_stream.embed import (
+    Teacher,
+    check_embedder,
+    check_precision,
+    check_towers,
+    embed_with_towers,
+    scale_of,
+)
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.lags import Lags
@@ -88,7 +95,8 @@ class ClipCov(Algorithm):
             image), and survivors alone in full.
         embed_patch_dropout: share of an image's patches, evenly spread, that the embedder does not look at; for
             open_clip's image transformers (FLIP: Li et al., CVPR 2023, arXiv 2212.00794). None: it looks at all.
-        embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's.
+        embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's. A warning says
+            where the device has no instructions for it, as CPUs without AVX-512 have none for bfloat16.
         run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
             Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
             for that many batches and selection states more.
@@ -375,6 +383,8 @@ class ClipCov(Algorithm):
             )
         if self.embed == "teacher" or self.uses_learner:
             check_towers(unwrap(state.model), "the Trainer's model")
+        if self.embed != "columns":
+            check_precision(self.embed_precision, state.device.name.replace("gpu", "cuda"))
         towers_with_patches(unwrap(state.model) if self.proxy is None else self.proxy, self.embed_patch_dropout)
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:

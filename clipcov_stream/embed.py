@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,6 +35,30 @@ Embeddings = tuple[Tensor, Tensor, float | Tensor]
 
 LENGTH_STEP = 8
 """Captions are cut at multiples of it, so that few shapes occur."""
+
+
+def is_native(dtype: torch.dtype, device: str) -> bool:
+    """Whether a "cpu" or "cuda" device has instructions for products of such numbers, as far as torch says: where it
+    has none, they take several times as long as float32's. False is certain, True is not."""
+    if dtype == torch.float32:
+        return True
+    if device == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
+    except (AttributeError, RuntimeError):  # a torch that does not say
+        return True
+
+
+def check_precision(embed_precision: str | None, device: str) -> None:
+    """Warn of an `embed_precision` that saves nothing on a "cpu" or "cuda" device."""
+    if embed_precision is not None and not is_native(EMBED_PRECISIONS[embed_precision], device):
+        warnings.warn(
+            f"selection.embed_precision={embed_precision}: this {device} device has no instructions for it, and the "
+            "embedding pass will take several times as long as with fp32 or null",
+            stacklevel=2,
+        )
 
 
 def check_towers(model: Any, what: str) -> None:

@@ -1,6 +1,8 @@
 """Embedders: the teacher's average, the proxy's own input format, chunked passes, columns."""
 
 import contextlib
+import platform
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -13,9 +15,11 @@ from torch import nn
 from clipcov_stream.embed import (
     Proxy,
     Teacher,
+    check_precision,
     check_towers,
     embed_from_columns,
     embed_with_towers,
+    is_native,
     positions_at,
     reads_to_end,
     scale_of,
@@ -333,6 +337,21 @@ def test_logit_scale_is_exponentiated_and_defaults_to_clips():
 
     rows = torch.ones(3, 2)
     assert embed_with_towers(Bare(), rows, rows, 2, contextlib.nullcontext())[2] == 100.0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file(), reason="reads Linux's flags")
+def test_whether_a_cpu_has_instructions_for_bfloat16_is_what_its_flags_say():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert is_native(torch.bfloat16, "cpu") == ({"avx512bw", "avx512vl", "avx512dq"} <= set(flags))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("amp_bf16", torch.bfloat16), ("amp_fp16", torch.float16)])
+def test_a_precision_that_saves_nothing_is_warned_of(precision, dtype):
+    check_precision(None, "cpu")
+    check_precision("fp32", "cpu")
+    said = pytest.warns(UserWarning, match=f"embed_precision={precision}: this cpu device has no instructions")
+    with contextlib.nullcontext() if is_native(dtype, "cpu") else said:
+        check_precision(precision, "cpu")
 
 
 def test_models_without_towers_are_refused():

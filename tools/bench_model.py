@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipcov_stream.embed import is_native
+
 
 class TinyTowers(nn.Module):
     """Three strided convolutions, and the mean of word embeddings through one hidden layer.
@@ -41,8 +43,10 @@ class TinyTowers(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(n, dim) unit-norm image embeddings."""
-        # Half the time of a run is convolution, and bfloat16 in this layout takes a third of float32's.
-        with torch.autocast(image.device.type, torch.bfloat16):
+        # Half the time of a run is convolution, and bfloat16 in this layout takes a third of float32's; or ten times
+        # as long, on a CPU that has no instructions for it.
+        kind = image.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=is_native(torch.bfloat16, kind)):
             features = self.convolutions(image.contiguous(memory_format=torch.channels_last)).float()
         return F.normalize(self.image_head(features.mean((2, 3)) + features.amax((2, 3))), dim=1)
 
