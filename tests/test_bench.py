@@ -187,12 +187,23 @@ def test_faults_come_in_the_dose_asked_for(labelled: Path) -> None:
     assert torch.equal(spoilt.eval.image, clean.eval.image) and torch.equal(spoilt.eval.label, clean.eval.label)
 
 
+def test_another_seed_draws_another_split_and_other_faults(labelled: Path) -> None:
+    first, zero, other = (load_corpus(f"x={labelled}:mismatched=0.4{seed}") for seed in ("", ",seed=0", ",seed=1"))
+    assert torch.equal(first.eval.image, zero.eval.image) and torch.equal(first.train.text, zero.train.text)
+    assert other.eval.label.bincount().tolist() == first.eval.label.bincount().tolist()
+    assert not torch.equal(other.eval.image, first.eval.image)
+    assert int(other.mismatched.sum()) == int(first.mismatched.sum())
+    assert not torch.equal(other.mismatched, first.mismatched)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("shapes", "is not of the form NAME=FOLDER"),
         ("x=FOLDER:noise=0.1", "must be mismatched or duplicates"),
         ("x=FOLDER:mismatched=1.5", r"a fraction in \[0, 1\)"),
+        ("x=FOLDER:mismatched=many", r"a fraction in \[0, 1\)"),
+        ("x=FOLDER:seed=-1", "or seed, with a whole number"),
         ("x=FOLDER:mismatched=0.1", "has its faults already"),
     ],
 )

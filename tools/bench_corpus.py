@@ -3,6 +3,7 @@
     shapes=data/shapes                             a folder of `make_mds.py synthetic`: its own truth and eval split
     fashion=data/fashion                           a folder of `make_mds.py classes`: an eval split is held out
     fashion_noisy=data/fashion:mismatched=0.4,duplicates=0.2
+    fashion_1=data/fashion:seed=1                  another draw of what is held out, and of the faults; 0 if not given
 
 Images are decoded and captions tokenized once, by the same code that trains.
 """
@@ -65,7 +66,7 @@ class Corpus:
 
 
 def load_corpus(text: str) -> Corpus:
-    """A corpus from `NAME=FOLDER[:mismatched=F,duplicates=F]`.
+    """A corpus from `NAME=FOLDER[:mismatched=F,duplicates=F,seed=N]`.
 
     Raises:
         ValueError: another form, or a folder without what is needed.
@@ -73,21 +74,33 @@ def load_corpus(text: str) -> Corpus:
     name, separator, rest = text.partition("=")
     folder, _, faults = rest.partition(":")
     if not separator or not name or not folder:
-        raise ValueError(f"--corpus {text!r} is not of the form NAME=FOLDER[:mismatched=F,duplicates=F]")
-    doses = {"mismatched": 0.0, "duplicates": 0.0}
+        raise ValueError(f"--corpus {text!r} is not of the form NAME=FOLDER[:mismatched=F,duplicates=F,seed=N]")
+    given: dict[str, str] = {}
     for item in filter(None, faults.split(",")):
         key, _, value = item.partition("=")
-        if key not in doses or not 0 <= float(value) < 1:
-            raise ValueError(f"--corpus {text!r}: {item!r} must be mismatched or duplicates, with a fraction in [0, 1)")
-        doses[key] = float(value)
+        if not (fraction(value) if key in ("mismatched", "duplicates") else key == "seed" and value.isdecimal()):
+            raise ValueError(
+                f"--corpus {text!r}: {item!r} must be mismatched or duplicates, with a fraction in [0, 1), or seed, "
+                "with a whole number"
+            )
+        given[key] = value
     path = Path(folder)
     if (path / "train" / "index.json").is_file():
-        if any(doses.values()):
+        if given:
             raise ValueError(f"--corpus {text!r}: a drawn corpus has its faults already")
         corpus = drawn(name, path)
     else:
-        corpus = spoilt(held_out(name, path), doses["mismatched"], doses["duplicates"])
+        seed, *doses = int(given.get("seed", 0)), float(given.get("mismatched", 0)), float(given.get("duplicates", 0))
+        corpus = spoilt(held_out(name, path, seed), *doses, seed=seed + 1)
     return renumbered(corpus)
+
+
+def fraction(text: str) -> bool:
+    """Whether it is a number in [0, 1)."""
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
 
 
 def drawn(name: str, folder: Path) -> Corpus:
@@ -105,7 +118,7 @@ def drawn(name: str, folder: Path) -> Corpus:
     )
 
 
-def held_out(name: str, folder: Path, seed: int = 0) -> Corpus:
+def held_out(name: str, folder: Path, seed: int) -> Corpus:
     """A labelled folder, with a balanced evaluation split taken out of the classes that can spare it.
 
     The classes evaluated are those with at least `LEAST_PER_CLASS` samples, or the ten largest if there are fewer; each
@@ -143,7 +156,7 @@ def identical(image: Tensor) -> NDArray[np.int64]:
     return np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_inverse=True)[1].ravel()
 
 
-def spoilt(corpus: Corpus, mismatched: float, duplicates: float, seed: int = 1) -> Corpus:
+def spoilt(corpus: Corpus, mismatched: float, duplicates: float, seed: int) -> Corpus:
     """The corpus with captions shuffled among a fraction of its samples, and a fraction replaced by 40 hot ones."""
     rng, train = np.random.default_rng(seed), corpus.train
     source = np.arange(len(train))

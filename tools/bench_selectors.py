@@ -445,7 +445,7 @@ def attempt(function: Callable[[Any], Any], item: Any) -> tuple[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", action="append", required=True, help="NAME=FOLDER[:mismatched=F,duplicates=F]")
+    parser.add_argument("--corpus", action="append", required=True, help="NAME=FOLDER[:mismatched=F,...], see above")
     parser.add_argument("--embed", default="teacher", help=f"some of {','.join(EMBEDS)}")
     parser.add_argument("--selectors", default=",".join(n for n in SELECTORS if n != "concept_balance"))
     parser.add_argument("--seeds", type=int, default=5)
