@@ -162,9 +162,9 @@ def test_a_store_that_cannot_be_asked_is_an_error_with_its_own_words(
 
 def test_a_cached_index_needs_no_store(tmp_path: Path, bucket: Bucket) -> None:
     folder = pairs(tmp_path / "mds", 8)
-    asked = len(bucket.server.requests)
-    assert len(list(pool_loader(dataset(folder, remote=f"{bucket.url}/gone"), 4))) == 2
-    assert len(bucket.server.requests) == asked
+    with bucket.server.asked() as requests:
+        assert len(list(pool_loader(dataset(folder, remote=f"{bucket.url}/gone"), 4))) == 2
+    assert not requests
 
 
 def test_every_back_end_says_missing_in_its_own_way() -> None:
