@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_selection import assert_same_state, close, draw
+from pools import assert_same_state, close, draw
 
 from clipcov_stream.objective import LAG_DECAY, SelectionState, Settings
 from clipcov_stream.selection import SELECTORS, select
