@@ -1,0 +1,148 @@
+"""ClipCov in somebody else's Trainer, with a model and a loader of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Algorithm
+from composer.models import ComposerModel
+from torch.utils.data import BatchSampler, DataLoader
+
+from clipcov_stream import ClipCov
+from clipcov_stream.batch import check_batch
+
+
+class OwnModel(ComposerModel):
+    """Somebody else's model: two linear towers, another loss, no logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_tower = torch.nn.Linear(6, 4)
+        self.text_tower = torch.nn.Linear(5, 4)
+        self.rows: list[int] = []
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.image_tower(image)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.text_tower(text)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.rows.append(len(batch["pixels"]))
+        return self.encode_image(batch["pixels"]) @ self.encode_text(batch["words"]).T
+
+    def loss(self, outputs: torch.Tensor, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs, torch.arange(len(outputs)))
+
+
+def own_trainer(
+    algorithms: list[Algorithm], rows: int = 32, sampler: bool = False, loader: Any = None, **kwargs: Any
+) -> Trainer:
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"pixels": torch.randn(6, generator=generator), "words": torch.randn(5, generator=generator)} for _ in range(64)
+    ]
+    batches = {"batch_sampler": BatchSampler(range(64), rows, True)} if sampler else {"batch_size": rows}
+    return Trainer(
+        model=OwnModel(),
+        train_dataloader=loader or DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
+        optimizers=None,
+        max_duration="4ba",
+        device="cpu",
+        algorithms=algorithms,
+        progress_bar=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+class TestOwnTrainer:
+    def test_three_lines_are_enough(self) -> None:
+        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov])
+        trainer.fit()
+        assert set(trainer.state.model.rows) == {8}
+        assert clipcov.samples_seen == 32
+
+    def test_a_loader_with_a_batch_sampler_is_measured_at_its_first_pool(self) -> None:
+        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], sampler=True)
+        trainer.fit()
+        assert set(trainer.state.model.rows) == {8}
+        assert clipcov.selection is not None and clipcov.selection.stream.half_life == 20 * 32
+        with pytest.raises(ValueError, match="device_train_microbatch_size=4 must be the survivors per rank"):
+            own_trainer(
+                [ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")],
+                sampler=True,
+                device_train_microbatch_size=4,
+            ).fit()
+
+    def test_pools_that_grow_are_refused(self) -> None:
+        class Growing:
+            def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+                for rows in (16, 16, 32):
+                    yield {"pixels": torch.randn(rows, 6), "words": torch.randn(rows, 5)}
+
+            def __len__(self) -> int:
+                return 3
+
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], loader=Growing(), device_train_microbatch_size=4)
+        with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be .* pool_size=32"):
+            trainer.fit()
+        assert trainer.state.model.rows == [4, 4]
+
+    def test_a_function_called_random_gets_embeddings(self) -> None:
+        pools = []
+
+        def random(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            pools.append(pool)
+            return torch.arange(num_survivors)
+
+        own_trainer([ClipCov(0.75, selector=random, warmup=0, image_key="pixels", text_key="words")]).fit()
+        assert len(pools) == 4
+
+    @pytest.mark.parametrize("warmup", ["4ba", "2ep", "1dur"])
+    def test_a_warmup_that_never_ends_is_warned_of(self, warmup: str) -> None:
+        with pytest.warns(UserWarning, match="is as long as max_duration=.*every survivor will be random"):
+            own_trainer([ClipCov(0.75, warmup=warmup, image_key="pixels", text_key="words")]).fit()
+
+    def test_entries_without_rows_are_named(self) -> None:
+        with pytest.raises(ValueError, match=r"entries \['epoch'\] of the batch have no rows"):
+            check_batch({"image": torch.zeros(2, 1), "epoch": 3}, "image")
+
+    def test_a_function_is_a_selector(self) -> None:
+        def first(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            return torch.arange(num_survivors)
+
+        clipcov = ClipCov(0.75, selector=first, warmup=0, image_key="pixels", text_key="words")
+        own_trainer([clipcov]).fit()
+        assert clipcov.selector == "first"
+        assert clipcov.selection is not None
+        assert int(clipcov.selection.stream.num_samples) == 128
+
+    def test_a_model_without_towers_is_refused(self) -> None:
+        class Blind(OwnModel):
+            encode_text = None  # pyright: ignore[reportAssignmentType]
+
+        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        trainer.state.model = Blind()
+        with pytest.raises(ValueError, match="has no encode_text; selection needs both towers"):
+            trainer.fit()
+
+    def test_microbatch_that_splits_survivors_is_refused(self) -> None:
+        clipcov = ClipCov(0.75, image_key="pixels", text_key="words")
+        with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be the survivors per rank.*= 8"):
+            own_trainer([clipcov], device_train_microbatch_size=4).fit()
+
+    def test_pool_that_does_not_divide_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="must be a whole number"):
+            own_trainer([ClipCov(0.8, image_key="pixels", text_key="words")]).fit()
+
+    def test_wrong_key_names_what_is_there(self) -> None:
+        with pytest.raises(ValueError, match=r"key 'image' \(image_key\); the batch is \['pixels', 'words'\]"):
+            own_trainer([ClipCov(0.75, warmup=0)]).fit()
