@@ -96,7 +96,7 @@ class ClipCov(Algorithm):
         embed_patch_dropout: share of an image's patches, evenly spread, that the embedder does not look at; for
             open_clip's image transformers (FLIP: Li et al., CVPR 2023, arXiv 2212.00794). None: it looks at all.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's. A warning says
-            where the device has no instructions for it, as CPUs without AVX-512 have none for bfloat16.
+            where the device has no instructions for it, as most CPUs without AVX-512 have none for bfloat16.
         run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
             Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
             for that many batches and selection states more.
@@ -359,8 +359,11 @@ class ClipCov(Algorithm):
             )
         if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
             dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        if self._asks_size:
-            self.dataset_size = same_on_all_ranks(size_of(getattr(state.dataloader, "dataset", None)), state)
+        own = size_of(getattr(state.dataloader, "dataset", None)) if self._asks_size else self.dataset_size
+        sizes = on_every_rank(own, state)
+        if len(set(sizes)) > 1 and not self._asks_size:
+            raise ValueError(f"dataset_size must be the same on all ranks, not {sizes}")
+        self.dataset_size = own if len(set(sizes)) == 1 else 0  # their ids are not those of one data set
         if plain(self.function) is not clipcov:
             self.dataset_size = 0  # rivals do not count
         self._checked = False
@@ -586,12 +589,12 @@ class ClipCov(Algorithm):
             )
 
 
-def same_on_all_ranks(size: int, state: State) -> int:
-    """The size of a data set if every rank says the same; else 0, for their ids are not those of one."""
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    sizes[dist.get_global_rank()] = size
-    sum_over_ranks(sizes := state.device.tensor_to_device(sizes))
-    return size if bool((sizes == size).all()) else 0
+def on_every_rank(number: int, state: State) -> list[int]:
+    """A number of every rank; each must ask."""
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    numbers[dist.get_global_rank()] = number
+    sum_over_ranks(numbers := state.device.tensor_to_device(numbers))
+    return numbers.tolist()
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -38,12 +39,19 @@ LENGTH_STEP = 8
 
 
 def is_native(dtype: torch.dtype, device: str) -> bool:
-    """Whether a "cpu" or "cuda" device has instructions for products of such numbers, as far as torch says: where it
-    has none, they take several times as long as float32's. False is certain, True is not."""
-    if dtype == torch.float32:
+    """Whether a device has instructions for products of such numbers; where it has none, they take several times as
+    long as float32's.
+
+    As far as torch says, which is False only if it is certain: of a CPU with AVX-512 it says True, though older ones of
+    these have no bfloat16 and gain nothing, and of other processors than x86 it does not know of float16.
+
+    Args:
+        device: torch's name of its type.
+    """
+    if device == "cuda" and dtype == torch.bfloat16:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu" or dtype == torch.float32 or (dtype == torch.float16 and not on_x86()):
         return True
-    if device == "cuda":
-        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     try:
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
@@ -51,12 +59,16 @@ def is_native(dtype: torch.dtype, device: str) -> bool:
         return True
 
 
+def on_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def check_precision(embed_precision: str | None, device: str) -> None:
-    """Warn of an `embed_precision` that saves nothing on a "cpu" or "cuda" device."""
+    """Warn of an `embed_precision` that a device, torch's name of its type, has no instructions for."""
     if embed_precision is not None and not is_native(EMBED_PRECISIONS[embed_precision], device):
         warnings.warn(
             f"selection.embed_precision={embed_precision}: this {device} device has no instructions for it, and the "
-            "embedding pass will take several times as long as with fp32 or null",
+            "embedding pass will take several times as long as with fp32",
             stacklevel=2,
         )
 

@@ -44,7 +44,7 @@ def updated_memory(
     counts = state.counts_times and (places is not None or all_reduce is not None)
     if state.settings.novelty == 0 and not counts:
         return {}
-    one: Tensor | int = 1
+    known: Tensor | None = None
     ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
     recent = recent_rows(state, image, text, counted, ranks, mean_rows) if state.settings.novelty > 0 else []
     if all_reduce is not None:
@@ -57,10 +57,12 @@ def updated_memory(
             # In the place of what is not known one that is, which is counted once all the same; without any, nothing.
             places = from_digits(*digits)
             known = places.amax()
-            places, one = torch.where(places == UNKNOWN, known, places).clamp_min(0), known != UNKNOWN
+            places = torch.where(places == UNKNOWN, known, places).clamp_min(0)
     updated = joined(state, recent, ranks) if recent else {}
     if counts and places is not None:
-        more = state.times.index_select(0, places).clamp_max(MOST_TIMES - 1) + one
+        times = state.times.index_select(0, places)
+        more = times.clamp_max(MOST_TIMES - 1) + 1
+        more = more if known is None else torch.where(known == UNKNOWN, times, more)
         updated["times"] = state.times.index_copy(0, places, more)
     return updated
 

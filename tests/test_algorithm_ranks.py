@@ -37,6 +37,25 @@ leave_group()
 """
 
 
+SIZES = """
+import sys
+from pathlib import Path
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+trainer = build_trainer(load_config(sys.argv[1]))
+kept = [of for of in trainer.state.algorithms if not isinstance(of, ClipCov)]
+trainer.state.algorithms[:] = [*kept, ClipCov(0.75, warmup=0, dataset_size=32 * dist.get_global_rank())]
+try:
+    trainer.fit()
+except ValueError as error:
+    Path(sys.argv[2], f"rank{dist.get_global_rank()}.txt").write_text(str(error))
+trainer.close()
+leave_group()
+"""
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
@@ -129,3 +148,13 @@ def test_two_ranks_agree_on_what_a_selector_remembers(tmp_path: Path, corpus: Pa
         assert int(own["known"].sum()) == 4 * 32
     else:
         assert int(own["concept_count"].sum()) == 4 * 32
+
+
+def test_ranks_that_are_given_other_sizes_of_the_data_set_all_say_so(tmp_path: Path, corpus: Path) -> None:
+    script = tmp_path / "sizes.py"
+    script.write_text(SIZES, encoding="utf-8")
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(corpus))
+    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path)])
+    for rank in range(2):
+        said = (tmp_path / f"rank{rank}.txt").read_text(encoding="utf-8")
+        assert said == "dataset_size must be the same on all ranks, not [0, 32]"

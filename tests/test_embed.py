@@ -342,7 +342,9 @@ def test_logit_scale_is_exponentiated_and_defaults_to_clips():
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file(), reason="reads Linux's flags")
 def test_whether_a_cpu_has_instructions_for_bfloat16_is_what_its_flags_say():
     flags = Path("/proc/cpuinfo").read_text().split()
-    assert is_native(torch.bfloat16, "cpu") == ({"avx512bw", "avx512vl", "avx512dq"} <= set(flags))
+    wide = {"avx512bw", "avx512vl", "avx512dq"} <= set(flags)
+    assert is_native(torch.bfloat16, "cpu") == (wide or "avx_ne_convert" in flags)
+    assert is_native(torch.float32, "cpu") and is_native(torch.bfloat16, "mps") and is_native(torch.float16, "cuda")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("amp_bf16", torch.bfloat16), ("amp_fp16", torch.float16)])

@@ -86,8 +86,10 @@ def load_corpus(text: str) -> Corpus:
         given[key] = value
     path = Path(folder)
     if (path / "train" / "index.json").is_file():
-        if given:
-            raise ValueError(f"--corpus {text!r}: a drawn corpus has its faults already")
+        if any(float(value) for value in given.values()):
+            raise ValueError(
+                f"--corpus {text!r}: a drawn corpus has its faults already; make_mds.py synthetic draws others"
+            )
         corpus = drawn(name, path)
     else:
         seed, *doses = int(given.get("seed", 0)), float(given.get("mismatched", 0)), float(given.get("duplicates", 0))

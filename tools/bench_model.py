@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import open_clip
@@ -46,7 +47,7 @@ class TinyTowers(nn.Module):
         # Half the time of a run is convolution, and bfloat16 in this layout takes a third of float32's; or ten times
         # as long, on a CPU that has no instructions for it.
         kind = image.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=is_native(torch.bfloat16, kind)):
+        with torch.autocast(kind, torch.bfloat16) if is_native(torch.bfloat16, kind) else nullcontext():
             features = self.convolutions(image.contiguous(memory_format=torch.channels_last)).float()
         return F.normalize(self.image_head(features.mean((2, 3)) + features.amax((2, 3))), dim=1)
 

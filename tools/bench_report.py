@@ -88,6 +88,8 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
         f"a soft start, since 2026-11-28 and unless its variant says otherwise) and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
+    if not all(row.get("bfloat16", True) for row in rows):
+        lines.append("\nConvolutions in float32, on a CPU without instructions for bfloat16.")
     older = {(place_of(row), row["selector"]) for row in rows if code is not None and row.get("code") != code}
     if older:
         lines.append("\n\\*: with runs of another version of the code than this table's.")

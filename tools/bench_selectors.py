@@ -15,7 +15,8 @@ trained on is left out of the stream. With the teacher the first --warmup of the
 same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with a proxy
 selection begins at once. --variant adds clipcov with other knobs beside the rest,
 for ablations, and --size repeats everything at another pool size, number of survivors and of steps. --model vit trains
-a ViT-S instead, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. Finished runs are
+a ViT-S instead, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The small model's
+convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are
 kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
 interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
 table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
@@ -55,6 +56,7 @@ with warnings.catch_warnings():
 
 from clipcov_stream import SELECTORS
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.embed import is_native
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
@@ -297,7 +299,8 @@ def key_of(job: dict[str, Any], any_code: bool) -> str:
     """What two runs must share for one to stand for the other."""
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
     values = [job[name] for name in (*names, "data", *(() if any_code else ("code",)))]
-    return json.dumps([*values, job.get("model", "tiny"), job.get("device", "cpu")], sort_keys=True)
+    kind = (job.get("model", "tiny"), job.get("device", "cpu"), job.get("bfloat16", True))
+    return json.dumps([*values, *kind], sort_keys=True)
 
 
 def fingerprint_of_code() -> int:
@@ -445,7 +448,8 @@ def attempt(function: Callable[[Any], Any], item: Any) -> tuple[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", action="append", required=True, help="NAME=FOLDER[:mismatched=F,...], see above")
+    forms = "NAME=FOLDER[:mismatched=F,duplicates=F,seed=N]"
+    parser.add_argument("--corpus", action="append", required=True, help=forms)
     parser.add_argument("--embed", default="teacher", help=f"some of {','.join(EMBEDS)}")
     parser.add_argument("--selectors", default=",".join(n for n in SELECTORS if n != "concept_balance"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -494,12 +498,14 @@ def main() -> None:
     sizes = args.size or [size("640:128:240")]
     sizes = [{**of, "warmup": round(args.warmup * of["steps"]), "proxy_steps": args.proxy_steps} for of in sizes]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    # Of a GPU it is not asked: that would start CUDA here.
+    bfloat16 = args.device == "gpu" or is_native(torch.bfloat16, "cpu")
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     knobs |= variants
     names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
-        | {"data": data[corpus], "code": code, "model": args.model, "device": args.device}
+        | {"data": data[corpus], "code": code, "model": args.model, "device": args.device, "bfloat16": bfloat16}
         # Seeds outermost: what is interrupted has every selector for some seeds.
         for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
     ]
