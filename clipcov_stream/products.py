@@ -1,9 +1,9 @@
 """Large matrix products of float32 rows on a CPU, by oneDNN.
 
-torch.mm is MKL's on x86, and oneDNN, which torch has for its layers, was more than twice as fast on an AMD CPU
-with AVX-512 and level on an older one with AVX2 alone (tools/LOG.md, 2026-11-28). Same precision, other rounding; which of them a product goes to
-depends on its shape alone, so equal inputs give equal results. torch.backends.mkldnn.enabled = False leaves all to
-torch.mm. And, on any device, products that autocast does not round.
+torch.mm is MKL's on x86, and oneDNN, which torch has for its layers, was more than twice as fast on an AMD CPU with
+AVX-512, and level on an older one with AVX2 alone (tools/LOG.md, 2026-11-28). Same precision, other rounding; which of
+them a product goes to depends on its shape alone, so equal inputs give equal results. torch.backends.mkldnn.enabled =
+False leaves all to torch.mm. And, on any device, products that autocast does not round.
 """
 
 from __future__ import annotations
