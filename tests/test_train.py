@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quickstart
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
 
@@ -184,3 +185,16 @@ def test_quickstart_tool_compares_two_runs(tmp_path: Path, corpus: Path) -> None
             (tmp_path / name / "ledger").iterdir()
         )
     assert "clipcov against random" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_quickstart_takes_the_corpus_that_is_there_and_says_if_it_cannot_draw_one(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quickstart.draw(corpus)
+    assert capfd.readouterr().out == ""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("not to be lost")
+    with pytest.raises(SystemExit, match=r"data could not be drawn, exit code [12]"):
+        quickstart.draw(tmp_path / "data")
+    assert "is not empty; give another folder" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine.txt"]

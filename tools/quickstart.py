@@ -52,6 +52,24 @@ def folder_of(out: Path, selector: str, seed: int) -> Path:
     return out / f"{selector}_{seed}"
 
 
+def draw(data: Path) -> None:
+    """Have the corpus in `data`, drawn now if it is not there.
+
+    Raises:
+        SystemExit: it could not be drawn.
+    """
+    drawn = data / "train" / "index.json"
+    if drawn.is_file():
+        return
+    command = [as_typed(TOOLS / "make_mds.py"), "synthetic", str(data)]
+    print(f"$ python {shlex.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code and not drawn.is_file():
+        raise SystemExit(f"error: {data} could not be drawn, exit code {code}")
+    if code:  # it appears as a whole or not at all
+        print(f"another run has drawn {data} meanwhile: it is as good")
+
+
 def train(selector: str, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
     """One run of the recipe by the composer launcher; its curve and final figures.
 
@@ -163,10 +181,7 @@ def main() -> None:
             parser.error(f"override {item!r} is not of the form key.sub=value (selectors are separated by commas)")
     args.data, args.out = args.data.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.data / "train" / "index.json").is_file():
-        command = [as_typed(TOOLS / "make_mds.py"), "synthetic", str(args.data)]
-        print(f"$ python {shlex.join(command)}", flush=True)
-        subprocess.run([sys.executable, *command], check=True)
+    draw(args.data)
     overrides = [
         f"stream.local={args.data / 'train'}",
         f"eval.shapes.local={args.data / 'eval'}",
