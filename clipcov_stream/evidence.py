@@ -108,11 +108,12 @@ class Matching:
         num_open = (gate * self.share * count).clamp_min(least) if gate < float("inf") else count
         score = self.score if all_hold(valid) else self.score.masked_fill(~valid, -torch.inf)
         order = torch.sort(score, descending=True, stable=True).indices
-        # By score alone while none is worn: a run of few passes is what it is where nothing is counted.
-        worn = None if wear is None else (wear * valid).any()
-        if wear is not None and worn is not None and (not sync_is_free(worn) or bool(worn)):
-            left = torch.where(worn, self.posterior(valid).log() - wear, 0.0).index_select(0, order)
-            order = order.index_select(0, torch.sort(left, descending=True, stable=True).indices)
+        if wear is not None:
+            # By score alone while none is worn: a run of few passes is what it is where nothing is counted.
+            worn = (wear * valid).any()
+            if not sync_is_free(worn) or bool(worn):
+                left = torch.where(worn, self.posterior(valid).log() - wear, 0.0).index_select(0, order)
+                order = order.index_select(0, torch.sort(left, descending=True, stable=True).indices)
         if sync_is_free(order):
             return torch.zeros_like(valid).index_fill_(0, order[: math.ceil(num_open)], True).logical_and_(valid)
         rank = torch.empty_like(self.score)
