@@ -451,7 +451,11 @@ def main() -> None:
     forms = "NAME=FOLDER[:mismatched=F,duplicates=F,seed=N]"
     parser.add_argument("--corpus", action="append", required=True, help=forms)
     parser.add_argument("--embed", default="teacher", help=f"some of {','.join(EMBEDS)}")
-    parser.add_argument("--selectors", default=",".join(n for n in SELECTORS if n != "concept_balance"))
+    parser.add_argument(
+        "--selectors",
+        default=",".join(n for n in SELECTORS if n != "concept_balance"),
+        help="'' for none, beside --variant or --all-streamed",
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
@@ -482,7 +486,7 @@ def main() -> None:
     # Asked of the driver itself CUDA would start here, and not in the processes that fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     DEVICE[0] = args.device
-    embeds, selectors = args.embed.split(","), args.selectors.split(",")
+    embeds, selectors = args.embed.split(","), [name for name in args.selectors.split(",") if name]
     unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
     if unknown:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
