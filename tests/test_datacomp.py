@@ -113,6 +113,16 @@ def test_every_sample_gets_its_own_embeddings(tmp_path: Path, kind: str) -> None
     )
 
 
+def test_the_folder_above_the_tars_is_as_good(tmp_path: Path) -> None:
+    """Versions of DataComp's code differ in whether tars lie in POOL/shards or in POOL/shards/SCALE."""
+    pool = draw_pool(tmp_path / "pool")
+    make("pairs", pool / "shards", tmp_path / "out", "--embeddings", "b32")
+    assert [s["uid"] for s in read(tmp_path / "out")] == [uid(n) for n in range(12)]
+    shutil.copytree(pool / "shards" / "small", pool / "shards" / "medium")
+    with pytest.raises(ValueError, match="several folders of tars: medium, small; give one of them"):
+        make("pairs", pool / "shards", tmp_path / "again", "--embeddings", "b32")
+
+
 @pytest.mark.parametrize("place", ["elsewhere", "pool/shards/metadata", "pool/shards/small"])
 def test_metadata_may_lie_anywhere(tmp_path: Path, place: str) -> None:
     pool = draw_pool(tmp_path / "pool")

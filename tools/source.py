@@ -120,8 +120,17 @@ def _images_at(paths: Sequence[Path]) -> tuple[list[Path], Path]:
     if len(paths) == 1 and paths[0].is_dir():
         names = sorted(entry.name for entry in os.scandir(paths[0]))
         loose = any(name.lower().endswith(IMAGE_ENDINGS) for name in names)
-        tars = [paths[0] / name for name in names if name.lower().endswith(TAR_ENDINGS) and name[0] != "."]
-        return ([] if loose else tars), paths[0]
+        tars = _tars_in(paths[0])
+        if loose or tars or _tables_in(paths[0]):
+            return ([] if loose else tars), paths[0]
+        # DataComp's code writes its tars to POOL/shards, and in some versions to a folder below, named by scale.
+        below = {path: found for name in names if (path := paths[0] / name).is_dir() and (found := _tars_in(path))}
+        if len(below) > 1:
+            raise ValueError(
+                f"SOURCE={str(paths[0])!r} holds several folders of tars: {', '.join(path.name for path in below)}; "
+                "give one of them"
+            )
+        return next(((found, path) for path, found in below.items()), ([], paths[0]))
     for path in paths:
         if path.is_dir() or not path.name.lower().endswith(TAR_ENDINGS):
             raise ValueError(
@@ -129,6 +138,10 @@ def _images_at(paths: Sequence[Path]) -> tuple[list[Path], Path]:
                 f"or any number of tars ({', '.join(TAR_ENDINGS)})"
             )
     return list(paths), paths[0].parent
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(TAR_ENDINGS) and path.name[0] != ".")
 
 
 def _tables_in(folder: Path) -> list[Path]:
