@@ -28,6 +28,7 @@ from clipcov_stream.ahead import Ahead, check_ahead
 from clipcov_stream.batch import check_batch, check_ratio, count_survivors, size_of
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
+    IN_TRAINING,
     Teacher,
     check_embedder,
     check_precision,
@@ -39,6 +40,7 @@ from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.identity import check_same_run, fingerprint, name_of
 from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.online import OnlineProxy
 from clipcov_stream.patches import towers_with_patches
 from clipcov_stream.pool import Pool, with_learner
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
@@ -63,17 +65,18 @@ class ClipCov(Algorithm):
     Args:
         filter_ratio: fraction of every pool that is discarded, in [0, 1).
         embed: where embeddings come from: "teacher" (moving average of the model in training, nothing to download),
-            "proxy" (a frozen model) or "columns" (they come with the pool: no forward pass).
+            "proxy" (a frozen model), "online" (a small model, `proxy`, that learns from every candidate while it judges
+            them: `online.OnlineProxy`) or "columns" (they come with the pool: no forward pass).
         selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
             kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
-            None is "100ba" with the teacher, and none with a soft start or another embedder.
+            None is "100ba" with an embedder in training (teacher, online), and none with a soft start or another.
         soft_start: share of the matching pairs that the embedder must tell from chance before all survivors are chosen;
             with less, some are random in proportion (`start.num_places`), so that selection begins when the embedder is
-            ready. None is SOFT_START for the teacher, which is in training, and 0 for embedders that are not. For
-            clipcov alone, and not with a `gate` that asks for no evidence, inf.
+            ready. None is SOFT_START for embedders in training, and 0 for others. For clipcov alone, and not with a
+            `gate` that asks for no evidence, inf.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
-            embeddings do not change, and 20 pools for the teacher, whose do.
+            embeddings do not change, and 20 pools for the teacher and an online proxy, whose do.
         coverage, learnability, gate, balance, unevenness, novelty, recent, repeats, quality, overshoot, memory,
             ridge, references: see `selection.Settings`. The lag behind learnability comes from the training pass: from
             the model's outputs, if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and
@@ -83,8 +86,10 @@ class ClipCov(Algorithm):
             "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each
             trains an equal share; survivors and, up to the order of sums, weights are then the same on any number of
             ranks. It needs the samples' `id`, and reads the survivors' numbers back from the device once a step.
-        proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy".
-        teacher_momentum: of the moving average, per step.
+        proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
+            whatever weights it has, "online".
+        proxy_lr: learning rate of an online proxy.
+        teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embedder: a number that names the columns' model, `identity.fingerprint` of it; a checkpoint of columns of
             another one is refused.
@@ -140,6 +145,7 @@ class ClipCov(Algorithm):
         references: int = Settings.references,
         soft_start: float | None = None,
         proxy: nn.Module | None = None,
+        proxy_lr: float = 1e-3,
         teacher_momentum: float = 0.99,
         logit_scale: float = 100.0,
         embedder: int | None = None,
@@ -157,7 +163,7 @@ class ClipCov(Algorithm):
         for name, ratio in (("filter_ratio", filter_ratio), ("max_invalid_ratio", max_invalid_ratio)):
             check_ratio(name, ratio)
         passes = (embed_chunk, embed_resolution, embed_precision, embed_patch_dropout)
-        check_embedder(embed, proxy, teacher_momentum, logit_scale, *passes)
+        check_embedder(embed, proxy, teacher_momentum, logit_scale, *passes, proxy_lr)
         if scope not in SCOPES:
             raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
         self.function = resolve(selector)
@@ -181,14 +187,14 @@ class ClipCov(Algorithm):
             memory=memory,
             ridge=ridge,
             references=references,
-            soft_start=(SOFT_START if embed == "teacher" else 0.0) if soft_start is None else soft_start,
+            soft_start=(SOFT_START if embed in IN_TRAINING else 0.0) if soft_start is None else soft_start,
             seed=seed,
         )
         self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
-        follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
+        follows = self.uses_embeddings and (embed in IN_TRAINING or self.uses_learner)
         check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
-        self.proxy = proxy
+        self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
         self.embed_chunk = embed_chunk
@@ -199,7 +205,8 @@ class ClipCov(Algorithm):
             raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known, or None")
         self.dataset_size, self._asks_size = dataset_size or 0, dataset_size is None
         self.image_key, self.text_key = image_key, text_key
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | OnlineProxy | None = None
+        """The embedder, if it is in training; its state is in checkpoints."""
         self.selection: SelectionState | None = None
         self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
@@ -228,7 +235,8 @@ class ClipCov(Algorithm):
             "filter_ratio": filter_ratio,
             "embed": embed,
             "scope": scope,
-            "proxy": None if proxy is None else fingerprint(proxy),
+            "proxy": None if proxy is None else fingerprint(proxy, values=embed == "proxy"),
+            "proxy_lr": proxy_lr if embed == "online" else None,
             "warmup": self.warmup.to_timestring(),
             "half_life": half_life,
             **{key: value for key, value in vars(self.settings).items() if key != "half_life"},
@@ -250,7 +258,7 @@ class ClipCov(Algorithm):
 
     def _own_warmup(self) -> str:
         softly = plain(self.function) is clipcov and self.settings.starts_softly
-        return HARD_WARMUP if self.uses_embeddings and self.embed == "teacher" and not softly else "0ba"
+        return HARD_WARMUP if self.uses_embeddings and self.embed in IN_TRAINING and not softly else "0ba"
 
     @property
     def uses_embeddings(self) -> bool:
@@ -312,7 +320,7 @@ class ClipCov(Algorithm):
             self._lags.note((self.selection.lag, self.selection.lag_weight))
         if not state.fsdp_enabled:
             share_buffers(unwrap(state.model))
-        if self.teacher is not None:
+        if isinstance(self.teacher, Teacher):
             self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -393,10 +401,12 @@ class ClipCov(Algorithm):
             if state.fsdp_enabled:
                 raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use embed='proxy' or 'columns'")
             self.teacher = Teacher(unwrap(state.model), self.teacher_momentum)
-            if self._pending.get("teacher"):
-                self.teacher.load_state_dict(self._pending.pop("teacher"))
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)
+            if self.embed == "online" and self.teacher is None:
+                self.teacher = OnlineProxy(self.proxy, self.proxy_lr, self.teacher_momentum)
+        if self.teacher is not None and self._pending.get("teacher"):
+            self.teacher.load_state_dict(self._pending.pop("teacher"))
 
     def _start_ahead(self, state: State) -> None:
         """Have the loader run ahead, or not."""
@@ -464,7 +474,7 @@ class ClipCov(Algorithm):
             if self.global_pool_size is not None:
                 check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
             self.global_pool_size, self._checked = streamed, True
-            if self.half_life is None and self.embed == "teacher":
+            if self.half_life is None and self.embed in IN_TRAINING:
                 self.settings = replace(self.settings, half_life=20.0 * streamed)
             if microbatch in (None, pool_size):
                 # Composer's default is the loader's batch, our pool.
@@ -526,6 +536,7 @@ class ClipCov(Algorithm):
         return Preparation(
             state,
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
+            online=self.teacher if isinstance(self.teacher, OnlineProxy) else None,
             selecting=self._graphed,
             saved=self._pending.get("selection"),
             materialize=getattr(state.dataloader, "materialize", None),

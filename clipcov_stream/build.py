@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,7 @@ from clipcov_stream.device_decode import check_decoder
 from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
+from clipcov_stream.online import default_towers
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for
@@ -220,14 +222,22 @@ def build_stream(
     return pool_loader(dataset, pool_size, config.num_workers, config.prefetch_factor, **options)
 
 
-def build_proxy(config: ProxyConfig, learner: ImageTransform, learner_tokenizer: Tokenizer) -> Proxy:
-    """A frozen embedder that takes the learner's images and tokens.
+def build_proxy(
+    config: ProxyConfig, learner: ImageTransform, learner_tokenizer: Tokenizer, online: bool = False
+) -> Proxy:
+    """An embedder that takes the learner's images and tokens, frozen or, if it is `online`, to be trained.
 
     Raises:
-        ValueError: a model that cannot be built, one whose weights nobody gave, or one that reads other tokens.
+        ValueError: a model that cannot be built, a frozen one whose weights nobody gave, or one that reads other
+            tokens.
     """
-    if config.pretrained is None:
-        raise ValueError("selection.proxy.pretrained is missing: a proxy with random weights selects nothing")
+    if config.pretrained is None and not online:
+        raise ValueError(
+            "selection.proxy.pretrained is missing: a proxy with random weights selects nothing, unless it is trained "
+            "along (selection.embed=online)"
+        )
+    if online and config.name is None and config.config is None:
+        config = replace(config, config=default_towers(learner.size, len(learner_tokenizer(""))))
     try:
         towers = build_towers(config.name, config.config, config.pretrained, config.loss)
     except ValueError as error:
@@ -299,11 +309,13 @@ def build_selection(
                 "leave it out"
             )
         scale = own
-    proxy = None if config.proxy is None else build_proxy(config.proxy, learner, tokenizer)
+    online = config.embed == "online"
+    given_proxy = ProxyConfig() if online and config.proxy is None else config.proxy
+    proxy = None if given_proxy is None else build_proxy(given_proxy, learner, tokenizer, online)
     knobs = ("coverage", "learnability", "gate", "balance", "unevenness", "quality")
     knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
-    optional = given(config, *knobs, "teacher_momentum", *passes)
+    optional = given(config, *knobs, "teacher_momentum", "proxy_lr", *passes)
     return ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,

@@ -37,7 +37,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """A frozen open_clip model that embeds pools; see `model.build_towers`."""
+    """An open_clip model that embeds pools, frozen or, with `embed: online`, in training; see `model.build_towers`.
+
+    Of an online one neither name nor config is needed: `online.default_towers`.
+    """
 
     name: str | None = None
     config: dict[str, Any] | None = None
@@ -139,6 +142,7 @@ class SelectionConfig:
     soft_start: float | None = None
     seed: int | None = None
     proxy: ProxyConfig | None = None
+    proxy_lr: float | None = None
     teacher_momentum: float | None = None
     logit_scale: float | None = None
     embed_chunk: int | None = None

@@ -27,7 +27,10 @@ from clipcov_stream.folded import folded
 from clipcov_stream.patches import fewer_patches
 from clipcov_stream.sketch import sync_is_free
 
-EMBED_SOURCES = ("teacher", "proxy", "columns")
+EMBED_SOURCES = ("teacher", "proxy", "online", "columns")
+IN_TRAINING = ("teacher", "online")
+"""Sources whose embeddings change from step to step."""
+
 EMBED_PRECISIONS = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 """Composer's names."""
 
@@ -98,13 +101,16 @@ def check_embedder(
     embed_resolution: int | None,
     embed_precision: str | None,
     embed_patch_dropout: float | None,
+    proxy_lr: float = 1e-3,
 ) -> None:
     """Raise ValueError unless these arguments of `ClipCov` say how to embed a pool."""
     if not 0 <= teacher_momentum < 1:
         raise ValueError(f"selection.teacher_momentum={teacher_momentum} must be in [0, 1)")
     if embed not in EMBED_SOURCES:
         raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
-    if (embed == "proxy") != (proxy is not None):
+    if not (proxy_lr > 0 and math.isfinite(proxy_lr)):
+        raise ValueError(f"selection.proxy_lr={proxy_lr} must be a finite number above 0")
+    if (embed in ("proxy", "online")) != (proxy is not None):
         raise ValueError(f"embed={embed!r} {'needs' if proxy is None else 'takes no'} proxy model")
     if proxy is not None:
         check_towers(proxy, "proxy")
@@ -120,6 +126,11 @@ def check_embedder(
     for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
+    if embed_resolution is not None and embed == "online":
+        raise ValueError(
+            f"selection.embed_resolution={embed_resolution}: an online proxy learns at the size it embeds at; give it "
+            "an image_size of its own (selection.proxy.config)"
+        )
     if embed_resolution is not None and embed_resolution < 1:
         raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
     if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:

@@ -19,6 +19,7 @@ LATER: dict[str, Any] = {
     "repeats": math.inf,
     "soft_start": 0.0,
     "embed_patch_dropout": None,
+    "proxy_lr": None,
 }
 """Arguments that checkpoints of before they existed lack, and what those runs did."""
 
@@ -67,10 +68,13 @@ def name_of(selector: Any) -> str:
     return getattr(selector, "__name__", type(selector).__qualname__)
 
 
-def fingerprint(model: nn.Module) -> int:
-    """A number that tells frozen models apart: of the names, shapes and first values of their weights."""
+def fingerprint(model: nn.Module, values: bool = True) -> int:
+    """A number that tells frozen models apart: of the names, shapes and first values of their weights.
+
+    Without `values`, models in training: their weights are in the checkpoint.
+    """
     total = 0
     for name, value in model.state_dict().items():
-        head = value.detach().flatten()[:256].double().cpu().numpy().tobytes()
+        head = value.detach().flatten()[: 256 if values else 0].double().cpu().numpy().tobytes()
         total = zlib.crc32(head + f"{name}{tuple(value.shape)}".encode(), total)
     return total

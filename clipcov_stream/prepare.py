@@ -2,7 +2,7 @@
 
 A function of the pool, the step and the selection state before it; nothing here reads the model in training (but for
 `embed="teacher"` and the selectors that ask it) or moves Composer's clock. So it gives the same survivors whether it
-runs in the training thread or ahead of it, in one of its own.
+runs in the training thread or ahead of it, in one of its own. An online proxy alone keeps something from pool to pool.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from composer.core import State
+from composer.core import Precision, State
 from composer.core.precision import get_precision_context
 from composer.utils import dist
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
+from clipcov_stream.online import OnlineProxy
 from clipcov_stream.pool import Pool, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn
@@ -113,6 +114,7 @@ class Preparation:
     Args:
         state: Composer's, for the device, the precision and, where a selector asks it, the model.
         embedder: the teacher's or proxy's model; None for columns.
+        online: the proxy that learns from pools before it embeds them, if any.
         uses_learner: whether the model in training embeds pools too.
         uses_lag: whether survivors' rows are kept for the lag.
         notes_alignment: whether candidates' alignments are kept.
@@ -130,6 +132,7 @@ class Preparation:
     filter_ratio: float
     embed: str
     embedder: nn.Module | None
+    online: OnlineProxy | None
     logit_scale: float
     embed_chunk: int | None
     embed_resolution: int | None
@@ -172,6 +175,8 @@ class Preparation:
         pool, embed_ms, alignment = None, None, None
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
+        elif self.online is not None:
+            self._teach(self.online, batch, chunk, valid)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -273,13 +278,7 @@ class Preparation:
             sending.append(Gathering(travelling(images), self.group))
 
         def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = batch.get("scoring_image", batch[self.image_key]), batch[self.text_key]
-            if not isinstance(image, Tensor):
-                raise ValueError(
-                    f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
-                    "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
-                )
-            image = device.tensor_to_device(image)
+            image, text = self._pixels(batch), batch[self.text_key]
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True)
@@ -288,6 +287,8 @@ class Preparation:
             return embed_with_towers(model, image, text, chunk, self._precision(), **options)
 
         with Stopwatch(self.state) as watch:
+            if self.online is not None:
+                self._teach(self.online, batch, chunk, valid)
             if self.embed == "columns":
                 image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
                 # As they are stored: float16 is half as much to move.
@@ -308,6 +309,23 @@ class Preparation:
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
+
+    def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
+        """The images that the embedder reads, on the device."""
+        image = batch.get("scoring_image", batch[self.image_key])
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
+                "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
+            )
+        return self.state.device.tensor_to_device(image)
+
+    def _teach(self, online: OnlineProxy, batch: Mapping[str, Any], rows: int, valid: Tensor) -> None:
+        """Have the online proxy learn from the pool. Not in float16, whose gradients would need a scale."""
+        half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
+        half = half or self.embed_precision == "amp_fp16"
+        precision = nullcontext if half else self._precision
+        online.learn(self._pixels(batch), batch[self.text_key], valid, rows, precision)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""
@@ -334,7 +352,7 @@ class Preparation:
 PASSED_ON = tuple(
     name
     for name in Preparation.__annotations__
-    if name not in ("state", "embedder", "selecting", "saved", "materialize", "group")
+    if name not in ("state", "embedder", "online", "selecting", "saved", "materialize", "group")
 )
 """Of a Preparation's arguments, those that `ClipCov` has under the same names."""
 

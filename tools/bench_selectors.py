@@ -6,21 +6,22 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 (`bench_corpus` has the forms of --corpus). Where the embeddings come from (--embed):
 
     teacher       the learner's moving average: no reference model anywhere
+    online        a model a ninth as large that learns from every candidate as it comes: no reference model either
     proxy-noisy   a frozen model trained on a fifth of the noisy corpus
     proxy-clean   a frozen model trained on 2,000 clean samples
     columns       embeddings of proxy-clean in float16, as an MDS folder would hold them
 
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
-trained on is left out of the stream. With the teacher the first --warmup of the steps train on random survivors, the
-same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with a proxy
-selection begins at once. --variant adds clipcov with other knobs beside the rest,
-for ablations, and --size repeats everything at another pool size, number of survivors and of steps. --model vit trains
-a ViT-S instead, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The small model's
-convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are
-kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
-interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
-table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
-one JSON document.
+trained on is left out of the stream. With the teacher or online the first --warmup of the steps train on random
+survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with
+a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
+repeats everything at another pool size, number of survivors and of steps. --model vit trains a ViT-S instead, in
+bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The small model's convolutions are in
+bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are kept in
+OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be interrupted;
+with --any-code those of other versions of the code count too where there is none of this version, and the table names
+their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ with warnings.catch_warnings():
 
 from clipcov_stream import SELECTORS
 from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.embed import is_native
+from clipcov_stream.embed import IN_TRAINING, is_native
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
 
-EMBEDS = ("teacher", "proxy-noisy", "proxy-clean", "columns")
+EMBEDS = ("teacher", "online", "proxy-noisy", "proxy-clean", "columns")
+ONLINE_WIDTH = 8
+"""Of the online proxy's convolutions; the learner's is 24."""
 LEARNING_RATES = {"tiny": 2e-3, "vit": 5e-4}
 """Of --model."""
 ALL_STREAMED = "random (all streamed)"
@@ -215,7 +218,7 @@ def trained_proxy(corpus: Corpus, kind: str, seed: int, steps: int) -> ClipModel
 def proxy_rows(corpus: Corpus, embed: str, seed: int) -> Tensor:
     """The training samples of a cell's proxy, which its stream leaves out; none for the teacher."""
     generator = torch.Generator().manual_seed(seed + 1000)
-    if embed == "teacher":
+    if embed in IN_TRAINING:
         return torch.zeros(0, dtype=torch.int64)
     if embed == "proxy-noisy":
         return torch.randperm(len(corpus.train), generator=generator)[: len(corpus.train) // 5]
@@ -226,7 +229,7 @@ def proxy_rows(corpus: Corpus, embed: str, seed: int) -> Tensor:
 
 def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
     """What proxy a job needs: (corpus, kind, seed, steps)."""
-    if job["embed"] == "teacher" or job["selector"] == ALL_STREAMED:
+    if job["embed"] in IN_TRAINING or job["selector"] == ALL_STREAMED:
         return None
     kind = "proxy-clean" if job["embed"] == "columns" else job["embed"]
     return job["corpus"], kind, job["seed"], job["proxy_steps"]
@@ -235,7 +238,7 @@ def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
 def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[str, Any]:
     """One training run; its figures."""
     seed, steps, survivors, embed, selector = (job[key] for key in ("seed", "steps", "survivors", "embed", "selector"))
-    pool_size, warmup = job["pool"], job["warmup"] if embed == "teacher" else 0
+    pool_size, warmup = job["pool"], job["warmup"] if embed in IN_TRAINING else 0
     columns: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
     if selector == ALL_STREAMED:
@@ -244,7 +247,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     else:
         options = {
             "selector": selector.partition(" ")[0],
-            "embed": "teacher" if proxy is None else "columns",
+            "embed": embed if proxy is None else "columns",
             "dataset_size": len(corpus.train),
             **job["knobs"],
         }
@@ -252,6 +255,10 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         dtype = torch.float16 if embed == "columns" else torch.float32
         columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
         options["logit_scale"] = proxy.logit_scale
+        if embed == "online":
+            torch.manual_seed(seed + 2000)
+            online = TinyTowers(corpus.vocab_size, width=ONLINE_WIDTH)
+            options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"]}
     start = time.perf_counter()
     softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
     clipcov = ClipCov(1 - survivors / pool_size, warmup=0 if softly else warmup, seed=seed, **options)

@@ -1,0 +1,173 @@
+"""An online proxy: a small model that judges the candidates and learns from all of them while it does.
+
+The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
+is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
+forward pass of the learner over the pool. It learns from mismatched pairs too: those cancel, as they do in a proxy that
+was trained on noisy pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.utils import dist
+from torch import Tensor, nn
+
+from clipcov_stream.ranks import sum_over_ranks
+
+WARMUP = 20
+"""Updates over which the learning rate rises."""
+
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.98)
+"""Of AdamW, as CLIP was trained with (Radford et al., ICML 2021, table 18), but for the decay."""
+
+LARGEST_LOG_SCALE = math.log(100)
+"""Of the logits, as in CLIP's training."""
+
+LARGEST_NORM = 1.0
+"""Of an update's gradient."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
+    """An open_clip config of an online proxy for a learner that reads OpenAI's tokens.
+
+    A ResNet of four blocks that sees images at 64 pixels at most, and one layer of width 64 for captions.
+    """
+    return {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": max(32, min(64, image_size) // 32 * 32),
+            "layers": [1, 1, 1, 1],
+            "width": 16,
+            "head_width": 32,
+        },
+        "text_cfg": {"context_length": context_length, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+
+
+class OnlineProxy:
+    """A proxy in training, and the moving average of its weights, which is what embeds pools.
+
+    Every pool is learned from before it is judged, in parts of as many candidates as survive, one update of AdamW each,
+    by the contrastive loss within the part (InfoNCE: van den Oord et al., arXiv 1807.03748; Radford et al., ICML 2021).
+    Over ranks gradients are averaged, as DistributedDataParallel does, while each part's negatives are its rank's own.
+    Its weights are the same on all ranks.
+
+    Args:
+        proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
+            parameters are trained in place.
+        lr: of AdamW, after WARMUP updates.
+        momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
+
+    Costs: a forward and a backward pass of the proxy over the pool, beside that of embedding it; three copies of its
+        weights. With several ranks one sum over them per update.
+    """
+
+    def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
+        self.trained: Any = proxy.requires_grad_(True).train()
+        for tensor in proxy.state_dict().values():
+            dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
+        self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
+        self.lr, self.momentum, self.updates = lr, momentum, 0
+        matrices = [p for p in proxy.parameters() if p.ndim >= 2]
+        others = [p for p in proxy.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+
+    def learn(
+        self,
+        image: Tensor,
+        text: Tensor,
+        valid: Tensor,
+        rows: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Train on a pool.
+
+        Args:
+            image: (pool, ...) images, on the proxy's device.
+            text: (pool, context) tokens, there or on the CPU.
+            valid: (pool,) mask, on the CPU; other samples are left out.
+            rows: candidates per update.
+            precision: makes an autocast context, or a null one.
+        """
+        for part in torch.arange(len(valid)).split(rows):
+            # Every rank makes as many updates, whatever it has to leave out.
+            index = part[valid[part]].to(image.device)
+            self.optimizer.zero_grad()
+            if len(index) > 1:
+                with precision():
+                    loss = self._loss(image.index_select(0, index), text[index.to(text.device)].to(image.device))
+                loss.backward()
+            self._update()
+
+    def _loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Mean of both directions' cross-entropies, over the part."""
+        x = F.normalize(self.trained.encode_image(image).float(), dim=1)
+        y = F.normalize(self.trained.encode_text(text).float(), dim=1)
+        scale = getattr(self.trained, "logit_scale", None)
+        logits = (scale.exp() if isinstance(scale, Tensor) else 100.0) * x @ y.T
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    def _update(self) -> None:
+        """A step of AdamW on all ranks' gradients, and one of the moving average."""
+        self.updates += 1
+        parameters = list(self.trained.parameters())
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.flatten() for part in parts])
+        sum_over_ranks(flat)
+        flat /= dist.get_world_size()
+        norm = flat.norm()
+        # Of a part whose gradient is not finite nothing is learned: one NaN would stay for good.
+        flat = torch.where(norm.isfinite(), flat * (LARGEST_NORM / norm).clamp_max(1.0), 0.0)
+        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = piece.view_as(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, self.updates / WARMUP)
+        self.optimizer.step()
+        self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        scale = getattr(self.trained, "logit_scale", None)
+        if isinstance(scale, nn.Parameter):
+            scale.clamp_(0, LARGEST_LOG_SCALE)
+        weight = 1 - min(self.momentum, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in self.trained.parameters()], weight)
+        for mine, theirs in zip(self.model.buffers(), self.trained.buffers(), strict=True):
+            if theirs.is_floating_point():
+                dist.broadcast(theirs, 0)  # batch norm's statistics differ by rank
+            mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of weights, moving average, moments and number of updates, by name."""
+        state = {"updates": torch.tensor(self.updates)}
+        for kind, model in (("trained", self.trained), ("average", self.model)):
+            state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
+        for name, parameter in self.trained.named_parameters():
+            for moment in MOMENTS:
+                if moment in self.optimizer.state.get(parameter, {}):
+                    state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.updates = int(state["updates"])
+        for kind, model in (("trained", self.trained), ("average", self.model)):
+            own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
+            model.load_state_dict(own)
+        for name, parameter in self.trained.named_parameters():
+            if f"{MOMENTS[0]}.{name}" in state:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.updates)),
+                    **{moment: state[f"{moment}.{name}"].to(parameter, copy=True) for moment in MOMENTS},
+                }

@@ -1,0 +1,261 @@
+"""An online proxy: it learns from every candidate, judges by its moving average, and is part of what a run resumes."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+from runs import Interrupt, algorithm_of, assert_same, assert_same_run, run, run_ranks, trainer_of, values
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipcov_stream import ClipCov
+from clipcov_stream.build import build_proxy
+from clipcov_stream.config import ProxyConfig
+from clipcov_stream.embed import Proxy
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.model import build_towers
+from clipcov_stream.online import BETAS, LARGEST_NORM, WARMUP, WEIGHT_DECAY, OnlineProxy, default_towers
+
+SMALL: dict[str, Any] = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+class Linear(nn.Module):
+    """Two linear towers and a scale."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return self.image(image)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        return self.text(text)
+
+
+def drawn_pool(size: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(size, 6, generator=generator)
+    return image, image[:, :5] + 0.1 * torch.randn(size, 5, generator=generator), torch.ones(size, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def online_recipe(corpus: Path, **sections: Any) -> dict[str, Any]:
+    selection = {"embed": "online", "proxy": {"config": SMALL}, "proxy_lr": 1e-2, **sections.pop("selection", {})}
+    return recipe(corpus, selection=selection, **sections)
+
+
+def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
+    """Against a loop of torch's own parts, over two pools in parts of 16, one of them short, samples left out."""
+    image, text, valid = drawn_pool()
+    valid[[3, 20]] = False
+    online, model = OnlineProxy(Linear(), lr=1e-2, momentum=0.9), Linear()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model.image.weight, model.text.weight], "weight_decay": WEIGHT_DECAY},
+            {"params": [model.logit_scale, model.image.bias], "weight_decay": 0.0},
+        ],
+        betas=BETAS,
+    )
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    for update in range(1, 7):
+        part = torch.arange(40).split(16)[(update - 1) % 3]
+        part = part[valid[part]]
+        x, y = F.normalize(model.image(image[part]), dim=1), F.normalize(model.text(text[part]), dim=1)
+        logits = model.logit_scale.exp() * x @ y.T
+        own = torch.arange(len(part))
+        loss = 0.5 * F.cross_entropy(logits, own) + 0.5 * F.cross_entropy(logits.T, own)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * update / WARMUP
+        optimizer.step()
+        momentum = min(0.9, (1 + update) / (10 + update))
+        for name, value in model.state_dict().items():
+            average[name] = momentum * average[name] + (1 - momentum) * value
+    for _ in range(2):
+        online.learn(image, text, valid, 16, nullcontext)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(online.trained.state_dict()[name], value)
+        torch.testing.assert_close(online.model.state_dict()[name], average[name])
+
+
+def test_it_learns_to_tell_pairs_that_match() -> None:
+    image, text, valid = drawn_pool(128)
+    online = OnlineProxy(Linear(), lr=2e-2, momentum=0.9)
+
+    def margin() -> float:
+        with torch.no_grad():
+            model: Any = online.model
+            x, y = F.normalize(model.encode_image(image), dim=1), F.normalize(model.encode_text(text), dim=1)
+            cosine = x @ y.T
+            return float(cosine.diagonal().mean() - cosine.mean())
+
+    before = margin()
+    for _ in range(40):
+        online.learn(image, text, valid, 32, nullcontext)
+    assert margin() > before + 0.3
+    assert not any(p.requires_grad for p in online.model.parameters()) and online.updates == 160
+
+
+@pytest.mark.parametrize("what", ["a NaN", "none valid", "one valid"])
+def test_what_cannot_be_learned_from_changes_nothing_for_good(what: str) -> None:
+    """One NaN in the weights would stay; and every part is an update, so that ranks make as many."""
+    image, text, valid = drawn_pool()
+    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    online.learn(image, text, valid, 20, nullcontext)
+    before = copy.deepcopy(online.trained.state_dict())
+    if what == "a NaN":
+        image = image.index_fill(0, torch.tensor([0, 39]), torch.nan)
+    else:
+        valid = torch.zeros_like(valid)
+        valid[: what == "one valid"] = True
+    online.learn(image, text, valid, 20, nullcontext)
+    assert online.updates == 4
+    for name, value in online.trained.state_dict().items():
+        assert value.isfinite().all()
+        # The moments of the updates before still move it, by no more than two steps do.
+        assert (value - before[name]).abs().max() < 3e-3, name
+
+
+def test_its_state_is_all_of_it() -> None:
+    """Weights, average, moments and count: one that is restored goes on bit for bit."""
+    image, text, valid = drawn_pool()
+    straight = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    straight.learn(image, text, valid, 16, nullcontext)
+    state = copy.deepcopy(straight.state_dict())
+    resumed = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
+    resumed.load_state_dict(state)
+    for online in (straight, resumed):
+        online.learn(image.flip(0), text.flip(0), valid, 16, nullcontext)
+    assert_same(resumed.state_dict(), straight.state_dict())
+    fresh = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    other = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
+    other.load_state_dict(fresh.state_dict())  # before the first update there are no moments
+    assert_same(other.state_dict(), fresh.state_dict())
+
+
+def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, memory = run(tmp_path, online_recipe(corpus, selection={"warmup": "2ba"}))
+    clipcov = algorithm_of(trainer)
+    online = clipcov.teacher
+    assert isinstance(online, OnlineProxy)
+    assert online.updates == 6 * 4  # the warm-up's pools too, in parts of 8 of 32
+    assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 8
+    assert clipcov.settings.half_life == 20 * 32
+    assert len(values(memory, "selection/embed_ms")) == 4
+    assert not any(
+        torch.equal(a, b) for a, b in zip(online.trained.parameters(), online.model.parameters(), strict=True)
+    )
+
+
+def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path) -> None:
+    tree = online_recipe(corpus, save_folder=str(tmp_path / "saved"), save_interval="2ba", autoresume=True)
+    tree["run_name"] = "online"
+    straight = run(tmp_path / "straight", {**tree, "save_folder": str(tmp_path / "other")})
+    trainer, _, _ = trainer_of(tmp_path / "first", tree)
+    trainer.state.callbacks.append(Interrupt(4))
+    with pytest.raises(InterruptedError):
+        trainer.fit()
+    trainer.close()
+    resumed = run(tmp_path / "second", tree)
+    assert_same_run(resumed, straight, skipped=4)
+
+
+def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: Path) -> None:
+    tree = online_recipe(corpus, save_folder=str(tmp_path / "saved"), save_interval="3ba", max_duration="3ba")
+    run(tmp_path / "first", tree)
+    again = {**tree, "load_path": str(tmp_path / "saved" / "latest-rank0.pt"), "save_folder": None}
+    for section, message in (
+        ({"proxy_lr": 1e-3}, "selection.proxy_lr=0.01, not 0.001"),
+        ({"proxy": {"config": {**SMALL, "embed_dim": 4}}}, "selection.proxy="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "second", {**again, "selection": {**tree["selection"], **section}})
+
+
+def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus))
+    ranks = run_ranks(tmp_path / "two", path, 2)
+    assert_same(ranks[0]["algorithm"]["teacher"], ranks[1]["algorithm"]["teacher"])
+    assert int(ranks[0]["algorithm"]["teacher"]["updates"]) == 6 * 4
+    assert_same(ranks[0]["model"], ranks[1]["model"])
+
+
+def test_the_default_proxy_reads_what_the_learner_reads() -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=20)
+
+    def tokens(caption: str) -> Tensor:
+        return tokenizer(caption)[0]
+
+    proxy = build_proxy(ProxyConfig(), ImageTransform(224), tokens, online=True)
+    assert proxy.image_size == 64
+    image, text = torch.randn(2, 3, 224, 224), torch.stack([tokens("a dog"), tokens("a red car")])
+    assert proxy.encode_image(image).shape == proxy.encode_text(text).shape == (2, 64)
+    assert default_towers(48, 16)["vision_cfg"]["image_size"] == 32
+
+    def flops(model: Any) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.encode_image(image)
+            model.encode_text(torch.cat([text, text.new_zeros(2, 57)], 1)[:, : getattr(model, "context_length", 77)])
+        return counter.get_total_flops()
+
+    assert flops(proxy) < flops(build_towers("ViT-B-32").eval()) / 40
+
+
+@pytest.mark.filterwarnings("ignore:.*has no instructions for it")
+@pytest.mark.parametrize("precision", [None, "amp_bf16", "amp_fp16"])
+def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision: str | None) -> None:
+    """Its gradients would underflow without a scale."""
+    trainer, _, _ = trainer_of(tmp_path, online_recipe(corpus, selection={"warmup": 0}, max_duration="1ba"))
+    clipcov = algorithm_of(trainer)
+    clipcov.embed_precision = precision
+    assert isinstance(clipcov.proxy, Proxy)
+    encode, autocast = clipcov.proxy.encode_image, {True: set[bool](), False: set[bool]()}
+
+    def spied(image: Tensor) -> Tensor:
+        autocast[torch.is_grad_enabled()].add(torch.is_autocast_enabled("cpu"))
+        return encode(image)
+
+    clipcov.proxy.encode_image = spied
+    trainer.fit()
+    assert autocast == {True: {precision == "amp_bf16"}, False: {precision is not None}}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "embed='online' needs proxy model"),
+        ({"proxy": Linear(), "proxy_lr": 0.0}, "selection.proxy_lr=0.0 must be a finite number above 0"),
+        ({"proxy": Linear(), "embed_resolution": 16}, "an online proxy learns at the size it embeds at"),
+        ({"proxy": Linear(), "run_ahead": 2, "lag_delay": 2}, "follows the model in training"),
+    ],
+)
+def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipCov(embed="online", **kwargs)
+
+
+def test_a_frozen_proxy_still_needs_weights(tmp_path: Path, corpus: Path) -> None:
+    tree = online_recipe(corpus, selection={"embed": "proxy", "proxy": {"config": TINY_MODEL}})
+    with pytest.raises(ValueError, match=r"proxy.pretrained is missing.*selection.embed=online"):
+        run(tmp_path, tree)
