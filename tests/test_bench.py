@@ -212,6 +212,29 @@ def test_bad_corpora_are_named(folder: Path, text: str, message: str) -> None:
         load_corpus(text.replace("FOLDER", str(folder)))
 
 
+def test_the_residual_is_to_what_is_sound_with_classes_balanced(folder: Path) -> None:
+    corpus = load_corpus(f"shapes={folder}")
+    num = len(corpus.train)
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(num, 5, generator=generator), torch.randn(num, 4, generator=generator)
+    of = bench_selectors.Embeddings(image, text, 100.0).balanced_residual
+    without = torch.tensor([0, 1])
+    sound = [i for i in range(num) if not (corpus.mismatched[i] or corpus.duplicate[i]) and i > 1]
+    by_class: dict[int, list[int]] = {}
+    for i in sound:
+        by_class.setdefault(int(corpus.train.label[i]), []).append(i)
+    # Every class as often as another: each of its samples lcm / n times.
+    most = int(np.lcm.reduce([len(rows) for rows in by_class.values()]))
+    even = torch.tensor([i for rows in by_class.values() for i in rows * (most // len(rows))])
+    assert of(corpus, even, without) < 1e-6
+    x, y = image.double().numpy(), text.double().numpy()
+    x, y = x - x[even].mean(0), y - y[even].mean(0)
+    target = x[even].T @ y[even] / len(even)
+    some = torch.arange(7)
+    expected = np.linalg.norm(x[:7].T @ y[:7] / 7 - target) / np.linalg.norm(target)
+    assert of(corpus, some, without) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, folder: Path) -> None:
     def bench(*arguments: str) -> dict:
         shape = ["--warmup", "0.25", "--proxy-steps", "3", "--jobs", "1"]
@@ -228,14 +251,14 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
-    options = ("--embed", "teacher,columns", "--selectors", "clipcov,rho", "--size", "40:8:8")
+    options = ("--embed", "teacher,online,columns", "--selectors", "clipcov,rho", "--size", "40:8:8")
     first = bench(*options, "--seeds", "1")
     kept = tmp_path / "bench_selectors.jsonl"
     lines = kept.read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     again = bench(*options, "--seeds", "2", "--all-streamed")
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [json.dumps(row) for row in rows[:4]] == lines and len(rows) == 4 + 4 + 4
+    assert [json.dumps(row) for row in rows[:6]] == lines and len(rows) == 6 + 6 + 6
     assert {cell["seeds"][0] for cell in first["cells"]} == {0}
     assert {tuple(cell["seeds"]) for cell in again["cells"]} == {(0, 1)}
     for row in rows:
@@ -247,9 +270,11 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
         assert all(0 <= point["mean_per_class"] <= 1 for point in row["curve"])
         assert ("select_ms" in row) == (not everything)
         assert row["warmup"] == 2
+        assert ("balanced_residual" in row) == (row["embed"] == "columns" and not everything)
     assert np.isfinite([row["mean_per_class"] for row in rows]).all()
     assert "### shapes, embed: columns, 40 to 8, 8 steps" in (tmp_path / "bench_selectors.md").read_text()
     assert (tmp_path / "bench_selectors.png").stat().st_size > 5000
+    assert (tmp_path / "bench_selectors_residual.png").stat().st_size > 5000
 
     # As if run by another version of the code: they count only if asked, and the table says so.
     kept.write_text("".join(json.dumps({**row, "code": 0}) + "\n" for row in rows))

@@ -42,9 +42,11 @@ from composer.core import DataSpec
 from torch import Tensor
 
 from clipcov_stream import ClipCov
+from clipcov_stream.build import image_size_of
 from clipcov_stream.config import load_config
-from clipcov_stream.embed import EMBED_SOURCES
+from clipcov_stream.embed import EMBED_SOURCES, Proxy
 from clipcov_stream.model import ClipModel, build_towers
+from clipcov_stream.online import default_towers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,11 +158,20 @@ def parse_variant(variant: str) -> tuple[str, dict[str, Any]]:
     return embed, knobs
 
 
-def proxy_of(args: argparse.Namespace, towers: dict[str, Any]) -> dict[str, Any]:
-    """What the proxy's towers are built from: --proxy-config, or the learner's own."""
-    if args.proxy_config is None:
-        return towers
-    return {"name": None, "config": json.loads(args.proxy_config.read_text(encoding="utf-8"))}
+def proxy_of(
+    embed: str, args: argparse.Namespace, towers: dict[str, Any], pool: dict[str, Tensor]
+) -> torch.nn.Module | None:
+    """A variant's proxy: of --proxy-config, else a frozen one as large as the learner, or the default online one."""
+    if embed not in ("proxy", "online"):
+        return None
+    size, context = pool["image"].shape[-1], pool["text"].shape[1]
+    if args.proxy_config is not None:
+        built = build_towers(config=json.loads(args.proxy_config.read_text(encoding="utf-8")))
+    elif embed == "proxy":
+        built = build_towers(**towers)
+    else:
+        built = build_towers(config=default_towers(size, context))
+    return Proxy(built, image_size_of(built), context_length=context)
 
 
 def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: list[dict[str, Tensor]]) -> list[float]:
@@ -180,7 +191,7 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
                 embed=embed,
                 selector="random" if variant == "random" else "clipcov",
                 warmup="0ba",
-                proxy=build_towers(**proxy_of(args, towers)) if embed == "proxy" else None,
+                proxy=proxy_of(embed, args, towers, pools[0]),
                 max_invalid_ratio=0.5,
                 dataset_size=args.pool * len(pools),  # so that repeats are counted, and soon worn
                 soft_start=0.0,  # all places are chosen, as in all but a run's first steps

@@ -15,7 +15,17 @@ import matplotlib.pyplot as plt
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 OURS = "clipcov"
-FIGURES = ("mean_per_class", "top1", "r1", "clean_share", "duplicate_share", "class_entropy", "embed_ms", "select_ms")
+FIGURES = (
+    "mean_per_class",
+    "top1",
+    "r1",
+    "clean_share",
+    "duplicate_share",
+    "class_entropy",
+    "balanced_residual",
+    "embed_ms",
+    "select_ms",
+)
 
 
 PLACE = ("corpus", "embed", "pool", "survivors", "steps")
@@ -98,8 +108,8 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
         lines += [
             f"\n### {title_of(cells[0])}\n",
             "| selector | mean per class | lead of clipcov | top-1 | R@1 | clean | duplicates | class entropy "
-            "| embed ms | select ms | streamed | seen |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| residual | embed ms | select ms | streamed | seen |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for cell in sorted(cells, key=lambda cell: -cell["mean_per_class"]):
             texts = [
@@ -111,6 +121,7 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
                 f"{cell['clean_share']:.2f}",
                 f"{cell['duplicate_share']:.2f}",
                 f"{cell['class_entropy']:.2f}",
+                f"{cell['balanced_residual']:.3f}" if "balanced_residual" in cell else "",
                 *(f"{cell[name]:.0f}" if name in cell else "" for name in ("embed_ms", "select_ms")),
                 *(f"{cell[name]:,}" for name in ("samples_streamed", "samples_seen")),
             ]
@@ -172,6 +183,26 @@ def plot_sizes(summary: list[dict[str, Any]], path: Path) -> None:
         axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_residuals(summary: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over how far survivors' cross-covariance is from the sound pairs', a panel per place, a point per
+    selector."""
+    panels = list({place_of(cell): title_of(cell) for cell in summary if "balanced_residual" in cell}.items())
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.4), squeeze=False)
+    for (place, title), axis in zip(panels, axes.flat, strict=True):
+        cells = [cell for cell in summary if place_of(cell) == place and "balanced_residual" in cell]
+        for cell in cells:
+            x, y = cell["balanced_residual"], cell["mean_per_class"]
+            colour = "black" if cell["selector"] == OURS else "grey"
+            bars = (cell["balanced_residual_95"], cell["mean_per_class_95"])
+            axis.errorbar(x, y, bars[1], bars[0], color=colour, marker="o", elinewidth=0.6, alpha=0.8)
+            axis.annotate(cell["selector"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=title, xlabel="residual to the sound pairs, classes balanced", ylabel="mean per class")
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -269,6 +269,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     took = logged.medians()
     if proxy is not None:
         took.pop("embed_ms", None)  # the frozen model ran beforehand
+        took["balanced_residual"] = proxy.balanced_residual(corpus, rows, proxy_rows(corpus, embed, seed))
     share = torch.bincount(corpus.train.label.cpu()[rows]) / len(rows)
     return {
         **job,
@@ -291,6 +292,22 @@ class Embeddings:
     image: Tensor
     text: Tensor
     logit_scale: float
+
+    def balanced_residual(self, corpus: Corpus, rows: Tensor, without: Tensor) -> float:
+        """||C_S - C*|| / ||C*||: how far survivors' cross-covariance is from what the selector cannot know, that of the
+        pairs that are neither mismatched nor copies, every class counting as much as another, about their means.
+
+        Args:
+            rows: of the survivors, as often as they were trained on.
+            without: rows that are not in the stream.
+        """
+        sound = ~(corpus.mismatched | corpus.duplicate).index_fill(0, without, True)
+        label = corpus.train.label.cpu()
+        weight = sound / torch.bincount(label[sound], minlength=int(label.max()) + 1).clamp_min(1)[label]
+        weight = (weight / weight.sum()).double()
+        image, text = (side.double() - weight @ side.double() for side in (self.image, self.text))
+        target = (image * weight[:, None]).T @ text
+        return float((image[rows].T @ text[rows] / len(rows) - target).norm() / target.norm())
 
 
 def embedded(model: ClipModel, split: Split) -> Embeddings:
@@ -537,6 +554,8 @@ def main() -> None:
     text = bench_report.table(summary, rows, code)
     (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
     bench_report.plot(rows, args.out / f"{args.name}.png")
+    if any("balanced_residual" in cell for cell in summary):
+        bench_report.plot_residuals(summary, args.out / f"{args.name}_residual.png")
     if len(sizes) > 1:
         bench_report.plot_sizes(summary, args.out / f"{args.name}_sizes.png")
     print(text)
