@@ -168,6 +168,13 @@ def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, co
     )
 
 
+def test_a_recipe_needs_no_proxy_section(tmp_path: Path, corpus: Path) -> None:
+    trainer, _, _ = run(tmp_path, recipe(corpus, selection={"embed": "online", "warmup": 0}, max_duration="1ba"))
+    clipcov = algorithm_of(trainer)
+    assert isinstance(clipcov.proxy, Proxy) and clipcov.proxy.image_size == 32  # of images of 16
+    assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 64
+
+
 def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path) -> None:
     tree = online_recipe(corpus, save_folder=str(tmp_path / "saved"), save_interval="2ba", autoresume=True)
     tree["run_name"] = "online"
