@@ -176,7 +176,7 @@ class Preparation:
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         elif self.online is not None:
-            self._teach(self.online, batch, chunk, valid)
+            self._teach(self.online, batch, valid)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -288,7 +288,7 @@ class Preparation:
 
         with Stopwatch(self.state) as watch:
             if self.online is not None:
-                self._teach(self.online, batch, chunk, valid)
+                self._teach(self.online, batch, valid)
             if self.embed == "columns":
                 image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
                 # As they are stored: float16 is half as much to move.
@@ -320,8 +320,10 @@ class Preparation:
             )
         return self.state.device.tensor_to_device(image)
 
-    def _teach(self, online: OnlineProxy, batch: Mapping[str, Any], rows: int, valid: Tensor) -> None:
-        """Have the online proxy learn from the pool. Not in float16, whose gradients would need a scale."""
+    def _teach(self, online: OnlineProxy, batch: Mapping[str, Any], valid: Tensor) -> None:
+        """Have the online proxy learn from this rank's pool, in parts of as many as it trains on. Not in float16, whose
+        gradients would need a scale."""
+        rows = count_survivors(len(valid), self.filter_ratio)
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         precision = nullcontext if half else self._precision
