@@ -255,10 +255,10 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         dtype = torch.float16 if embed == "columns" else torch.float32
         columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
         options["logit_scale"] = proxy.logit_scale
-        if embed == "online":
-            torch.manual_seed(seed + 2000)
-            online = TinyTowers(corpus.vocab_size, width=ONLINE_WIDTH)
-            options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"]}
+    if options.get("embed") == "online":
+        torch.manual_seed(seed + 2000)
+        online = TinyTowers(corpus.vocab_size, width=ONLINE_WIDTH)
+        options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"]}
     start = time.perf_counter()
     softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
     clipcov = ClipCov(1 - survivors / pool_size, warmup=0 if softly else warmup, seed=seed, **options)
