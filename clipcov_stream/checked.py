@@ -103,6 +103,11 @@ class CheckedStream(Stream):
         """Whether there is a copy elsewhere. What lies here is the user's own otherwise, and is never deleted."""
         return self.remote is not None and os.path.realpath(self.remote) != os.path.realpath(self.local)
 
+    def apply_default(self, default: dict[str, Any]) -> None:
+        super().apply_default(default)
+        # Streaming compares strings: '/x/' is another place than '/x' to it, whose compressed shards it then drops.
+        self.safe_keep_zip = self.keep_zip or not self.can_fetch
+
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
         path = self.path("index.json")
         if self.index is not None and world.is_local_leader and not path.exists():
@@ -118,6 +123,13 @@ class CheckedStream(Stream):
                 f"{sorted(shards[0].raw_data.hashes)}. Leave it out: the fastest that there is is checked by itself"
             )
         return shards
+
+    def set_up_local(self, shards: list[Any], cache_usage_per_shard: Any) -> None:
+        """Note what lies here; where there is no other copy Streaming would delete shards whose zip is gone."""
+        if self.can_fetch:
+            super().set_up_local(shards, cache_usage_per_shard)
+        else:
+            cache_usage_per_shard[:] = [self._num_bytes(shard) for shard in shards]
 
     def path(self, basename: str) -> Path:
         return Path(self.local, self.split, basename)
@@ -145,26 +157,27 @@ class CheckedStream(Stream):
     def _make_sound(self, shard: Any) -> None:
         """Check the shard's file, or get it: from the store, tried anew with pauses, or from its compressed form."""
         raw, packed = shard.raw_data, shard.zip_data
+        path, zipped = self.path(raw.basename), None if packed is None else self.path(packed.basename)
         until = time.monotonic() + 0.9 * self.timeout if self.timeout else None
-        attempts = max(1, self.download_retry + 1) if self.can_fetch else 1 + (packed is not None)
+        attempts = max(1, self.download_retry + 1) if self.can_fetch else 1 + (zipped is not None)
         for attempt in range(attempts):
             try:
-                path = self.path(raw.basename)
-                if not path.is_file():
+                if not path.is_file() or (attempt and zipped is not None and zipped.is_file()):
                     self._get(shard, until)
                 else:
                     self._check(path, shard)
-                if packed is not None and not self.safe_keep_zip:
-                    self.path(packed.basename).unlink(missing_ok=True)
+                if zipped is not None and not self.safe_keep_zip:
+                    zipped.unlink(missing_ok=True)
                 return
             except Exception as error:
                 is_late = until is not None and time.monotonic() >= until
-                final = is_late or getattr(error, "errno", None) in OF_THIS_MACHINE
-                if packed is not None or self.can_fetch:
-                    self.path(raw.basename).unlink(missing_ok=True)
-                if packed is not None and self.can_fetch:
-                    self.path(packed.basename).unlink(missing_ok=True)
-                if final or attempt == attempts - 1:
+                of_this_machine = getattr(error, "errno", None) in OF_THIS_MACHINE
+                # The only copy may be sound in spite of the error; what is unpacked anew takes its name once checked.
+                if self.can_fetch and not of_this_machine:
+                    path.unlink(missing_ok=True)
+                    if zipped is not None:
+                        zipped.unlink(missing_ok=True)
+                if is_late or of_this_machine or attempt == attempts - 1:
                     raise
                 self._downloader.clean_up()
                 log.warning("shard %s of %s, attempt %d: %s", raw.basename, self.where, attempt + 1, redacted(error))

@@ -5,6 +5,7 @@ Streaming's own behaviour, without the guards: the epoch ends early without an e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ import torch
 from corpora import write_recipe
 from runs import Interrupt, assert_same_run, columns_recipe, composer, run, run_ranks, synthetic_bytes, trainer_of
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.compression import decompress
 
 from clipcov_stream import checked, remote
-from clipcov_stream.checked import BadShard, check_file, check_header
+from clipcov_stream.checked import BadShard, CheckedStream, check_file, check_header
+from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.remote import read_agreed, within
 
 if TYPE_CHECKING:
@@ -139,6 +142,71 @@ def test_the_users_own_damaged_shard_is_named_and_left_alone(tmp_path: Path, fol
     with pytest.raises(BadShard, match=rf"shard {shard_of(own).name} of {own} .*verify_mds.*on_bad_shard=skip"):
         trainer.fit()
     assert shard_of(own).read_bytes() == before
+
+
+def unpacked(store: Path, cache: Path) -> Path:
+    """A cache as a compressed store leaves it: shards without their zips."""
+    GuardedDataset(CheckedStream(remote=str(store), local=str(cache)), batch_size=1)  # fetches the index alone
+    for shard in json.loads((store / "index.json").read_bytes())["shards"]:
+        data = decompress(shard["compression"], (store / shard["zip_data"]["basename"]).read_bytes())
+        (cache / shard["raw_data"]["basename"]).write_bytes(data)
+    return cache
+
+
+@pytest.mark.parametrize("number", [None, errno.EIO, errno.EMFILE, errno.EACCES])
+def test_an_unpacked_cache_read_as_the_users_own_keeps_its_only_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    cache = unpacked(write_shards(tmp_path / "store", compression="zstd"), tmp_path / "cache")
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    dataset = GuardedDataset(CheckedStream(local=str(cache)), batch_size=1)
+    errors, check = [OSError(number, "trouble")] * (number is not None), checked.check_file
+
+    def check_at_first_not(*args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        check(*args)
+
+    monkeypatch.setattr(checked, "check_file", check_at_first_not)
+    if number in checked.OF_THIS_MACHINE:
+        with pytest.raises(BadShard, match="trouble"):
+            dataset[0]
+    else:
+        assert dataset[0]["caption"] == "0"
+    damage(shard_of(cache))
+    before[shard_of(cache).name] = shard_of(cache).read_bytes()
+    with pytest.raises(BadShard, match="its xxh64 is"):
+        dataset[min(rows_in(cache))]
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
+
+
+def test_the_users_own_damaged_shard_is_unpacked_anew(tmp_path: Path) -> None:
+    own = write_shards(tmp_path / "own", compression="zstd")
+    zips = {path.name for path in own.iterdir()}
+    # To Streaming a folder of another spelling is another folder, whose zips it drops.
+    dataset = GuardedDataset(CheckedStream(local=str(own), remote=f"{own}/"), batch_size=1)
+    first = min(rows_in(own))
+    assert dataset[first]["caption"] == str(first)
+    (shard,) = own.glob("*.mds")
+    whole = shard.read_bytes()
+    damage(shard)
+    assert GuardedDataset(CheckedStream(local=str(own)), batch_size=1)[first]["caption"] == str(first)
+    assert shard.read_bytes() == whole
+    assert {path.name for path in own.iterdir()} == zips | {shard.name}
+
+
+def test_an_error_of_this_machine_deletes_no_cached_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_shards(tmp_path / "store", compression="zstd")
+    cache = unpacked(store, tmp_path / "cache")
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checked, "check_file", refuse)
+    with pytest.raises(BadShard, match="Too many open files"):
+        GuardedDataset(CheckedStream(local=str(cache), remote=str(store)), batch_size=1)[0]
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
