@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Raster formats alone: Pillow would hand an EPS found on the web to Ghostscript. Of animations the first frame."""
@@ -45,7 +46,7 @@ def decode_image(data: Any, at_least: int | None = None, max_pixels: int = MAX_P
         max_pixels: an image whose header says more is not decoded.
 
     Raises:
-        UndecodableImage: truncated, empty, not an image of FORMATS, or too large.
+        UndecodableImage: truncated, empty, not an image of FORMATS, or too large; 32-bit values without a contrast.
 
     A JPEG whose header promises more pixels than it has is grey where there are none, as libjpeg gives it.
 
@@ -56,9 +57,7 @@ def decode_image(data: Any, at_least: int | None = None, max_pixels: int = MAX_P
         check_size(image.width, image.height, max_pixels)
         if at_least is not None and isinstance(image, JpegImageFile):
             image.draft("RGB", (at_least, at_least))
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit greys at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = in_eight_bits(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -81,6 +80,31 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ImageTooLarge(f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image; greys of 16 or 32 bits scaled to 8, where Pillow would clip them at 255.
+
+    Values are of the range that their format gives them, and else, as integers of 32 bits and floats, of their own.
+
+    Raises:
+        UndecodableImage: all values are the same where the range is their own, or some are not finite.
+    """
+    if image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise UndecodableImage("values that are not finite")
+    if image.mode == "I" and image.format == "PPM":  # of whatever depth: Pillow has scaled it to 16 bits
+        low, scale = 0.0, 1 / 256
+    else:
+        low, high = (float(value) for value in image.getextrema())  # pyright: ignore[reportArgumentType]
+        if low == high:
+            raise UndecodableImage(f"all values of an image without a range of its own are {low:g}")
+        scale = 255 / (high - low)
+    return image.point(lambda value: value * scale - low * scale).convert("L")
 
 
 def raw_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -366,6 +366,12 @@ def sixteen_bits() -> bytes:
     return buffer.getvalue()
 
 
+def test_floats_without_a_contrast_are_no_image():
+    buffer = io.BytesIO()
+    Image.new("F", (8, 8), 0.5).save(buffer, "TIFF")
+    assert (check_image(buffer.getvalue()) or [None])[0] == "not_an_image"
+
+
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"deep/000.jpg": picture(0), "captions.csv": table("csv", ROWS)})
     with pytest.raises(ValueError, match=r"(?s)no usable sample.*image_missing: 8.*begins with 'deep/000.jpg'"):

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,20 @@ def grey_file(kind: str) -> bytes:
         return encoded(Image.fromarray(GREYS.astype(np.uint16) * 257))
     if kind == "16-bit TIFF":
         return encoded(Image.fromarray(GREYS.astype(np.uint16) * 257), "TIFF")
+    if kind == "12-bit TIFF":  # two values in three bytes
+        first, second = (GREYS.astype(np.uint16) * 16).reshape(-1, 2).T
+        packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+        data = encoded(Image.fromarray(GREYS.astype(np.uint16)), "TIFF")
+        entry = struct.pack("<HHI", 258, 3, 1)
+        return data.replace(entry + b"\x10\0", entry + b"\x0c\0")[:-128] + packed + bytes(32)
+    if kind.endswith("-bit PGM"):
+        most = 2 ** int(kind[:2]) - 1
+        values = np.round(GREYS / 255 * most).astype(">u2")
+        return f"P5 8 8 {most}\n".encode() + values.tobytes()
+    if kind == "32-bit TIFF":  # which do not say that they are from 0 to 252; they are seen from 0 to 255
+        return encoded(Image.fromarray(GREYS.astype(np.int32) * 1_000_003 - 2**30), "TIFF")
+    if kind == "float TIFF":
+        return encoded(Image.fromarray(GREYS.astype(np.float32) / 255), "TIFF")
     if kind == "grey PNG":
         return encoded(image)
     if kind == "palette PNG":
@@ -348,6 +363,11 @@ def grey_file(kind: str) -> bytes:
         ("CMYK JPEG", 12),
         ("16-bit PNG", 1),
         ("16-bit TIFF", 1),
+        ("12-bit TIFF", 1),
+        ("16-bit PGM", 1),
+        ("12-bit PGM", 1),
+        ("32-bit TIFF", 4),
+        ("float TIFF", 4),
     ],
 )
 def test_grey_palette_deep_and_cmyk_images_keep_their_tones(kind: str, tolerance: int) -> None:
@@ -355,6 +375,20 @@ def test_grey_palette_deep_and_cmyk_images_keep_their_tones(kind: str, tolerance
     assert image.mode == "RGB"
     off = np.abs(np.asarray(image).astype(int) - GREYS[..., None])
     assert off.max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((8, 8), 7, np.int32), "all values of an image without a range of its own are 7"),
+        (np.full((8, 8), 0.5, np.float32), "are 0.5"),
+        (np.where(GREYS, GREYS, np.nan).astype(np.float32), "not finite"),
+        (np.where(GREYS, GREYS, -np.inf).astype(np.float32), "not finite"),
+    ],
+)
+def test_values_that_no_contrast_comes_out_of_are_undecodable(values: np.ndarray, message: str) -> None:
+    with pytest.raises(UndecodableImage, match=message):
+        decode_image(encoded(Image.fromarray(values), "TIFF"))
 
 
 @pytest.mark.parametrize("limit", [16, 40])

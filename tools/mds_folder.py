@@ -33,7 +33,7 @@ from streaming.base.hashing import get_hashes, is_hash
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
-from clipcov_stream.decode import MAX_PIXELS, ImageTooLarge, check_size, opened
+from clipcov_stream.decode import MAX_PIXELS, ImageTooLarge, check_size, in_eight_bits, opened
 
 
 class Rejection(NamedTuple):
@@ -287,7 +287,7 @@ def check_image(data: bytes) -> tuple[str, str] | None:
             check_size(*image.size, MAX_PIXELS)
             image.load()
             if image.mode != "RGB":
-                image.convert("RGB")
+                in_eight_bits(image).convert("RGB")
     except (ImageTooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return "image_too_large", str(error)
     except Exception as error:
