@@ -8,6 +8,7 @@ ends in UndecodableImage, so that one file costs one sample, and never the run.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from typing import Any
 
@@ -24,9 +25,14 @@ MOST_PIXELS = 2 * MAX_PIXELS
 """What Pillow opens at all."""
 MAX_SCANS = 100
 """Of a JPEG; encoders write some ten. A megabyte can hold 50,000, each a pass over the whole image."""
+MAX_SEGMENTS = 50_000
+"""Of a JPEG in which scans have to be looked for; a segment holds up to 64 kB, and a file has some ten."""
 MAX_ASPECT = 16
 """Longer by shorter side, beyond which only the middle of an image is kept: resized by its shorter side, an image of
 1 x 60,000 pixels would be 9 GB."""
+
+SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xdd\xe0-\xef\xfe]")
+"""Of a JPEG: the markers that its decoder reads a length after, and the end. It passes over all others, or fails."""
 
 
 class UndecodableImage(ValueError):
@@ -77,9 +83,29 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     if data[:4] == b"RIFF" and data[12:16] == b"VP8X":  # whose canvas libwebp takes memory for when it is opened
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         check_size(width, height, max_pixels)
-    if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    # The count is of video behind the end, and of previews, too; it is fast, and nearly always enough.
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS and (scans := scans_of(data)) > MAX_SCANS:
         raise ImageTooLarge(f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def scans_of(data: bytes) -> int:
+    """Scans that a JPEG's decoder comes to: those before the end mark that are not within another segment.
+
+    Raises:
+        ImageTooLarge: more than MAX_SEGMENTS segments.
+
+    Costs: one pass over the bytes, some 50 ms for as many segments.
+    """
+    scans, at = 0, 2
+    for _ in range(MAX_SEGMENTS):
+        found = SEGMENT.search(data, at)
+        if found is None or (marker := found[0][1]) == 0xD9:
+            return scans
+        scans += marker == 0xDA
+        # The length counts itself; libjpeg takes a smaller one for that.
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    raise ImageTooLarge(f"a JPEG of more than {MAX_SEGMENTS} segments")
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

@@ -19,17 +19,21 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from clipcov_stream.decode import MAX_ASPECT, MAX_PIXELS, opened
+from clipcov_stream.decode import MAX_ASPECT, MAX_PIXELS, MAX_SCANS, opened
 
 BATCH_PIXELS = 2**26
 """Decoded at once, at most, unless one image has more: 200 MB."""
 END = b"\xff\xd9"
 """Of a JPEG that is not truncated. Files with bytes after it are Pillow's."""
+SCAN = b"\xff\xda"
+"""What a scan begins with."""
 
 
 def pixels_of(data: Any, max_pixels: int = MAX_PIXELS) -> int | None:
     """Pixels of an image that the device may decode, from its header; None for all others."""
     if not (isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff") and data.endswith(END)):
+        return None
+    if data.count(SCAN) > MAX_SCANS:  # whether within them or behind the end, nobody knows how nvJPEG sees it
         return None
     try:
         with opened(data, max_pixels) as image:

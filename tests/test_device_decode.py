@@ -106,6 +106,12 @@ def test_what_is_left_to_pillow(device: str) -> None:
     assert decode_on(torch.device(device), []) == []
 
 
+def test_what_may_be_many_scans_is_left_to_pillow() -> None:
+    """A comment full of their markers, of which Pillow's decoder makes nothing."""
+    assert device_decode.pixels_of(JPEG[:2] + b"\xff\xfe\0\xca" + b"\xff\xda" * 100 + JPEG[2:]) is None
+    assert device_decode.pixels_of(JPEG[:2] + b"\xff\xfe\0\x0a" + b"\xff\xda" * 4 + JPEG[2:]) is not None
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_image_that_the_decoder_refuses_does_not_take_others_with_it(device: str) -> None:
     """Its Huffman table has more codes than there can be: Pillow opens it, and no decoder can read it."""

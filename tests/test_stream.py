@@ -1,10 +1,12 @@
 """MDS folders of real image files -> pools."""
 
+import contextlib
 import io
 import json
 import random
 import shutil
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream import stream as stream_module
+from clipcov_stream.decode import ImageTooLarge, scans_of
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, crop_box, decode_image
 from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
 
@@ -389,6 +392,44 @@ def test_grey_palette_deep_and_cmyk_images_keep_their_tones(kind: str, tolerance
 def test_values_that_no_contrast_comes_out_of_are_undecodable(values: np.ndarray, message: str) -> None:
     with pytest.raises(UndecodableImage, match=message):
         decode_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+def jpeg(progressive: bool = False) -> bytes:
+    return encoded(picture(1), "JPEG", progressive=progressive)
+
+
+SCANS = b"\xff\xda" * 101
+"""Their markers alone."""
+
+
+@pytest.mark.parametrize("what", ["video behind the end", "a preview"])
+def test_what_is_no_scan_does_not_count_as_one(what: str) -> None:
+    whole_ = jpeg()
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(SCANS)) + SCANS
+    data = whole_ + SCANS if what == "video behind the end" else whole_[:2] + comment + whole_[2:]
+    assert (np.asarray(decode_image(data)) == np.asarray(decode_image(whole_))).all()
+
+
+@pytest.mark.parametrize(
+    "between", [b"", b"\xff\xfe\0\x04\xff\xd9", b"\xff\xfe\0\0", b"\xff\xd0", b"\xff\xff", b"\xff\0"]
+)
+def test_scans_count_whatever_is_between_them(between: bytes) -> None:
+    """Their number is exact: libjpeg would decode every one."""
+    data = jpeg(progressive=True)
+    last, own = data.rindex(b"\xff\xda"), data.count(b"\xff\xda")
+    scan = between + data[last:-2]
+    decode_image(data[:-2] + scan * (100 - own) + b"\xff\xd9" + SCANS)
+    with pytest.raises(UndecodableImage, match="a JPEG of 101 scans; at most 100"):
+        decode_image(data[:-2] + scan * (101 - own) + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("unit", [b"\xff", b"\xff\0", b"\xff\xd0", b"\xff\x02", b"\xff\xfe\0\x02", b"\xff\xc4\0\0"])
+def test_to_look_for_scans_takes_little_time(unit: bytes) -> None:
+    data = jpeg()[:-2] + unit * (16_000_000 // len(unit)) + b"\xff\xd9"
+    begin = time.perf_counter()
+    with contextlib.suppress(ImageTooLarge):
+        assert scans_of(data) == 1
+    assert time.perf_counter() - begin < 3
 
 
 @pytest.mark.parametrize("limit", [16, 40])
