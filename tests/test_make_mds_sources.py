@@ -501,6 +501,51 @@ def test_rows_that_img2dataset_could_not_download_are_counted(tmp_path):
     assert counts == {"written": 2, "rejected": {}, "image_unreferenced": 0, "not_downloaded": 3}
 
 
+@pytest.mark.parametrize("first", ["no bytes", "no members", "cut off"])
+def test_the_first_tar_that_can_tell_tells_the_layout(tmp_path, first):
+    """Where it stands among the tars, a bad one costs what it costs elsewhere: its own samples."""
+    source = tmp_path / "in"
+    source.mkdir()
+    write_tar(source / "00001.tar", wds("001", IMAGES["001.jpg"], b"one"))
+    bad = write_tar(source / "00000.tar", {} if first == "no members" else {"000.jpg": picture(0)})
+    if first != "no members":
+        bad.write_bytes(b"" if first == "no bytes" else bad.read_bytes()[:700])
+    make("pairs", source, tmp_path / "out")
+    assert [sample["caption"] for sample in read(tmp_path / "out")] == ["one"]
+    assert [entry["reason"] for entry in rejected(tmp_path / "out")] == ["tar_damaged"] * (first != "no members")
+    if first != "no members":
+        with pytest.raises(ValueError, match=r"00000.tar cannot be read beyond"):
+            make("pairs", bad, tmp_path / "alone")
+
+
+def test_a_table_in_a_tar_is_found_behind_an_empty_one(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write_tar(source / "0.tar", {})
+    write_tar(source / "1.tar", {**IMAGES, "captions.csv": table("csv", ROWS)})
+    make("pairs", source, tmp_path / "out")
+    assert [sample["caption"] for sample in read(tmp_path / "out")] == CAPTIONS
+
+
+def test_a_stray_image_beside_tars_is_not_the_source(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write_tar(source / "00000.tar", wds("001", IMAGES["001.jpg"], b"one"))
+    write_files(source, {"preview.png": picture(9, "PNG")})
+    make("pairs", source, tmp_path / "out")
+    assert [sample["caption"] for sample in read(tmp_path / "out")] == ["one"]
+    # A table chooses, by the images that it names.
+    write_tar(source / "00000.tar", IMAGES)
+    write_files(source, {"captions.csv": table("csv", ROWS)})
+    for number, given in enumerate(([source], [source / "captions.csv"], [source, "--captions"])):
+        more = [source / "captions.csv"] if given[-1] == "--captions" else []
+        make("pairs", given[0], tmp_path / f"tars{number}", *given[1:], *more)
+        assert [sample["caption"] for sample in read(tmp_path / f"tars{number}")] == CAPTIONS
+    write_files(source, {"captions.csv": table("csv", [("preview.png", "loose")])})
+    make("pairs", source, tmp_path / "loose")
+    assert [sample["caption"] for sample in read(tmp_path / "loose")] == ["loose"]
+
+
 def test_a_damaged_tar_under_a_table_is_an_error(tmp_path):
     tar = write_tar(tmp_path / "x.tar.gz", IMAGES)
     tar.write_bytes(tar.read_bytes()[:-2000])

@@ -8,20 +8,29 @@ import os
 import posixpath
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO
 
 from mds_folder import Found, MdsSplit, Rejection
-from table_source import DELIMITERS, Table, read_table
-from tar_source import IMAGE_ENDINGS, TAR_ENDINGS, find_in_tars, look_inside, name_in_tar, tar_members
+from table_source import DELIMITERS, Table, names_a_file, read_table
+from tar_source import (
+    IMAGE_ENDINGS,
+    TAR_ENDINGS,
+    DamagedTar,
+    EmptyTar,
+    find_in_tars,
+    look_inside,
+    name_in_tar,
+    tar_members,
+)
 
 
 @dataclass
 class Source:
     """Where the samples come from: tars, or else a folder; and a table, unless the tars are webdataset.
 
-    `table` is a path, or the name of a member of the first tar.
+    `table` is a path, or the name of a member of a tar.
     """
 
     tars: list[Path]
@@ -33,7 +42,8 @@ class Source:
         assert self.table is not None
         if isinstance(self.table, str):
             inside, table = posixpath.dirname(self.table), self.table
-            data = next(data for _, data in tar_members(self.tars[0], table.__eq__) if data is not None)
+            members = chain.from_iterable(tar_members(tar, table.__eq__) for tar in self.tars)
+            data = next(data for _, data in members if data is not None)
             file: IO[bytes] = io.BytesIO(data)
         else:
             inside, table = "", self.table.name
@@ -72,12 +82,12 @@ def find_source(
     if len(paths) == 1 and paths[0].suffix.lower() in DELIMITERS:
         if captions or layout == "webdataset":
             raise ValueError(f"SOURCE={given[0]!r} is a table; --captions and --format webdataset go with images")
-        return Source(*_images_at(_expand([images]) if images else [paths[0].parent]), table=paths[0])
+        return Source(*_images_at(_expand([images]) if images else [paths[0].parent], paths[0]), table=paths[0])
     if images:
         raise ValueError(f"--images {images!r} goes with a SOURCE that is a table; SOURCE={given[0]!r} is not")
-    tars, folder = _images_at(paths)
-    if captions:
-        table = _expand([captions])[0]
+    table = _expand([captions])[0] if captions else None
+    tars, folder = _images_at(paths, table)
+    if table is not None:
         if table.suffix.lower() not in DELIMITERS or layout == "webdataset":
             raise ValueError(
                 f"--captions {captions!r} must end in {', '.join(DELIMITERS)}, without --format webdataset"
@@ -90,16 +100,16 @@ def find_source(
     if not tars:
         parent = folder.absolute().parent
         return Source(tars, folder, _only_table({folder.name: _tables_in(folder), parent.name: _tables_in(parent)}))
-    inside, grouped = look_inside(tars[0])
+    told, inside, grouped = _look_into(tars)
     beside = _tables_in(folder)
     if grouped and layout == "auto":
         if beside:
             raise ValueError(
-                f"{tars[0].name} holds captions beside its images, and {beside[0].name} lies beside it; "
+                f"{told.name} holds captions beside its images, and {beside[0].name} lies beside it; "
                 "choose with --format webdataset or --format table"
             )
         return Source(tars, folder, None)
-    return Source(tars, folder, _only_table({tars[0].name: inside, folder.absolute().name: beside}))
+    return Source(tars, folder, _only_table({told.name: inside, folder.absolute().name: beside}))
 
 
 def _expand(given: Sequence[str]) -> list[Path]:
@@ -115,12 +125,38 @@ def _expand(given: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _images_at(paths: Sequence[Path]) -> tuple[list[Path], Path]:
-    """(tars, folder they lie in), or ([], folder of loose images)."""
+def _look_into(tars: Sequence[Path]) -> tuple[Path, list[str], bool]:
+    """(tar, and what `look_inside` says of it) of the first that tells the layout, or else of an empty one.
+
+    Raises: DamagedTar when none can be read; of the first.
+    """
+    empty, damage = None, None
+    for tar in tars:
+        try:
+            tables, grouped = look_inside(tar)
+        except EmptyTar:
+            empty = empty or tar
+        except DamagedTar as error:  # which costs its samples alone
+            damage = damage or error
+        else:
+            return tar, tables, grouped
+    if empty is None and damage is not None:
+        raise damage
+    return empty or tars[0], [], False
+
+
+def _images_at(paths: Sequence[Path], table: Path | None) -> tuple[list[Path], Path]:
+    """(tars, folder they lie in), or ([], folder of loose images).
+
+    Of a folder with both, the tars, unless `table`, or without it one in or beside the folder, names a loose image.
+    """
     if len(paths) == 1 and paths[0].is_dir():
         names = sorted(entry.name for entry in os.scandir(paths[0]))
         loose = any(name.lower().endswith(IMAGE_ENDINGS) for name in names)
         tars = _tars_in(paths[0])
+        if loose and tars:
+            tables = [table] if table else [*_tables_in(paths[0]), *_tables_in(paths[0].absolute().parent)]
+            loose = any(names_a_file(some, paths[0], IMAGE_ENDINGS) for some in tables)
         if loose or tars or _tables_in(paths[0]):
             return ([] if loose else tars), paths[0]
         # DataComp's code writes its tars to POOL/shards, and in some versions to a folder below, named by scale.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -171,6 +172,22 @@ def _records(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, A
             yield number, f"{len(fields)} columns, the header has {len(header)}"
         else:
             yield number, dict(zip(header, fields, strict=True))
+
+
+def names_a_file(table: Path, folder: Path, endings: tuple[str, ...]) -> bool:
+    """Whether any column of any row of a table names a file in a folder that ends so; stops at the first.
+
+    Costs: looks for a file per row, if none is there.
+    """
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        try:
+            for _, record in _records(lines, table.name):
+                texts = [text for text in record.values() if isinstance(text, str)] if isinstance(record, dict) else []
+                if any(text.lower().endswith(endings) and os.path.isfile(folder / text) for text in texts):
+                    return True
+        except ValueError:  # a header that is none, which is an error if the table is read
+            pass
+    return False
 
 
 def json_object(text: str | bytes) -> dict[str, Any] | str:

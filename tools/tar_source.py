@@ -1,7 +1,7 @@
 """Images in tars: those that a table names, or samples in the webdataset layout, as img2dataset writes them.
 
 A tar is read once from front to back, so samples come in tar order and memory holds one sample of it, whatever its
-size; before that, the first tar alone is opened to tell its layout (`look_inside`) or to read a table in it. A
+size; before that, the first that is whole is opened to tell its layout (`look_inside`) or to read a table in it. A
 webdataset sample that cannot be used is rejected, never fatal: image_missing, caption_missing, caption_empty,
 caption_encoding, row_malformed, tar_damaged.
 """
@@ -27,6 +27,10 @@ WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 class DamagedTar(ValueError):
     """A tar that cannot be read to its end."""
+
+
+class EmptyTar(ValueError):
+    """A tar that can be read to its end, and holds no file."""
 
 
 class _Member(tarfile.TarInfo):
@@ -69,8 +73,11 @@ def name_in_tar(image: str, inside: str = "") -> str:
 
 
 def look_inside(tar: Path) -> tuple[list[str], bool]:
-    """(tables in the tar, whether it is in the webdataset layout); stops at the first proof of the latter."""
-    tables, images, captions = [], set(), set()
+    """(tables in the tar, whether it is in the webdataset layout); stops at the first proof of the latter.
+
+    Raises: DamagedTar when the tar ends before; EmptyTar.
+    """
+    tables, images, captions, name = [], set(), set(), None
     for name, _ in tar_members(tar, lambda name: False, mode="r:*"):  # not a stream: a plain tar skips the data
         key, ending = _split_key(name)
         if ending in WEBDATASET_IMAGES:
@@ -81,6 +88,8 @@ def look_inside(tar: Path) -> tuple[list[str], bool]:
             tables.append(name)
         if key in images and key in captions:
             return tables, True
+    if name is None:
+        raise EmptyTar(f"{tar.name} is empty")
     return tables, False
 
 
