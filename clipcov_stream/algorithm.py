@@ -25,8 +25,8 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
-from clipcov_stream.batch import check_batch, check_ratio, count_survivors, size_of
-from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, outlasts, parse_warmup, steps_later
+from clipcov_stream.batch import check_batch, check_last_pool, check_ratio, count_survivors, size_of
+from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, num_pools, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     IN_TRAINING,
     Teacher,
@@ -378,6 +378,7 @@ class ClipCov(Algorithm):
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_pool(state, pool_size)
+            check_last_pool(state.dataloader, self.filter_ratio, num_pools(state))
         if self.needs_pixels and getattr(state.dataloader, "materialize", None) is not None:
             raise ValueError(
                 f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
@@ -32,6 +33,31 @@ def count_survivors(pool_size: int, filter_ratio: float) -> int:
             "contrastive loss needs at least 2"
         )
     return count
+
+
+def check_last_pool(loader: Any, filter_ratio: float, num_pools: int) -> None:
+    """Raise ValueError if training comes to an epoch's last pool, and that is a shorter one without whole survivors.
+
+    Args:
+        num_pools: of an epoch that training comes to.
+
+    So it can be with torch's DataLoader over a data set with a length, without drop_last; of others nobody knows.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) is not BatchSampler or batches.drop_last:
+        return
+    try:
+        num_samples, per_epoch = len(batches.sampler), len(batches)  # pyright: ignore[reportArgumentType]
+    except Exception:  # an IterableDataset's has none, and a stranger's may raise anything
+        return
+    if (last := num_samples % batches.batch_size) and num_pools >= per_epoch:
+        try:
+            count_survivors(last, filter_ratio)
+        except ValueError as error:
+            raise ValueError(
+                f"an epoch of {num_samples} samples ends in a pool of {last}: {error}. Make the DataLoader with "
+                "drop_last=True"
+            ) from error
 
 
 def check_batch(batch: Any, image_key: str) -> dict[str, Any]:

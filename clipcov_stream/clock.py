@@ -91,6 +91,16 @@ def outlasts(warmup: Time, state: State) -> bool:
     return warmup.value * batches[warmup.unit] >= end.value * batches[end.unit]
 
 
+def num_pools(state: State) -> int:
+    """Pools of an epoch that training is certain to come to."""
+    end, now = state.max_duration, state.timestamp
+    if end is None or state.dataloader_len is None or end.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
+        return 0
+    left = end.value - int(now.get(end.unit))
+    reached = int(state.dataloader_len) * left if end.unit == TimeUnit.EPOCH else int(now.batch_in_epoch) + left
+    return min(int(state.dataloader_len), reached)
+
+
 def check_duration(value: str, key: str) -> None:
     """Raise ValueError unless a duration is in batches or epochs: Composer's samples count candidates."""
     try:

@@ -51,11 +51,10 @@ def own_trainer(
         model=OwnModel(),
         train_dataloader=loader or DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
         optimizers=None,
-        max_duration="4ba",
         device="cpu",
         algorithms=algorithms,
         progress_bar=False,
-        **kwargs,
+        **{"max_duration": "4ba", **kwargs},
     )
 
 
@@ -95,6 +94,38 @@ class TestOwnTrainer:
         with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be .* pool_size=32"):
             trainer.fit()
         assert trainer.state.model.rows == [4, 4]
+
+    @pytest.mark.filterwarnings("ignore:Cannot split tensor")  # Composer, of the shorter pool
+    @pytest.mark.parametrize(
+        ("samples", "duration", "message"),
+        [
+            (67, "1ep", r"of 67 samples ends in a pool of 3: .* = 0.8 survivors; .*DataLoader with drop_last=True"),
+            (67, "3ba", "drop_last=True"),
+            (67, "2ba", None),  # the epoch's end is not reached
+            (72, "1ep", None),  # 2 survivors of the last 8
+            (68, "1ep", "1 survivors per rank.*drop_last=True"),
+        ],
+    )
+    def test_a_last_pool_without_survivors_is_refused_at_the_start(
+        self, samples: int, duration: str, message: str | None
+    ) -> None:
+        data: Any = [{"pixels": torch.randn(6), "words": torch.randn(5)} for _ in range(samples)]
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], loader=DataLoader(data, 32), max_duration=duration)
+        if message is None:
+            trainer.fit()
+            assert int(trainer.state.timestamp.batch) == (2 if duration == "2ba" else 3)
+        else:
+            with pytest.raises(ValueError, match=message):
+                trainer.fit()
+            assert trainer.state.model.rows == []
+
+    def test_an_epoch_cut_short_never_comes_to_its_last_pool(self) -> None:
+        data: Any = [{"pixels": torch.randn(6), "words": torch.randn(5)} for _ in range(67)]
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], loader=DataLoader(data, 32), train_subset_num_batches=2)
+        trainer.fit()
+        assert trainer.state.model.rows == [8] * 4
 
     def test_a_function_called_random_gets_embeddings(self) -> None:
         pools = []
