@@ -373,6 +373,19 @@ def test_a_checkpoint_says_which_model_it_is_of(world: World, tmp_path: Path) ->
         checkpoints.from_checkpoint(str(tmp_path / "weights.pt"))
 
 
+def test_a_runs_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
+    """What a run that was killed while it saved leaves: half a file, and the link to the one before."""
+    for name in ("ep0-ba9-rank0.pt", "ep0-ba10-rank0.pt", ".partial-ep0-ba20-rank0.pt", "ep0-ba30-rank1.pt"):
+        (tmp_path / name).touch()
+    assert checkpoints.find_checkpoint(tmp_path).name == "ep0-ba10-rank0.pt"
+    (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba9-rank0.pt")
+    assert checkpoints.find_checkpoint(tmp_path).name == "ep0-ba10-rank0.pt"
+    for path in tmp_path.glob("ep0-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        checkpoints.find_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,7 +6,6 @@ A checkpoint of this project says which recipe it is of, unless it is older than
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from clipcov_stream.build import tokenizer_of
+from clipcov_stream.checkpoints import checkpoints_in, step_of
 from clipcov_stream.config import ModelConfig, load_config, parse
 from clipcov_stream.identity import fingerprint
 from clipcov_stream.model import build_towers
@@ -58,19 +58,14 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(f"{path} is neither a checkpoint nor a run's folder")
-    found = [file for file in path.rglob("*-rank0.pt") if file.is_file()]
-    latest = [file for file in found if file.name == "latest-rank0.pt"]
+    # By name, and not by the link `latest`: a run that is killed as it saves leaves an old one, or none.
+    found = [file for file in path.rglob("*-rank0.pt") if step_of(file) >= 0 and file.is_file()]
+    found = found or [file for file in path.rglob("latest-rank0.pt") if file.is_file()]
     if not found:
         raise ValueError(f"{path} has no checkpoint (*-rank0.pt); train with save_folder=...")
     if several := sorted({str(file.parent.relative_to(path)) for file in found})[1:]:
         raise ValueError(f"{path} has checkpoints in several folders, as {several[-1]!r}; give one of them")
-    return max(latest or found, key=lambda file: (batch_of(file), file.stat().st_mtime))
-
-
-def batch_of(file: Path) -> int:
-    """The step in a checkpoint's name, Composer's ep1-ba240-rank0.pt; -1 where it has none."""
-    match = re.search(r"-ba(\d+)-", file.resolve().name)
-    return int(match[1]) if match else -1
+    return next(iter(checkpoints_in(found[0].parent)), found[0])
 
 
 def from_checkpoint(path: str, recipe: str | None = None) -> Candidate:
