@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,14 @@ def test_what_the_index_itself_gets_wrong_is_found(
     assert any("its columns are" in problem for problem in bad[shards[1]["raw_data"]["basename"]])
     assert any("samples, the index says" in problem for problem in bad[shards[2]["raw_data"]["basename"]])
     assert bad[shards[4]["raw_data"]["basename"]] == ["the index names it more than once"]
+
+
+def test_an_index_of_many_shards_takes_little_time(folder: Path) -> None:
+    shard = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"][0]
+    shards = [{**shard, "raw_data": {"basename": f"shard.{number}.mds"}} for number in range(30_000)]
+    begin = time.perf_counter()
+    assert list(verify_mds.index_problems(shards)) == []
+    assert time.perf_counter() - begin < 4  # 0.2 s; 20 s if every name is looked for among all
 
 
 def test_a_pickled_column_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

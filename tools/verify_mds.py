@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -93,12 +94,13 @@ def read_index(folder: str) -> list[dict[str, Any]]:
 def index_problems(shards: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Shard and what is wrong with its entry, of what can be told without its file."""
     names = [shard["raw_data"]["basename"] for shard in shards]
+    repeats = Counter(names)
     first = columns_of(shards[0])
     for name, shard in zip(names, shards, strict=True):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             yield name, "its name leads out of the folder"
-        if names.count(name) > 1:
+        if repeats[name] > 1:
             yield name, "the index names it more than once"
         if columns_of(shard) != first:
             yield name, f"its columns are {columns_of(shard)}, those of {names[0]} are {first}"
