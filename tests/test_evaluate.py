@@ -423,6 +423,12 @@ def test_a_set_that_cannot_be_read_is_missing_not_averaged(
     assert list(found["models"][0]["sets"]) == ["gtsrb"]
     assert "RuntimeError: Dataset not found or corrupted" in found["missing"]["cifar10"]
     assert "missing cifar10: " in printed
+    before = (tmp_path / "evaluation.json").read_bytes()
+    with pytest.raises(SystemExit, match="1"):
+        run(capsys, world.run, "--root", world.root, "--sets", "cifar10", "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert "nothing could be evaluated" in said and f"cifar10: {world.run.name}: " in said
+    assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])

@@ -13,7 +13,8 @@ JSON, a .csv or .tsv of images and captions (their paths relative to it, or afte
 to), or an MDS folder of pairs, in which rows of the same image are its captions. --train NAME=PATH gives one of
 --classes the images to train a probe on.
 
-Prints a table, and writes it beside evaluation.json and a plot to OUT. The last line is one JSON document.
+Prints a table, and writes it beside evaluation.json and a plot to OUT. The last line is one JSON document. Where not
+one of the sets can be evaluated it exits with 1 and leaves OUT as it was.
 """
 
 from __future__ import annotations
@@ -346,6 +347,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     out = out_folder(args)
+    if not any(model["sets"] for model in found["models"]):
+        said = "".join(f"{name}: {reason}\n" for name, reason in found["missing"].items())
+        parser.exit(1, f"{parser.prog}: nothing could be evaluated, and nothing is written to {out}:\n{said}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", found)
     (out / "evaluation.md").write_text(markdown(found), encoding="utf-8")
