@@ -455,7 +455,9 @@ class ClipCov(Algorithm):
             then = steps_later(then, ahead, self.global_pool_size or 0)
             if state.max_duration is not None and then >= state.max_duration:
                 return None
-        selects = self.uses_embeddings and not in_warmup(self.warmup, then, state.max_duration)
+        # A share of a max_duration that was raised since would begin anew.
+        has_selected = self.selection is not None or bool(self._pending.get("selection"))
+        selects = self.uses_embeddings and (has_selected or not in_warmup(self.warmup, then, state.max_duration))
         return Ticket(int(then.batch), selects, self._lags.read_by(ahead) if self.uses_lag else None)
 
     def _check_pool(self, state: State, pool_size: int) -> None:

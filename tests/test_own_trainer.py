@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,31 @@ class TestOwnTrainer:
     def test_a_warmup_that_never_ends_is_warned_of(self, warmup: str) -> None:
         with pytest.warns(UserWarning, match="is as long as max_duration=.*every survivor will be random"):
             own_trainer([ClipCov(0.75, warmup=warmup, image_key="pixels", text_key="words")]).fit()
+
+    @pytest.mark.filterwarnings("ignore:No batches were trained")  # of the epoch that the checkpoint is at the end of
+    @pytest.mark.parametrize("is_loaded", [False, True])
+    def test_a_run_that_is_prolonged_does_not_warm_up_again(self, is_loaded: bool, tmp_path: Path) -> None:
+        calls = []
+
+        def first(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
+            calls.append(len(calls))
+            return torch.arange(num_survivors)
+
+        def trainer(**kwargs: Any) -> Trainer:
+            clipcov = ClipCov(0.75, selector=first, warmup="0.5dur", image_key="pixels", text_key="words")
+            return own_trainer([clipcov], run_name="own", **kwargs)
+
+        whole = trainer(save_folder=str(tmp_path), save_interval="1ba")
+        whole.fit()
+        assert len(calls) == 2  # of 4 steps
+        if is_loaded:
+            trainer(load_path=str(tmp_path / "latest-rank0.pt"), max_duration="12ba").fit()
+        else:
+            whole.fit(duration="8ba")
+        assert len(calls) == 2 + 8
+        # From the midst of the warm-up it goes on, to half of 12 steps.
+        trainer(load_path=str(tmp_path / "ep0-ba1-rank0.pt"), max_duration="12ba").fit()
+        assert len(calls) == 10 + 6
 
     def test_entries_without_rows_are_named(self) -> None:
         with pytest.raises(ValueError, match=r"entries \['epoch'\] of the batch have no rows"):
