@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_compute
 import bench_report
 import bench_selectors
 import classes
@@ -291,3 +292,30 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
     text = (tmp_path / "bench_selectors.md").read_text()
     assert "| clipcov \\* | " in text and "| clipcov loose | " in text
     assert (tmp_path / "bench_selectors_sizes.png").stat().st_size > 5000
+
+
+def test_compute_is_counted_in_plain_steps(tmp_path: Path) -> None:
+    """A pool of 5 survivors' size costs the teacher 5/3 of a step; what plain training has is read between its runs."""
+
+    def row(selector: str, embed: str, pool: int, seen: int, accuracy: float) -> dict[str, object]:
+        row = run_of(selector, 0, accuracy, embed=embed, pool=pool, survivors=128, samples_seen=seen)
+        return {**row, "r1": accuracy / 2}
+
+    plain = [row(bench_selectors.ALL_STREAMED, "teacher", 256, steps * 128, a) for steps, a in ((240, 0.1), (960, 0.4))]
+    own = [row("clipcov", embed, 640, 240 * 128, 0.3) for embed in ("teacher", "online", "columns")]
+    share = bench_compute.online_share()
+    assert 1 / 8 < share < 1 / 6
+    points = {p["source"]: p for p in bench_compute.points_of([*plain, *own], share)}
+    assert points["clipcov, teacher"]["compute"] == round(240 * (1 + 5 / 3))
+    assert points["clipcov, online"]["compute"] == round(240 * (1 + 4 * share * 5 / 3))
+    assert points["clipcov, columns"]["compute"] == 240
+    assert points["clipcov, teacher"]["plain_mean_per_class"] == pytest.approx(0.1 + 0.3 * 400 / 720)
+    assert points["clipcov, teacher"]["plain_r1"] == pytest.approx((0.1 + 0.3 * 400 / 720) / 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*plain, *own]))
+    done = subprocess.run(
+        [sys.executable, "tools/bench_compute.py", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads(done.stdout.splitlines()[-1])) == 5
+    assert path.with_suffix(".png").stat().st_size > 5000 and "| plain |" in path.with_suffix(".md").read_text()
