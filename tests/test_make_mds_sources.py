@@ -527,6 +527,31 @@ def test_a_table_in_a_tar_is_found_behind_an_empty_one(tmp_path):
     assert [sample["caption"] for sample in read(tmp_path / "out")] == CAPTIONS
 
 
+def test_a_tsv_loses_no_row_to_a_quote_or_a_carriage_return_unsaid(tmp_path):
+    lines = [
+        "file\tcaption",
+        '0.jpg\t"best day',
+        '1.jpg\tpipe, 5"',
+        '2.jpg\t"two',
+        'lines"',
+        "3.jpg\tfoo\rbar",
+        "4.jpg\tx",
+    ]
+    files = {f"{i}.jpg": picture(i) for i in range(5)}
+    for number, end in enumerate(("\n", "\r\n")):
+        source = write_files(tmp_path / str(number), files | {"t.tsv": (end.join(lines) + end).encode()})
+        make("pairs", source / "t.tsv", tmp_path / f"out{number}")
+        assert [s["caption"] for s in read(tmp_path / f"out{number}")] == ['pipe, 5"', f"two{end}lines", "x"]
+        details = [(entry["reason"], entry["detail"].split(":")[0]) for entry in rejected(tmp_path / f"out{number}")]
+        assert details == [
+            ("row_malformed", "bad quoting"),
+            ("row_malformed", "bad quoting or a carriage return within a field"),
+        ]
+    source = write_files(tmp_path / "mac", files | {"t.csv": b"file,caption\r0.jpg,one\r1.jpg,two\r"})
+    make("pairs", source / "t.csv", tmp_path / "out")
+    assert [s["caption"] for s in read(tmp_path / "out")] == ["one", "two"]
+
+
 def test_a_stray_image_beside_tars_is_not_the_source(tmp_path):
     source = tmp_path / "in"
     source.mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from mds_folder import Found, MdsSplit, Rejection
-from table_source import DELIMITERS, Table, names_a_file, read_table
+from table_source import DELIMITERS, Table, line_end, names_a_file, read_table
 from tar_source import (
     IMAGE_ENDINGS,
     TAR_ENDINGS,
@@ -53,7 +53,7 @@ class Source:
             return name_in_tar(image, inside) if self.tars else _in_folder(image, self.folder)
 
         # surrogateescape carries a byte that is no UTF-8 up to the row it belongs to.
-        with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+        with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=line_end(file)) as text:
             return read_table(text, table, columns, optional, locate)
 
     def find(self, table: Table, split: MdsSplit) -> Iterator[Found | Rejection]:

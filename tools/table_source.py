@@ -7,6 +7,7 @@ image_missing (it names no image, or one outside of the source), caption_encodin
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections import Counter, deque
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mds_folder import Rejection, Row
 
@@ -179,7 +180,10 @@ def names_a_file(table: Path, folder: Path, endings: tuple[str, ...]) -> bool:
 
     Costs: looks for a file per row, if none is there.
     """
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with (
+        table.open("rb") as file,
+        io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=line_end(file)) as lines,
+    ):
         try:
             for _, record in _records(lines, table.name):
                 texts = [text for text in record.values() if isinstance(text, str)] if isinstance(record, dict) else []
@@ -188,6 +192,16 @@ def names_a_file(table: Path, folder: Path, endings: tuple[str, ...]) -> bool:
         except ValueError:  # a header that is none, which is an error if the table is read
             pass
     return False
+
+
+def line_end(file: IO[bytes]) -> str:
+    """`newline` to read a table with: lines end with a line feed; with a carriage return where there is none.
+
+    Both would cut a row in two at a carriage return in a caption.
+    """
+    begin = file.read(1 << 16)
+    file.seek(0)
+    return "\n" if b"\n" in begin else ""
 
 
 def json_object(text: str | bytes) -> dict[str, Any] | str:
@@ -203,7 +217,8 @@ def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[
     """(line number, fields or what is wrong) for each row.
 
     A quote that is never closed would swallow all rows up to the next quote. So lines of a bad record are
-    kept: the first is given up, and reading resumes at the second.
+    kept: the first is given up, and reading resumes at the second. In a TSV, whose captions have no tabs, a field
+    over several lines with a tab in it is such a one.
     """
     fresh = enumerate(lines, 1)
     again: deque[tuple[int, str]] = deque()
@@ -226,7 +241,12 @@ def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[
             return
         except csv.Error as error:
             again.extendleft(reversed(record[1:]))
-            yield record[0][0], f"bad quoting: {error}"
+            is_return = len(record) == 1 and "\r" in record[0][1].rstrip("\r\n")
+            yield record[0][0], f"bad quoting{' or a carriage return within a field' * is_return}: {error}"
+            continue
+        if delimiter == "\t" and len(record) > 1 and any("\t" in field and "\n" in field for field in fields):
+            again.extendleft(reversed(record[1:]))
+            yield record[0][0], "bad quoting: a field that goes on over the columns of the next line"
             continue
         if fields:  # a blank line is no row
             yield record[0][0], fields
