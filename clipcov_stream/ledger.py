@@ -225,7 +225,7 @@ def rewind(path: Path, step: int) -> int:
         if number >= step:
             break
         last, end, largest = number, after, max(largest, len(samples))
-    else:
+    if last + 1 < step:  # else all that matters is there; what a machine that lost power left of later steps is cut off
         check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
     os.truncate(path, end)
     return last

@@ -313,6 +313,16 @@ def test_damage_in_the_first_block_is_an_error(tmp_path: Path) -> None:
     assert read_file(path).torn_bytes == 20 and rewind(path, 4) == -1
 
 
+def test_steps_to_come_that_never_reached_the_disk_are_dropped(tmp_path: Path) -> None:
+    """After a loss of power a file may have its length but not its data: of several steps, all after a checkpoint."""
+    path = written(tmp_path / "a", [*STEPS, *STEPS])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -5 * 52] + bytes(5 * 52))
+    with pytest.raises(ValueError, match=f"is damaged at byte {len(whole) - 5 * 52}"):
+        rewind(path, 4)
+    assert rewind(path, 3) == 2 and path.read_bytes() == whole[: -5 * 52]
+
+
 def test_rewinding_drops_steps_to_come(tmp_path: Path) -> None:
     path = written(tmp_path / "a", STEPS)
     for step in (9, 4, 2, 0):
