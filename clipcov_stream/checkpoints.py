@@ -23,7 +23,13 @@ from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist, format_name_with_dist, reproducibility
+from composer.utils import (
+    checkpoint,
+    dist,
+    ensure_folder_has_no_conflicting_files,
+    format_name_with_dist,
+    reproducibility,
+)
 
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 PARTIAL = ".partial-"
@@ -93,6 +99,31 @@ def restore_generators(trainer: Trainer) -> None:
     if trainer._rng_state is not None and int(trainer.state.timestamp.batch_in_epoch):
         trainer.state.callbacks.append(Generators(trainer._rng_state))
         trainer._rng_state = None
+
+
+def check_folder(trainer: Trainer) -> None:
+    """Raise ValueError, on all ranks, if the folder has a checkpoint of a step that the run is still to come to.
+
+    Composer looks too, but at the start of `fit`: by then an evaluation may have set the metrics of the run that wrote
+    it aside.
+    """
+    state = trainer.state
+    for saver in state.callbacks:
+        if not isinstance(saver, WholeCheckpoints) or saver.overwrite:
+            continue
+        folder, answer = folder_of(saver.folder, state.run_name), [""]
+        if dist.get_global_rank() == 0:
+            try:
+                ensure_folder_has_no_conflicting_files(folder, saver.filename.filename, state.timestamp)
+            except FileExistsError:
+                answer = [checkpoints_in(folder)[0].name]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[0]:
+            raise ValueError(
+                f"save_folder {str(folder)!r} has {answer[0]}, but training begins after step "
+                f"{int(state.timestamp.batch)}: nothing was written. To go on from it, set autoresume=true; to start "
+                "anew, give another run_name or save_folder, or set save_overwrite=true"
+            )
 
 
 @contextmanager

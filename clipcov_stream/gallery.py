@@ -26,8 +26,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from clipcov_stream.candidates import Noted, class_names, contact_sheet, recorded
-from clipcov_stream.metrics_file import set_aside
-from clipcov_stream.records import GALLERY_FILE, read_gallery
+from clipcov_stream.records import GALLERY_FILE, read_gallery, set_aside
 from clipcov_stream.stream import PairDataset
 
 MOST_BYTES = 32 << 20

@@ -10,7 +10,8 @@ gained: of survivors that are random, in a warm-up or a soft start, and of every
 
 A step is written by one call once its optimizer step is done, so a process that is killed leaves whole steps and at
 most one torn block at the end, which readers drop and count. A checkpoint is written after the blocks of its steps have
-reached the disk; a resumed run drops the blocks of later steps, and its ledger is then that of a straight run.
+reached the disk; a resumed run drops the blocks of later steps, and its ledger is then that of a straight run. A run
+that starts anew sets a ledger of its name aside, each file as NAME.1, NAME.2, ..., with a warning.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
+
+from clipcov_stream.records import moved_aside
 
 MAGIC = b"CLEDGER2"
 BLOCK = struct.Struct("<QII")
@@ -67,11 +70,13 @@ class Ledger(Callback):
         return path_of(self.folder, dist.get_global_rank())
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Drop what an earlier process recorded of the steps that are to come."""
+        """Drop what an earlier process recorded of the steps that are to come; set it aside if that is all of them."""
         self.close(state, logger)
         self.folder.mkdir(parents=True, exist_ok=True)
         step, rank = int(state.timestamp.batch), dist.get_global_rank()
         header = {**header_of(state), **self.about}
+        if step == 0:
+            self._set_aside(header)
         if self.path.exists():
             check_header(self.path, header)
             last = rewind(self.path, step)
@@ -91,6 +96,23 @@ class Ledger(Callback):
             for path in files_of(self.folder)[dist.get_world_size() :]:
                 rewind(path, step)
         self._file = self.path.open("ab", buffering=0)
+
+    def _set_aside(self, header: dict[str, Any]) -> None:
+        """Rename the files of all ranks if one of them has steps; each rank its own, since they may share no disk."""
+        if self.path.exists():
+            check_header(self.path, header)
+        # All or none, lest the numbers at the ends of their names differ.
+        if not any(dist.all_gather_object(self.path.exists() and has_steps(self.path))):
+            return
+        rank = dist.get_global_rank()
+        others = files_of(self.folder)[dist.get_world_size() :] if rank == 0 else []
+        aside = [moved_aside(path) for path in (self.path, *others) if path.exists()]
+        if rank == 0 and aside:
+            warnings.warn(
+                f"ledger={str(self.folder)!r} had steps, but the run starts anew; they are in {aside[0].name!r}, and "
+                "other ranks' beside it",
+                stacklevel=2,
+            )
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Note what this step trains on: algorithms run before callbacks, so the survivors are chosen."""
@@ -229,6 +251,11 @@ def rewind(path: Path, step: int) -> int:
         check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
     os.truncate(path, end)
     return last
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a file is more than its header."""
+    return path.stat().st_size > read_header(path)[1]
 
 
 def check_torn(path: Path, end: int, torn: int, samples: int | None) -> None:

@@ -12,6 +12,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from clipcov_stream.records import set_aside
+
 
 class MetricsFile(LoggerDestination):
     """Appends every step's metrics to a JSON-lines file, on rank 0.
@@ -73,7 +75,7 @@ class MetricsFile(LoggerDestination):
         if not self.path.exists():
             return
         if begins["step"] == 0:
-            set_aside(self.path)
+            set_aside(self.path, "metrics_file")
         else:
             rewind(self.path, begins["step"], begins.get("bytes"))
 
@@ -90,15 +92,6 @@ class MetricsFile(LoggerDestination):
         # An older checkpoint has nothing of this.
         self._begins = {"step": 0} | ({"bytes": state["bytes"]} if "bytes" in state else {})
         self.pending = dict(state.get("pending", {}))
-
-
-def set_aside(path: Path, key: str = "metrics_file") -> None:
-    """Rename a file that a recipe's key names to the first of PATH.1, PATH.2, ... that is free, with a warning."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(aside)
-    warnings.warn(f"{key}={str(path)!r} had lines, but the run starts anew; they are in {aside.name!r}", stacklevel=2)
 
 
 def rewind(path: Path, step: int, num_bytes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading what a run records beside its checkpoints; needs nothing of the stack, so that a report is quick to start.
+"""What a run records beside its checkpoints, read or set aside; needs nothing of the stack: a report is quick to start.
 
 metrics_file         metrics, a line of JSON per step and per evaluation (`train.MetricsFile`)
 NAME.about.json      beside it: what the run was (`about.About`)
@@ -8,6 +8,7 @@ gallery.jsonl        in the gallery's folder: what was kept and dropped (`galler
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,17 @@ def read_gallery(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     if not found or not isinstance(found[0], dict) or found[0].get("version") != 1:
         raise ValueError(f"{path} is not a gallery of this version")
     return found[0], found[1:]
+
+
+def set_aside(path: Path, key: str) -> None:
+    """Rename a file that a recipe's key names (`moved_aside`), with a warning."""
+    aside = moved_aside(path)
+    warnings.warn(f"{key}={str(path)!r} had lines, but the run starts anew; they are in {aside.name!r}", stacklevel=2)
+
+
+def moved_aside(path: Path) -> Path:
+    """Rename a file to the first of PATH.1, PATH.2, ... that is free; returns its new place."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(aside)

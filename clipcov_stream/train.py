@@ -19,7 +19,7 @@ from composer.utils import dist, get_device, reproducibility
 from clipcov_stream import build, evaluators
 from clipcov_stream.about import About
 from clipcov_stream.algorithm import ClipCov
-from clipcov_stream.checkpoints import WholeCheckpoints, folder_of, newest_whole, restore_generators
+from clipcov_stream.checkpoints import WholeCheckpoints, check_folder, folder_of, newest_whole, restore_generators
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration
 from clipcov_stream.config import TrainConfig, load_config
@@ -165,6 +165,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
             dist_timeout=config.dist_timeout,
             **parallelism,
         )
+    check_folder(trainer)
     restore_generators(trainer)
     return trainer
 

@@ -13,6 +13,7 @@ from runs import Interrupt, algorithm_of, assert_same, run, trainer_of
 
 from clipcov_stream import checkpoints
 from clipcov_stream.checkpoints import checkpoints_in, fault_of, newest_whole, step_of, whole_writes, write_whole
+from clipcov_stream.ledger import read_ledger
 from clipcov_stream.train import main
 
 
@@ -152,6 +153,30 @@ def test_what_autoresume_needs(tmp_path: Path, corpus: Path) -> None:
         sections = {"run_name": "r", "save_folder": str(tmp_path), "autoresume": True, missing: None}
         with pytest.raises(ValueError, match=f"autoresume=true needs a {missing}"):
             trainer_of(tmp_path, recipe(corpus, **sections))
+
+
+def test_a_complete_run_that_is_begun_again_is_refused_before_it_writes(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    files = {"metrics_file": str(runs / "r.jsonl"), "ledger": str(runs / "ledger"), "gallery": str(runs / "gallery")}
+    tree = recipe(corpus, run_name="r", save_folder=str(runs / "saved"), save_interval="2ba", **files)
+    split = {"local": str(corpus / "eval"), "batch_size": 64}
+    tree |= {"max_duration": "4ba", "eval": {"shapes": split}, "eval_first": True}
+    path = str(write_recipe(tmp_path / "recipe.yaml", tree))
+    main(path, [])
+
+    def contents() -> dict[Path, bytes]:
+        return {each: each.read_bytes() for each in runs.rglob("*") if each.is_file()}
+
+    before = contents()
+    monkeypatch.setenv("CLIPCOV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"has ep0-ba4-rank0.pt, but training begins after step 0: .*autoresume=true"):
+        main(path, [])
+    assert contents() == before
+    main(path, ["autoresume=true", "max_duration=6ba"])
+    assert set(read_ledger(runs / "ledger")[0].step.tolist()) == set(range(6))
+    assert sorted(each.name for each in runs.iterdir()) == ["gallery", "ledger", "r.about.json", "r.jsonl", "saved"]
 
 
 def test_a_complete_run_started_again_ends_at_once(

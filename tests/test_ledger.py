@@ -358,6 +358,22 @@ def test_another_runs_ledger_is_never_touched(tmp_path: Path, corpus: Path) -> N
     assert (ledger / "rank00000.ledger").read_bytes() == before
 
 
+def test_a_run_that_starts_anew_sets_its_ledger_aside(tmp_path: Path, corpus: Path) -> None:
+    ledger, tree = tmp_path / "ledger", {**recorded(corpus, tmp_path / "ledger"), "max_duration": "3ba"}
+    fit(trainer_of(tmp_path, tree))
+    path = ledger / "rank00000.ledger"
+    before = path.read_bytes()
+    other = written(ledger, STEPS, rank=1, num_ranks=2)  # of a run on more ranks
+    for number in (1, 2):
+        with pytest.warns(UserWarning, match=rf"had steps, but .* are in 'rank00000\.ledger\.{number}'"):
+            fit(trainer_of(tmp_path, tree))
+        assert (ledger / f"{path.name}.{number}").read_bytes() == before == path.read_bytes()
+    assert not other.exists() and read_file(ledger / f"{other.name}.1").step.max() == 3
+    rewind(path, 0)  # one without a step, as a kill before the first leaves it, is gone on with
+    fit(trainer_of(tmp_path, tree))
+    assert path.read_bytes() == before and len(list(ledger.iterdir())) == 4
+
+
 def test_a_gap_is_an_error_and_a_late_beginning_a_warning(tmp_path: Path, corpus: Path) -> None:
     ledger = tmp_path / "ledger"
     saved = {"save_folder": str(tmp_path / "saved"), "save_interval": "4ba"}
