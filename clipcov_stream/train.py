@@ -19,6 +19,7 @@ from composer.utils import dist, get_device, reproducibility
 from clipcov_stream import build, evaluators
 from clipcov_stream.about import About
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.alone import Alone
 from clipcov_stream.checkpoints import WholeCheckpoints, check_folder, folder_of, newest_whole, restore_generators
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration
@@ -40,16 +41,33 @@ log = logging.getLogger(__name__)
 
 
 class EndThreads(Callback):
-    """Ends the training loader's threads with the trainer, also after an exception."""
+    """Ends the training loader's threads, and then the run's locks, with the trainer, also after an exception."""
+
+    def __init__(self, alone: Alone) -> None:
+        self.alone = alone
 
     def close(self, state: State, logger: Logger) -> None:
         if isinstance(state.train_dataloader, PoolLoader):
             state.train_dataloader.close()
 
+    def post_close(self) -> None:
+        # In close other callbacks may still write.
+        self.alone.release()
+
 
 def saves_files_here(config: TrainConfig) -> bool:
     """Whether checkpoints are files of their own on a local disk; else they are Composer's matter."""
     return not is_remote(config.save_folder) and not config.fsdp_config
+
+
+def written_by(config: TrainConfig) -> Alone:
+    """Locks on all that a run writes here."""
+    folders = [folder for folder in (config.ledger, config.gallery) if folder is not None]
+    saves = config.save_folder
+    # Where there is no run_name Composer makes one up, which no other run has.
+    if saves and not is_remote(saves) and (config.run_name or "{run_name}" not in saves):
+        folders.append(str(folder_of(saves, config.run_name or "")))
+    return Alone(folders, [config.metrics_file] if config.metrics_file else [])
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
@@ -81,8 +99,15 @@ def build_trainer(config: TrainConfig) -> Trainer:
     """Everything in a recipe, checked before the first step.
 
     Raises:
-        ValueError: whatever cannot work, named by its key.
+        ValueError: whatever cannot work, named by its key; a live run that writes to the same places.
     """
+    alone = written_by(config)
+    with alone.released_on_error():
+        return assembled(config, alone)
+
+
+def assembled(config: TrainConfig, alone: Alone) -> Trainer:
+    """The Trainer, which releases the locks when it is closed."""
     check_duration(config.max_duration, "max_duration")
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
@@ -95,6 +120,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
     device = get_device(config.device)
     # Before any StreamingDataset: it would make, and destroy, a process group of its own.
     dist.initialize_dist(device, timeout=config.dist_timeout)
+    alone.take()
     reproducibility.seed_all(config.seed)
     num_survivors = build.survivors_per_rank(config.stream, config.selection)
     microbatch = build.check_microbatch(config.device_train_microbatch_size, num_survivors)
@@ -138,7 +164,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
             eval_interval=config.eval_interval if splits else 0,
             callbacks=[
                 ClampLogitScale(),
-                EndThreads(),
+                EndThreads(alone),
                 SkippedShards(),
                 ZeroShotHead(prompts),
                 RecordedRecipe(config),
