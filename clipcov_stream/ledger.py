@@ -25,6 +25,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,11 +197,17 @@ def read_file(path: Path) -> Record:
     """One rank's file.
 
     Raises:
-        ValueError: no ledger, or one that is damaged elsewhere than in its last block.
+        ValueError: no ledger, one that is damaged elsewhere than in its last block, or whose steps do not ascend.
     """
     header, start = read_header(path)
     data = path.read_bytes()
     found = list(blocks(data, start))
+    for (before, _, _), (number, _, at) in pairwise(found):
+        if number <= before:
+            raise ValueError(
+                f"{path} is damaged: step {number}, which ends at byte {at}, follows step {before}, as if two runs had "
+                "written it at once; what was trained on is not known from there on"
+            )
     end = found[-1][2] if found else start
     largest = max((len(samples) for _, samples, _ in found), default=0)
     torn = len(data) - end

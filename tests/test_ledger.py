@@ -313,6 +313,17 @@ def test_damage_in_the_first_block_is_an_error(tmp_path: Path) -> None:
     assert read_file(path).torn_bytes == 20 and rewind(path, 4) == -1
 
 
+def test_steps_that_do_not_ascend_are_an_error(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", STEPS)
+    whole = path.read_bytes()
+    for again, step in ((whole[-52:], 3), (whole[-2 * 52 : -52], 2)):  # what two live runs of one name wrote
+        path.write_bytes(whole + again)
+        with pytest.raises(
+            ValueError, match=rf"is damaged: step {step}, which ends at byte \d+, follows step 3, as if"
+        ):
+            read_ledger(tmp_path / "a")
+
+
 def test_steps_to_come_that_never_reached_the_disk_are_dropped(tmp_path: Path) -> None:
     """After a loss of power a file may have its length but not its data: of several steps, all after a checkpoint."""
     path = written(tmp_path / "a", [*STEPS, *STEPS])
