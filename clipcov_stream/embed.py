@@ -126,11 +126,12 @@ def check_embedder(
     for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
-    if embed_resolution is not None and embed == "online":
-        raise ValueError(
-            f"selection.embed_resolution={embed_resolution}: an online proxy learns at the size it embeds at; give it "
-            "an image_size of its own (selection.proxy.config)"
-        )
+    for name in ("embed_resolution", "embed_patch_dropout"):
+        if options[name] is not None and embed == "online":
+            raise ValueError(
+                f"selection.{name}={options[name]}: an online proxy embeds images as it learns from them; give it an "
+                "image_size of its own (selection.proxy.config)"
+            )
     if embed_resolution is not None and embed_resolution < 1:
         raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
     if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:

@@ -69,7 +69,7 @@ class OnlineProxy:
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
 
     Costs: a forward and a backward pass of the proxy over the pool, beside that of embedding it; three copies of its
-        weights. With several ranks one sum over them per update.
+        weights. With several ranks one sum over them per update, and one collective per pool.
     """
 
     def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
@@ -102,22 +102,26 @@ class OnlineProxy:
         """
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
-            index = part[valid[part]].to(image.device)
+            index = part[valid[part]]
             self.optimizer.zero_grad()
             if len(index) > 1:
-                with precision():
-                    loss = self._loss(image.index_select(0, index), text[index.to(text.device)].to(image.device))
-                loss.backward()
+                pixels = image.index_select(0, index.to(image.device))
+                tokens = text[index.to(text.device)].to(image.device)
+                self._loss(pixels, tokens, precision).backward()
             self._update()
+        self._share_buffers()
 
-    def _loss(self, image: Tensor, text: Tensor) -> Tensor:
+    def _loss(self, image: Tensor, text: Tensor, precision: Callable[[], AbstractContextManager[Any]]) -> Tensor:
         """Mean of both directions' cross-entropies, over the part."""
-        x = F.normalize(self.trained.encode_image(image).float(), dim=1)
-        y = F.normalize(self.trained.encode_text(text).float(), dim=1)
-        scale = getattr(self.trained, "logit_scale", None)
-        logits = (scale.exp() if isinstance(scale, Tensor) else 100.0) * x @ y.T
-        own = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        with precision():
+            x, y = self.trained.encode_image(image), self.trained.encode_text(text)
+        # In bfloat16 the logits would be off by a third at a scale of 100.
+        with torch.autocast(image.device.type, enabled=False):
+            x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
+            scale = getattr(self.trained, "logit_scale", None)
+            logits = (scale.exp() if isinstance(scale, Tensor) else 100.0) * x @ y.T
+            own = torch.arange(len(logits), device=logits.device)
+            return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
     def _update(self) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
@@ -144,9 +148,23 @@ class OnlineProxy:
             scale.clamp_(0, LARGEST_LOG_SCALE)
         weight = 1 - min(self.momentum, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in self.trained.parameters()], weight)
-        for mine, theirs in zip(self.model.buffers(), self.trained.buffers(), strict=True):
-            if theirs.is_floating_point():
-                dist.broadcast(theirs, 0)  # batch norm's statistics differ by rank
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Give the average the buffers of the model, on all ranks rank 0's: batch norm's statistics differ by rank.
+
+        What is not finite in them, of a candidate that was not, is as it was.
+        """
+        pairs = list(zip(self.model.buffers(), self.trained.buffers(), strict=True))
+        found = [(mine, theirs) for mine, theirs in pairs if theirs.is_floating_point()]
+        for mine, theirs in found:
+            theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
+        if found and dist.get_world_size() > 1:
+            flat = torch.cat([theirs.flatten() for _, theirs in found])
+            dist.broadcast(flat, 0)
+            for (_, theirs), piece in zip(found, flat.split([theirs.numel() for _, theirs in found]), strict=True):
+                theirs.copy_(piece.view_as(theirs))
+        for mine, theirs in pairs:
             mine.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ runs in the training thread or ahead of it, in one of its own. An online proxy a
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ class Preparation:
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         elif self.online is not None:
-            self._teach(self.online, batch, valid)
+            self._teach(self.online, self._pixels(batch), batch[self.text_key], valid)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -274,11 +274,16 @@ class Preparation:
         device = self.state.device
         sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
 
+        @functools.cache
+        def pixels() -> Tensor:
+            """On the device, where they are brought once."""
+            return self._pixels(batch)
+
         def send(images: Tensor) -> None:
             sending.append(Gathering(travelling(images), self.group))
 
         def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = self._pixels(batch), batch[self.text_key]
+            image, text = pixels(), batch[self.text_key]
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True)
@@ -288,7 +293,7 @@ class Preparation:
 
         with Stopwatch(self.state) as watch:
             if self.online is not None:
-                self._teach(self.online, batch, valid)
+                self._teach(self.online, pixels(), batch[self.text_key], valid)
             if self.embed == "columns":
                 image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
                 # As they are stored: float16 is half as much to move.
@@ -320,14 +325,13 @@ class Preparation:
             )
         return self.state.device.tensor_to_device(image)
 
-    def _teach(self, online: OnlineProxy, batch: Mapping[str, Any], valid: Tensor) -> None:
+    def _teach(self, online: OnlineProxy, image: Tensor, text: Tensor, valid: Tensor) -> None:
         """Have the online proxy learn from this rank's pool, in parts of as many as it trains on. Not in float16, whose
         gradients would need a scale."""
-        rows = count_survivors(len(valid), self.filter_ratio)
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
-        precision = nullcontext if half else self._precision
-        online.learn(self._pixels(batch), batch[self.text_key], valid, rows, precision)
+        rows = count_survivors(len(valid), self.filter_ratio)
+        online.learn(image, text, valid.cpu(), rows, nullcontext if half else self._precision)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""
@@ -368,7 +372,7 @@ def with_lag(state: SelectionState, lag: Lag | None) -> SelectionState:
 
 def all_reduce_of(scope: str, group: Group = None) -> AllReduce | None:
     """What sums over ranks, if each has pools of its own."""
-    return partial(sum_over_ranks, group=group) if scope == "local" and dist.get_world_size() > 1 else None
+    return functools.partial(sum_over_ranks, group=group) if scope == "local" and dist.get_world_size() > 1 else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

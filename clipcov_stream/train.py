@@ -62,7 +62,7 @@ def saves_files_here(config: TrainConfig) -> bool:
 
 def written_by(config: TrainConfig) -> Alone:
     """Locks on all that a run writes here."""
-    folders = [folder for folder in (config.ledger, config.gallery) if folder is not None]
+    folders = [folder for folder in (config.ledger, config.gallery) if folder is not None and not is_remote(folder)]
     saves = config.save_folder
     # Where there is no run_name Composer makes one up, which no other run has.
     if saves and not is_remote(saves) and (config.run_name or "{run_name}" not in saves):

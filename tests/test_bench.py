@@ -303,12 +303,16 @@ def test_compute_is_counted_in_plain_steps(tmp_path: Path) -> None:
 
     plain = [row(bench_selectors.ALL_STREAMED, "teacher", 256, steps * 128, a) for steps, a in ((240, 0.1), (960, 0.4))]
     own = [row("clipcov", embed, 640, 240 * 128, 0.3) for embed in ("teacher", "online", "columns")]
+    rivals = {**row("rho", "teacher", 640, 240 * 128, 0.3), "warmup": 60}, row("rho", "columns", 640, 240 * 128, 0.3)
     share = bench_compute.online_share()
     assert 1 / 8 < share < 1 / 6
     points = {p["source"]: p for p in bench_compute.points_of([*plain, *own], share)}
     assert points["clipcov, teacher"]["compute"] == round(240 * (1 + 5 / 3))
     assert points["clipcov, online"]["compute"] == round(240 * (1 + 4 * share * 5 / 3))
     assert points["clipcov, columns"]["compute"] == 240
+    # rho asks the learner too, and neither pass is made in its warm-up.
+    steps = [bench_compute.steps_of(rival, share) for rival in rivals]
+    assert steps == pytest.approx([240 + 2 * 180 * 5 / 3, 240 + 240 * 5 / 3])
     assert points["clipcov, teacher"]["plain_mean_per_class"] == pytest.approx(0.1 + 0.3 * 400 / 720)
     assert points["clipcov, teacher"]["plain_r1"] == pytest.approx((0.1 + 0.3 * 400 / 720) / 2)
     path = tmp_path / "rows.jsonl"

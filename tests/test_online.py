@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ SMALL: dict[str, Any] = {
 
 
 class Linear(nn.Module):
-    """Two linear towers and a scale."""
+    """Two linear towers and a scale, and perhaps a batch norm."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, norm: bool = False) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4, bias=False)
+        self.norm = nn.BatchNorm1d(4, affine=False) if norm else nn.Identity()
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
     def encode_image(self, image: Tensor) -> Tensor:
-        return self.image(image)
+        return self.norm(self.image(image))
 
     def encode_text(self, text: Tensor) -> Tensor:
         return self.text(text)
@@ -121,7 +123,7 @@ def test_it_learns_to_tell_pairs_that_match() -> None:
 def test_what_cannot_be_learned_from_changes_nothing_for_good(what: str) -> None:
     """One NaN in the weights would stay; and every part is an update, so that ranks make as many."""
     image, text, valid = drawn_pool()
-    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    online = OnlineProxy(Linear(norm=True), lr=1e-2, momentum=0.9)
     online.learn(image, text, valid, 20, nullcontext)
     before = copy.deepcopy(online.trained.state_dict())
     if what == "a NaN":
@@ -131,10 +133,29 @@ def test_what_cannot_be_learned_from_changes_nothing_for_good(what: str) -> None
         valid[: what == "one valid"] = True
     online.learn(image, text, valid, 20, nullcontext)
     assert online.updates == 4
-    for name, value in online.trained.state_dict().items():
+    for name, value in online.trained.named_parameters():
         assert value.isfinite().all()
         # The moments of the updates before still move it, by no more than two steps do.
         assert (value - before[name]).abs().max() < 3e-3, name
+    for model in (online.trained, online.model):
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
+    means = [dict(model.named_buffers())["norm.running_mean"] for model in (online.trained, online.model)]
+    assert torch.equal(*means) and not torch.equal(means[0], torch.zeros(4))
+
+
+def test_logits_are_float32_under_autocast() -> None:
+    """In bfloat16 they would be off by a third at a scale of 100."""
+    image, text, _ = drawn_pool()
+    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    online.trained.logit_scale.data.fill_(4.6)
+    bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    loss = online._loss(image, text, bf16)
+    with torch.no_grad(), bf16():
+        x, y = online.trained.encode_image(image), online.trained.encode_text(text)
+    x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
+    logits, own = online.trained.logit_scale.double().exp() * x @ y.T, torch.arange(len(x))
+    exact = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    assert loss.dtype == torch.float32 and abs(loss.item() - exact.item()) < 1e-4
 
 
 def test_its_state_is_all_of_it() -> None:
@@ -253,7 +274,11 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
     [
         ({}, "embed='online' needs proxy model"),
         ({"proxy": Linear(), "proxy_lr": 0.0}, "selection.proxy_lr=0.0 must be a finite number above 0"),
-        ({"proxy": Linear(), "embed_resolution": 16}, "an online proxy learns at the size it embeds at"),
+        (
+            {"proxy": Linear(), "embed_resolution": 16},
+            "embed_resolution=16: an online proxy embeds images as it learns",
+        ),
+        ({"proxy": Linear(), "embed_patch_dropout": 0.5}, "embed_patch_dropout=0.5: an online proxy embeds images"),
         ({"proxy": Linear(), "run_ahead": 2, "lag_delay": 2}, "follows the model in training"),
     ],
 )

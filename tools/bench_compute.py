@@ -3,12 +3,12 @@
     python tools/bench_compute.py tools/results/bench_compute.jsonl
 
 Compute is counted, not timed, in plain training steps on as many samples as survive: forward and backward pass of a
-sample are three forward passes, a candidate that the teacher embeds is one more, and one that an online proxy learns
-from and embeds is four of the proxy's, whose cost relative to the learner's is that of their multiply-adds. Selection
-itself and reading are left out, and so is what a frozen proxy or stored columns cost beforehand. `random (all
-streamed)` is plain training. Only runs of one number of survivors are compared. Prints a table, in which `plain` is
-what plain training has for the same compute, by straight lines between its runs; draws NAME.png and writes NAME.md
-beside the first file; the last line is JSON.
+sample are three forward passes, a candidate that the teacher, or a selector that asks the learner, embeds is one more,
+and one that an online proxy learns from and embeds is four of the proxy's, whose cost relative to the learner's is
+that of their multiply-adds. Selection itself and reading are left out, and so is what a frozen proxy or stored columns
+cost beforehand. `random (all streamed)` is plain training. Only runs of one number of survivors are compared. Prints a
+table, in which `plain` is what plain training has for the same compute, by straight lines between its runs; draws
+NAME.png and writes NAME.md beside the first file; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from bench_model import TinyTowers
 from bench_selectors import ALL_STREAMED, ONLINE_WIDTH
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipcov_stream import SELECTORS
+from clipcov_stream.embed import IN_TRAINING
+from clipcov_stream.rivals import NEEDS_LEARNER
+
 
 def flops_of(model: Any) -> int:
     """Of embedding an image and a caption."""
@@ -47,10 +51,14 @@ def online_share() -> float:
 def steps_of(row: dict[str, Any], share: float) -> float:
     """Compute of a run, in plain steps; `share` as `online_share`."""
     steps = row["samples_seen"] / row["survivors"]
-    if row["selector"].startswith("random"):
+    name = row["selector"].partition(" ")[0]
+    if name == "random":
         return steps
-    forward = {"teacher": 1.0, "online": 4 * share}.get(row["embed"], 0.0)
-    return steps * (1 + forward * row["pool"] / (3 * row["survivors"]))
+    # Rivals' first steps select nothing, where the embedder is in training.
+    selecting = steps - (row["warmup"] if name != bench_report.OURS and row["embed"] in IN_TRAINING else 0)
+    forward = {"teacher": selecting, "online": share * (3 * steps + selecting)}.get(row["embed"], 0.0)
+    forward += selecting * (SELECTORS[name] in NEEDS_LEARNER)
+    return steps + forward * row["pool"] / (3 * row["survivors"])
 
 
 def points_of(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:

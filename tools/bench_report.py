@@ -94,7 +94,7 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
     """Markdown, a table per place, best mean-per-class accuracy first; `code` is the present version's fingerprint."""
     warmups = sorted({row["warmup"] for row in rows})
     lines = [
-        f"Warm-up {', '.join(map(str, warmups))} steps with the teacher (clipcov instead has "
+        f"Warm-up {', '.join(map(str, warmups))} steps with the teacher or an online proxy (clipcov instead has "
         f"a soft start, since 2026-11-28 and unless its variant says otherwise) and none with a proxy; "
         f"seeds {sorted({row['seed'] for row in rows})}; +- is a 95% interval over seeds, of `lead` over paired seeds.",
     ]
