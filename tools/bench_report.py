@@ -200,8 +200,9 @@ def plot_residuals(summary: list[dict[str, Any]], path: Path) -> None:
             colour = "black" if cell["selector"] == OURS else "grey"
             bars = (cell["balanced_residual_95"], cell["mean_per_class_95"])
             axis.errorbar(x, y, bars[1], bars[0], color=colour, marker="o", elinewidth=0.6, alpha=0.8)
-            axis.annotate(cell["selector"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=title, xlabel="residual to the sound pairs, classes balanced", ylabel="mean per class")
+            axis.annotate(cell["selector"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="residual to the sound pairs, classes balanced", ylabel="mean per class")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
