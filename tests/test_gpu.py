@@ -14,7 +14,9 @@ from clipcov_stream import kernels
 from clipcov_stream.embed import embed_with_towers
 from clipcov_stream.graphed import WARMUP, GraphedSelect, of_state
 from clipcov_stream.herding import Herding
+from clipcov_stream.model import build_towers
 from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.online import OnlineProxy, default_towers
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.selection import learn, select
 
@@ -138,3 +140,22 @@ def test_the_embedding_pass_reads_captions_from_the_cpu() -> None:
     got = embed_with_towers(model, image.cuda(), text, 8, contextlib.nullcontext())
     for ours, theirs in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
+    """Images lie on the device, captions and the mask where the loader left them."""
+    config = default_towers(32, 16)
+    image = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = torch.stack([open_clip.SimpleTokenizer(context_length=16)(f"a photo of number {i}")[0] for i in range(48)])
+    valid = torch.ones(48, dtype=torch.bool).index_fill(0, torch.tensor([5, 20]), False)
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        online = OnlineProxy(build_towers(config=config).to(device), lr=1e-3, momentum=0.9)
+        for _ in range(2):
+            online.learn(image.to(device), text, valid, 16, contextlib.nullcontext)
+        found.append({name: value.cpu() for name, value in online.state_dict().items()})
+    assert int(found[1]["updates"]) == 6
+    for name, value in found[0].items():
+        if name.startswith("average."):
+            torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-2, msg=name)
