@@ -10,9 +10,10 @@ Pools lie in memory, images on the device, so that neither a loader nor a copy i
 each survivor is another cost. A step is timed from the end of the optimizer's last step to the end of its own, after a
 warm-up, in turns (every variant once, then again), so that a slow spell of the machine falls on all alike. `plain`
 trains on the survivors without ClipCov; `random` has ClipCov draw them; `teacher-16-bf16` embeds images of 16 x 16
-pixels in bfloat16, `teacher-drop50-chunk640` half of their patches, 640 images at a time; `columns-ahead` selects two
-steps ahead, in a thread of its own, for which there should be a core beside those of --threads. `extra` is what a
-variant takes beyond `plain`, in percent of `plain`, from the medians of every turn: mean and 95% interval over turns.
+pixels in bfloat16, `teacher-drop50-chunk640` half of their patches, 640 images at a time; `online` has the default
+online proxy; `columns-ahead` selects two steps ahead, in a thread of its own, for which there should be a core beside
+those of --threads. `extra` is what a variant takes beyond `plain`, in percent of `plain`, from the medians of every
+turn: mean and 95% interval over turns.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """

@@ -6,7 +6,7 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 (`bench_corpus` has the forms of --corpus). Where the embeddings come from (--embed):
 
     teacher       the learner's moving average: no reference model anywhere
-    online        a model a ninth as large that learns from every candidate as it comes: no reference model either
+    online        a model of a seventh of its cost that learns from every candidate; no reference model either
     proxy-noisy   a frozen model trained on a fifth of the noisy corpus
     proxy-clean   a frozen model trained on 2,000 clean samples
     columns       embeddings of proxy-clean in float16, as an MDS folder would hold them
