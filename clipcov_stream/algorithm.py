@@ -25,7 +25,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
-from clipcov_stream.batch import check_batch, check_last_pool, check_ratio, count_survivors, size_of
+from clipcov_stream.batch import check_batch, check_last_pool, check_ratio, count_survivors, normalizing, size_of
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, num_pools, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     IN_TRAINING,
@@ -385,6 +385,8 @@ class ClipCov(Algorithm):
                 f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="
                 f"{self.selector!r} embeds their pixels; set stream.deferred=false, or use embed='columns'"
             )
+        if hasattr(loader := state.dataloader, "normalizes"):
+            loader.normalizes = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._start_ahead(state)
         if not self.uses_embeddings:
             return
@@ -507,6 +509,10 @@ class ClipCov(Algorithm):
             self._pending.pop("selection", None)
         self._survivors, self._shares = prepared.survivors, prepared.shares
         state.batch, self.survivor_ids, self.survivor_gains = prepared.batch, prepared.ids, prepared.gains
+        image = state.batch[self.image_key]
+        if (normalize := normalizing(state.dataloader, image)) is not None:
+            # Here and not by the loader's workers: bytes are a quarter of what floats are to move and to keep.
+            state.batch = {**state.batch, self.image_key: normalize(state.device.tensor_to_device(image))}
         figures = {
             **prepared.figures,
             "wait_ms": 1e3 * (time.perf_counter() - self._asked),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
@@ -88,6 +89,16 @@ def rows_of(value: Any, survivors: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value.index_select(0, survivors.to(value.device))
     return [value[i] for i in survivors.tolist()]
+
+
+Normalize = Callable[[Tensor], Tensor]
+"""(n, 3, s, s) uint8 images -> what a model reads."""
+
+
+def normalizing(loader: Any, image: Any) -> Normalize | None:
+    """What a pool's images still need, if its loader leaves them as bytes (`stream.PoolLoader.normalizes`)."""
+    is_raw = getattr(loader, "normalizes", True) is False and isinstance(image, Tensor) and image.dtype == torch.uint8
+    return loader.normalize if is_raw else None
 
 
 def size_of(dataset: Any) -> int:

@@ -153,6 +153,7 @@ def embed_with_towers(
     plain: bool = False,
     on_images: Callable[[Tensor], None] | None = None,
     patch_dropout: float | None = None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
 ) -> Embeddings:
     """Embeddings of a pool by a model's two towers.
 
@@ -170,6 +171,7 @@ def embed_with_towers(
             their end token, all of which changes rounding alone.
         patch_dropout: share of the patches that an open_clip image transformer does not look at (`patches`).
         on_images: told the image embeddings before captions are read, to send them meanwhile.
+        normalize: of images, before the model sees them, a chunk at a time; None: they are as it reads them.
 
     Raises:
         ValueError: a resolution that the model cannot read, or a patch dropout for one without such patches.
@@ -181,7 +183,7 @@ def embed_with_towers(
     model.eval()
     try:
         with precision, fewer_patches(model, patch_dropout) if patch_dropout else nullcontext():
-            images = encoded_images(model, image, chunk, resolution, plain).float()
+            images = encoded_images(model, image, chunk, resolution, plain, normalize).float()
             if on_images is not None:
                 on_images(images)
             short = None if plain or not sync_is_free(text) else reads_to_end(model)
@@ -215,21 +217,37 @@ def call_with(model: nn.Module, tensors: dict[str, Tensor], method: str, value: 
     return functional_call(call, {f"model.{name}": tensor for name, tensor in tensors.items()}, (method, value))
 
 
-def encoded_images(model: Any, image: Tensor, chunk: int, resolution: int | None, plain: bool) -> Tensor:
+def encoded_images(
+    model: Any,
+    image: Tensor,
+    chunk: int,
+    resolution: int | None,
+    plain: bool,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """(pool, dim) image embeddings; arguments as in `embed_with_towers`."""
     tensors: dict[str, Tensor] = {}
+    smaller = False
     if resolution is not None:
         tensors = positions_at(model, resolution)
         if isinstance(model, Proxy):
             model = model.reading(image_size=resolution)
-        elif image.shape[-2:] != (resolution, resolution):
-            image = F.interpolate(image, size=(resolution, resolution), mode="bicubic", antialias=True)
-    if not plain and image.ndim == 4:
-        image = image.contiguous(memory_format=torch.channels_last)
+        else:
+            smaller = image.shape[-2:] != (resolution, resolution)
+
+    def encoded(part: Tensor) -> Tensor:
+        if normalize is not None:
+            part = normalize(part)
+        if smaller:
+            part = F.interpolate(part, size=(resolution, resolution), mode="bicubic", antialias=True)
+        if not plain and part.ndim == 4:
+            part = part.contiguous(memory_format=torch.channels_last)
+        return call_with(model, tensors, "encode_image", part)
+
     faster = folded(model) if not plain and sync_is_free(image) else nullcontext()
     try:
         with faster:
-            return torch.cat([call_with(model, tensors, "encode_image", part) for part in image.split(chunk)])
+            return torch.cat([encoded(part) for part in image.split(chunk)])
     except (RuntimeError, AssertionError) as error:
         if resolution is None:
             raise

@@ -172,7 +172,7 @@ class Materializer:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"stream.decode_threads={num_threads} must be at least 1, or null")
         self.transform = transform
-        self.crop, self.normalize = transform.crop(), transform.normalize()
+        self.crop = transform.crop()
         self.tokenizer = copy.deepcopy(tokenizer)
         self.num_threads = num_threads or min(8, os.cpu_count() or 1)
         self.fetch = fetch
@@ -208,7 +208,8 @@ class Materializer:
         return images
 
     def __call__(self, rows: Mapping[str, Any], made: Made) -> tuple[dict[str, Tensor], Tensor]:
-        """`image` and, where there are captions, `text` as `PoolCollate` would make them, and which were undecodable.
+        """`image`, (n, 3, size, size) uint8, and, where there are captions, `text` as `PoolCollate` would make it; and
+        which images were undecodable, and are zeros.
 
         Args:
             rows: `image`, a list of encoded images or of what `fetch` takes; `id` and `augmentation`, int64; `text`, a
@@ -227,8 +228,7 @@ class Materializer:
         blank = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8, device=self.device)
         found = [made[sample] for sample in ids]
         failed = torch.tensor([image is None for image, _ in found], dtype=torch.bool)
-        stacked = torch.stack([blank if image is None else image for image, _ in found])
-        tensors = {"image": self.normalize(stacked) * ~failed[:, None, None, None].to(stacked.device)}
+        tensors = {"image": torch.stack([blank if image is None else image for image, _ in found])}
         if captions is not None and self.tokenizer is not None:
             tensors["text"] = torch.stack([text for _, text in found if text is not None])
         return tensors, failed

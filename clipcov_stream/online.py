@@ -90,6 +90,7 @@ class OnlineProxy:
         valid: Tensor,
         rows: int,
         precision: Callable[[], AbstractContextManager[Any]],
+        normalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Train on a pool.
 
@@ -99,6 +100,7 @@ class OnlineProxy:
             valid: (pool,) mask, on the CPU; other samples are left out.
             rows: candidates per update.
             precision: makes an autocast context, or a null one.
+            normalize: of images, before the proxy sees them; None: they are as it reads them.
         """
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
@@ -106,6 +108,7 @@ class OnlineProxy:
             self.optimizer.zero_grad()
             if len(index) > 1:
                 pixels = image.index_select(0, index.to(image.device))
+                pixels = pixels if normalize is None else normalize(pixels)
                 tokens = text[index.to(text.device)].to(image.device)
                 self._loss(pixels, tokens, precision).backward()
             self._update()

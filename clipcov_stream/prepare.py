@@ -23,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcov_stream.batch import check_batch, count_survivors, rows_of, trained_on
+from clipcov_stream.batch import Normalize, check_batch, count_survivors, normalizing, rows_of, trained_on
 from clipcov_stream.clock import Stopwatch
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
@@ -58,7 +58,7 @@ class Prepared:
 
     Args:
         step: number of the step.
-        batch: this rank's survivors.
+        batch: this rank's survivors; images are as the loader leaves them.
         ids: theirs, where the pool has ids.
         gains: what each gained when it was picked, float32 on the CPU; NaN where nothing did (`selection.Selected`).
         pool_size: per rank.
@@ -176,7 +176,7 @@ class Preparation:
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         elif self.online is not None:
-            self._teach(self.online, self._pixels(batch), batch[self.text_key], valid)
+            self._teach(self.online, *self._pixels(batch), batch[self.text_key], valid)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -275,7 +275,7 @@ class Preparation:
         sending: list[Gathering] = []  # the images' embeddings, which travel while captions are read
 
         @functools.cache
-        def pixels() -> Tensor:
+        def pixels() -> tuple[Tensor, Normalize | None]:
             """On the device, where they are brought once."""
             return self._pixels(batch)
 
@@ -283,17 +283,18 @@ class Preparation:
             sending.append(Gathering(travelling(images), self.group))
 
         def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            image, text = pixels(), batch[self.text_key]
+            (image, normalize), text = pixels(), batch[self.text_key]
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
-                return embed_with_towers(model, image, text, chunk, precision, plain=True)
-            options = {"resolution": self.embed_resolution, "patch_dropout": self.embed_patch_dropout}
+                return embed_with_towers(model, image, text, chunk, precision, plain=True, normalize=normalize)
+            options: dict[str, Any] = {"normalize": normalize}
+            options |= {"resolution": self.embed_resolution, "patch_dropout": self.embed_patch_dropout}
             options["on_images"] = None if placement is None else send
             return embed_with_towers(model, image, text, chunk, self._precision(), **options)
 
         with Stopwatch(self.state) as watch:
             if self.online is not None:
-                self._teach(self.online, pixels(), batch[self.text_key], valid)
+                self._teach(self.online, *pixels(), batch[self.text_key], valid)
             if self.embed == "columns":
                 image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
                 # As they are stored: float16 is half as much to move.
@@ -315,23 +316,25 @@ class Preparation:
                 pool = placement.whole_pool(pool, *sending)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
-    def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
-        """The images that the embedder reads, on the device."""
+    def _pixels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Normalize | None]:
+        """The images that the embedder reads, on the device, and what they still need."""
         image = batch.get("scoring_image", batch[self.image_key])
         if not isinstance(image, Tensor):
             raise ValueError(
                 f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
                 "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
             )
-        return self.state.device.tensor_to_device(image)
+        return self.state.device.tensor_to_device(image), normalizing(self.state.dataloader, image)
 
-    def _teach(self, online: OnlineProxy, image: Tensor, text: Tensor, valid: Tensor) -> None:
+    def _teach(
+        self, online: OnlineProxy, image: Tensor, normalize: Normalize | None, text: Tensor, valid: Tensor
+    ) -> None:
         """Have the online proxy learn from this rank's pool, in parts of as many as it trains on. Not in float16, whose
         gradients would need a scale."""
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
-        online.learn(image, text, valid.cpu(), rows, nullcontext if half else self._precision)
+        online.learn(image, text, valid.cpu(), rows, nullcontext if half else self._precision, normalize)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from clipcov_stream.ahead import Ahead
+from clipcov_stream.batch import Normalize
 from clipcov_stream.captions import caption_of
 from clipcov_stream.checked import BadShard, CheckedStream
 from clipcov_stream.decode import MAX_PIXELS, MOST_PIXELS, UndecodableImage, decode_image, raw_image
@@ -88,9 +89,9 @@ HOW_TO_GET = {
 class PairDataset(GuardedDataset):
     """Image-caption pairs, decoded and tokenized.
 
-    A sample is a dict of `image` (3, s, s) uint8 (`PoolCollate` normalizes a pool's together), `text` (context,) int64,
-    `id` its index in the folder, `valid`, and the embedding or label columns asked for. An image that cannot be decoded
-    becomes zeros with `valid` False: it is counted and never selected, and one bad file does not end a run.
+    A sample is a dict of `image` (3, s, s) uint8, normalized later, many at a time; `text` (context,) int64; `id` its
+    index in the folder, `valid`, and the embedding or label columns asked for. An image that cannot be decoded becomes
+    zeros with `valid` False: it is counted and never selected, and one bad file does not end a run.
 
     If deferred, `image` is still encoded, `text` the caption and `augmentation` the seed of the crop: `Materializer`
     makes of them what would otherwise stand there.
@@ -408,24 +409,29 @@ def folder_index(local: str | None, remote: str | None, split: str | None, timeo
 
 
 class PoolCollate:
-    """Stacks samples into a pool and normalizes its images; those that could not be decoded stay zeros.
+    """Stacks samples into a pool and normalizes its images (`with_normalized`); what is still encoded, and captions,
+    become lists.
 
-    What is still encoded, and captions, become lists.
+    Attributes:
+        normalizes: if not, images stay uint8.
     """
 
     def __init__(self, transform: ImageTransform) -> None:
-        self.normalize = transform.normalize()
+        self.normalize, self.normalizes = transform.normalize(), True
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         pool = {key: stacked([s[key] for s in samples]) for key in samples[0] if key != "concepts"}
         if "concepts" in samples[0]:
             pool["concepts"] = pad_sequence([s["concepts"] for s in samples], batch_first=True, padding_value=-1)
-        valid = pool["valid"]
-        for key in ("image", "scoring_image"):
-            image = pool.get(key)
-            if isinstance(image, Tensor) and isinstance(valid, Tensor):
-                pool[key] = self.normalize(image) * valid[:, None, None, None]
-        return pool
+        return with_normalized(pool, self.normalize) if self.normalizes else pool
+
+
+def with_normalized(pool: Mapping[str, Any], normalize: Normalize) -> dict[str, Any]:
+    """The pool, its images normalized where they are not yet; those that could not be decoded stay zeros."""
+    valid = pool["valid"][:, None, None, None]
+    images = {key: pool.get(key) for key in ("image", "scoring_image")}
+    raw = {key: image for key, image in images.items() if isinstance(image, Tensor) and image.dtype == torch.uint8}
+    return {**pool, **{key: normalize(image) * valid for key, image in raw.items()}}
 
 
 def stacked(values: list[Any]) -> Tensor | list[Any]:
@@ -439,20 +445,39 @@ class PoolLoader(StreamingDataLoader):
     """A StreamingDataLoader whose batch is one pool.
 
     Args:
+        collate_fn: a `PoolCollate`.
         materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
 
     Attributes:
+        normalizes: whether pools come with their images normalized. `ClipCov` sets it to False and does so itself, for
+            a chunk at a time and for survivors, on the device: uint8 is a quarter as much between processes.
         run_ahead: set by `ClipCov`. An epoch's pools, and how many of them were yielded -> what is yielded in place of
             the others, which a thread gets ready; None if it may not begin yet.
     """
 
     run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None = None
 
-    def __init__(self, *args: Any, materialize: Materializer | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, collate_fn: PoolCollate, materialize: Materializer | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, collate_fn=collate_fn, **kwargs)
+        self._collate = collate_fn
         self.materialize = materialize
         # Weak: once the consumer has dropped it, its thread ends.
         self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
+
+    @property
+    def normalize(self) -> Normalize:
+        return self._collate.normalize
+
+    @property
+    def normalizes(self) -> bool:
+        return self._collate.normalizes
+
+    @normalizes.setter
+    def normalizes(self, value: bool) -> None:
+        # Workers that run already, being persistent, go on as before: of their pools the images' type says it.
+        self._collate.normalizes = value
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.dataset, PairDataset):
@@ -475,7 +500,7 @@ class PoolLoader(StreamingDataLoader):
             if batch is None:
                 return
             self.num_samples_yielded += self._get_batch_size(batch)
-            yield batch
+            yield with_normalized(batch, self.normalize) if self.normalizes else batch
             num_yielded += 1
         self._ahead = weakref.ref(ahead)
         for batch in ahead:
@@ -490,7 +515,7 @@ class PoolLoader(StreamingDataLoader):
     def close(self) -> None:
         """End the threads that work for this loader; iterated again, it yields pools."""
         self._end_ahead()
-        self.run_ahead = None
+        self.run_ahead, self.normalizes = None, True
         if self.materialize is not None:
             self.materialize.close()
 

@@ -24,6 +24,7 @@ from clipcov_stream.embed import (
     reads_to_end,
     scale_of,
 )
+from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClipModel, build_towers
 
 CONTEXT = 16
@@ -155,6 +156,24 @@ def test_chunks_agree_and_leave_the_mode_alone(training):
     assert model.training is training
     assert whole[0].shape == whole[1].shape == (10, 16)
     assert not any(tensor.requires_grad for tensor in whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"plain": True}, {"resolution": 16}])
+def test_images_that_come_as_bytes_are_normalized_a_chunk_at_a_time(options):
+    _, text = inputs(7)
+    image = torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    normalize, sizes = ImageTransform(32).normalize(), []
+
+    def noted(part):
+        sizes.append(len(part))
+        return normalize(part)
+
+    model = tiny_clip()
+    found = embed_with_towers(model, image, text, 3, contextlib.nullcontext(), normalize=noted, **options)
+    wanted = embed_with_towers(model, normalize(image), text, 3, contextlib.nullcontext(), **options)
+    assert sizes == [3, 3, 1]
+    for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_passes_run_in_eval_mode_in_the_given_precision_and_return_float32():

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream import stream as stream_module
+from clipcov_stream.batch import normalizing
 from clipcov_stream.decode import ImageTooLarge, scans_of
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, crop_box, decode_image
 from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
@@ -139,6 +140,30 @@ def test_a_jpeg_array_is_refused_or_read(tmp_path: Path) -> None:
         assert "jpeg_array" in str(error)
     else:
         assert all(stream[i]["valid"] for i in range(4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_travel_as_bytes_if_the_consumer_normalizes_them(tmp_path: Path, num_workers: int) -> None:
+    images = [b"no image" if n == 5 else encoded(picture(n), "PNG") for n in range(8)]
+    folder = pairs(tmp_path / "mds", images=images)
+    loader = pool_loader(dataset(folder, 4), 4, num_workers)
+    whole = list(loader)
+    assert all(pool["image"].dtype == torch.float32 for pool in whole)
+    # Persistent workers have begun to normalize, and go on.
+    loader.normalizes = False
+    assert all(normalizing(loader, pool["image"]) is None for pool in loader) == (num_workers > 0)
+    loader = pool_loader(dataset(shutil.copytree(folder, tmp_path / "other"), 4), 4, num_workers)
+    loader.normalizes = False
+    raw = list(loader)
+    for pool, wanted in zip(raw, whole, strict=True):
+        assert pool["image"].dtype == torch.uint8 and normalizing(loader, pool["image"]) is not None
+        assert torch.equal(loader.normalize(pool["image"])[pool["valid"]], wanted["image"][wanted["valid"]])
+        assert not pool["image"][~pool["valid"]].any()
+    assert sum(int((~pool["valid"]).sum()) for pool in raw) == 1
+    loader.close()
+    assert loader.normalizes
+    for pool, wanted in zip(loader, whole, strict=True):
+        assert torch.equal(pool["image"], wanted["image"])
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png"])
@@ -275,6 +300,7 @@ def test_rows_made_later_are_those_of_a_decoded_pool(tmp_path: Path, encoding: s
         folder = shutil.copytree(source, tmp_path / f"{deferred}{num_workers}")
         options = {"min_scale": min_scale, "seed": 3, "deferred": deferred, "shuffle": True}
         loader = pool_loader(dataset(folder, 4, **options), 4, num_workers, decode_threads=3)
+        loader.normalizes = False
         pools[deferred, num_workers] = list(loader)
         if not deferred:
             assert loader.materialize is None
