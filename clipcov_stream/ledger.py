@@ -23,11 +23,11 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from clipcov_stream.records import moved_aside
+
+Found = TypeVar("Found")
 
 MAGIC = b"CLEDGER2"
 BLOCK = struct.Struct("<QII")
@@ -51,8 +53,9 @@ class Ledger(Callback):
         about: whatever else tells runs apart (seed, selector, ...), strings and numbers, for the header.
 
     Raises:
-        ValueError: at the start of training, a folder that holds another run's ledger, or one that ends before the
-            step that training resumes from; and pools without `id`.
+        ValueError: at the start of training, on every rank alike, a folder that holds another run's ledger, or a file
+            of a rank that trained the last step before and ends before the step that training resumes from; and pools
+            without `id`.
     """
 
     def __init__(self, folder: str, **about: str | float | None) -> None:
@@ -64,6 +67,8 @@ class Ledger(Callback):
         self.about = about
         self._file: IO[bytes] | None = None
         self._samples: np.ndarray | None = None
+        self._trained_by = 1
+        """Ranks that trained the last step before training goes on; 1 where no checkpoint says it."""
 
     @property
     def path(self) -> Path:
@@ -76,39 +81,64 @@ class Ledger(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         step, rank = int(state.timestamp.batch), dist.get_global_rank()
         header = {**header_of(state), **self.about}
-        if step == 0:
-            self._set_aside(header)
-        if self.path.exists():
-            check_header(self.path, header)
-            last = rewind(self.path, step)
-            if rank == 0 and last + 1 < step:
-                raise ValueError(
-                    f"ledger {str(self.folder)!r} ends after step {last}, but training goes on from step {step}: what "
-                    "was trained on between them is not in it; give another folder"
-                )
-        else:
-            if rank == 0 and step > 0:
-                warnings.warn(f"ledger {str(self.folder)!r} begins at step {step}, not at 0", stacklevel=2)
+        has_had_steps = any(agreed(lambda: self._checked(header)))
+        if step > 0:
+            self._check_ends(agreed(lambda: self._ends(step)), step)
+            for path in self._files().values():
+                rewind(path, step)
+        elif has_had_steps:
+            self._set_aside()
+        if not self.path.exists():
             new = self.path.with_suffix(".new")  # a header is there in full or not at all
             new.write_bytes(encoded_header({**header, "rank": rank}))
             new.rename(self.path)
-        if rank == 0:
-            # Of a run on more ranks; no rank of this one would look at them.
-            for path in files_of(self.folder)[dist.get_world_size() :]:
-                rewind(path, step)
         self._file = self.path.open("ab", buffering=0)
+        self._trained_by = dist.get_world_size()
 
-    def _set_aside(self, header: dict[str, Any]) -> None:
-        """Rename the files of all ranks if one of them has steps; each rank its own, since they may share no disk."""
+    def _checked(self, header: dict[str, Any]) -> bool:
+        """Whether this rank's files have steps; raises ValueError if its own is another run's."""
         if self.path.exists():
             check_header(self.path, header)
-        # All or none, lest the numbers at the ends of their names differ.
-        if not any(dist.all_gather_object(self.path.exists() and has_steps(self.path))):
-            return
-        rank = dist.get_global_rank()
-        others = files_of(self.folder)[dist.get_world_size() :] if rank == 0 else []
-        aside = [moved_aside(path) for path in (self.path, *others) if path.exists()]
-        if rank == 0 and aside:
+        return any(has_steps(path) for path in self._files().values())
+
+    def _files(self) -> dict[int, Path]:
+        """This rank's file, if there is one, by rank; with rank 0 also those of ranks that the run has no more, as far
+        as they are on its disk: no rank of this run would look at them."""
+        rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
+        others = {rank_of(path): path for path in files_of(self.folder) if rank == 0 and rank_of(path) >= num_ranks}
+        return {rank: self.path, **others} if self.path.exists() else others
+
+    def _ends(self, step: int) -> dict[int, int]:
+        """The last step before `step` in each of this rank's files."""
+        return {rank: end_before(path, step)[0] for rank, path in self._files().items()}
+
+    def _check_ends(self, ends: list[dict[int, int]], step: int) -> None:
+        """Of the ranks that trained the step before `step`: raise ValueError if a file ends earlier, and warn of those
+        that have none, as one does on a new machine with a disk of its own.
+
+        Args:
+            ends: `_ends`, of every rank.
+            step: that training goes on from.
+        """
+        last = {rank: end for found in ends for rank, end in found.items() if rank < self._trained_by}
+        short = {rank: end for rank, end in sorted(last.items()) if end + 1 < step}
+        if short:
+            of = {rank: f"of rank {rank} " if rank else "" for rank in short}
+            where = " and ".join(f"{of[rank]}ends after step {end}" for rank, end in short.items())
+            raise ValueError(
+                f"ledger {str(self.folder)!r} {where}, but training goes on from step {step}: what was trained on "
+                "between them is not in it; give another folder"
+            )
+        missing = [rank for rank in range(min(self._trained_by, dist.get_world_size())) if rank not in last]
+        if missing and dist.get_global_rank() == 0:
+            which = "" if missing == [0] else f" of ranks {missing}"
+            warnings.warn(f"ledger {str(self.folder)!r}{which} begins at step {step}, not at 0", stacklevel=3)
+
+    def _set_aside(self) -> None:
+        """Rename the files of all ranks, each rank its own, since they may share no disk; all or none, lest the numbers
+        at the ends of their names differ."""
+        aside = [moved_aside(path) for path in self._files().values()]
+        if dist.get_global_rank() == 0 and aside:
             warnings.warn(
                 f"ledger={str(self.folder)!r} had steps, but the run starts anew; they are in {aside[0].name!r}, and "
                 "other ranks' beside it",
@@ -134,16 +164,37 @@ class Ledger(Callback):
         self._samples = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; but every rank is asked for it before a checkpoint is written, which may not outlast its steps."""
+        """The number of ranks. Each is asked for it before a checkpoint is written, which may not outlast its steps."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-        return {}
+        return {"num_ranks": dist.get_world_size()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._trained_by = int(state.get("num_ranks", 1))
 
     def close(self, state: State, logger: Logger) -> None:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
         self._file = None
+
+
+def agreed(work: Callable[[], Found]) -> list[Found]:
+    """What every rank's work finds, by rank; each must ask.
+
+    Raises:
+        ValueError: what one rank's work raised, on every rank, so that none waits for it.
+    """
+    found: list[Found] = []
+    wrong, error = "", None
+    try:
+        found.append(work())
+    except ValueError as raised:
+        wrong, error = str(raised), raised
+    everywhere = dist.all_gather_object((found, wrong))
+    if wrong := next((message for _, message in everywhere if message), ""):
+        raise ValueError(wrong) from error
+    return [result for own, _ in everywhere for result in own]
 
 
 @dataclass(frozen=True)
@@ -248,6 +299,17 @@ def blocks(data: bytes, start: int) -> Iterator[tuple[int, np.ndarray, int]]:
 
 def rewind(path: Path, step: int) -> int:
     """Cut a file off after the last whole block before `step`; returns that block's step, or -1."""
+    last, end = end_before(path, step)
+    os.truncate(path, end)
+    return last
+
+
+def end_before(path: Path, step: int) -> tuple[int, int]:
+    """Step of the last whole block before `step`, or -1, and where in the file it ends.
+
+    Raises:
+        ValueError: a file that ends earlier, and not in a block that may be torn.
+    """
     header, end = read_header(path)
     data, last, largest = path.read_bytes(), -1, 0
     for number, samples, after in blocks(data, end):
@@ -256,8 +318,7 @@ def rewind(path: Path, step: int) -> int:
         last, end, largest = number, after, max(largest, len(samples))
     if last + 1 < step:  # else all that matters is there; what a machine that lost power left of later steps is cut off
         check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
-    os.truncate(path, end)
-    return last
+    return last, end
 
 
 def has_steps(path: Path) -> bool:
@@ -304,6 +365,11 @@ def index_hash(*indices: bytes) -> str:
 
 def path_of(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank:05}.ledger"
+
+
+def rank_of(path: Path) -> int:
+    """From the name of a rank's file."""
+    return int(path.stem.removeprefix("rank"))
 
 
 def files_of(folder: Path) -> list[Path]:
