@@ -21,6 +21,7 @@ Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line i
 from __future__ import annotations
 
 import argparse
+import atexit
 import itertools
 import json
 import platform
@@ -215,6 +216,8 @@ def run(variant: str, args: argparse.Namespace, towers: dict[str, Any], pools: l
     )
     trainer.fit()
     trainer.close()
+    # Composer keeps the state, and with it the model, of an engine that was closed until the process ends.
+    atexit.unregister(trainer.engine._close)
     steps = [1e3 * (end - start) for start, end in itertools.pairwise(ends.at)]
     return steps[args.warmup - 1 :]
 
