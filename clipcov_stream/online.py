@@ -2,8 +2,8 @@
 
 The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
 is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
-forward pass of the learner over the pool. It learns from mismatched pairs too: those cancel, as they do in a proxy that
-was trained on noisy pairs.
+forward pass of the learner over the pool. From a pair it learns as much as the pair is likely to match, by its own
+moving average's judgement before it saw the pair.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
+from clipcov_stream.evidence import matching
+from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 WARMUP = 20
 """Updates over which the learning rate rises."""
@@ -54,13 +59,35 @@ def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
     }
 
 
+def learning_weights(pool: Pool, references: int) -> Float[Tensor, " pool"]:
+    """How much an online proxy learns from each pair: its chance to match (`evidence.Matching.posterior`), scaled to 1
+    in the mean of the valid ones, 0 for the others.
+
+    What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
+    are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
+    of them much the same weight, while one that kept to what it takes for matches would stay with the few that it began
+    with (measured in tools/LOG.md).
+
+    Args:
+        pool: as the embedder sees it, before it learns from it.
+        references: as `objective.Settings`'.
+
+    Costs: as `evidence.matching`.
+    """
+    with torch.autocast(pool.image.device.type, enabled=False):
+        pool = prepared(pool)
+        valid = valid_of(pool)
+        chance = matching(pool, references).posterior(valid)
+        return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
+
+
 class OnlineProxy:
     """A proxy in training, and the moving average of its weights, which is what embeds pools.
 
-    Every pool is learned from before it is judged, in parts of as many candidates as survive, one update of AdamW each,
-    by the contrastive loss within the part (InfoNCE: van den Oord et al., arXiv 1807.03748; Radford et al., ICML 2021).
-    Over ranks gradients are averaged, as DistributedDataParallel does, while each part's negatives are its rank's own.
-    Its weights are the same on all ranks.
+    Every pool is judged and then learned from, in parts of as many candidates as survive, one update of AdamW each, by
+    the contrastive loss within the part (InfoNCE: van den Oord et al., arXiv 1807.03748; Radford et al., ICML 2021),
+    each pair's terms weighted (`learning_weights`). Over ranks gradients are averaged, as DistributedDataParallel does,
+    while each part's negatives are its rank's own. Its weights are the same on all ranks.
 
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
@@ -68,7 +95,7 @@ class OnlineProxy:
         lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
 
-    Costs: a forward and a backward pass of the proxy over the pool, beside that of embedding it; three copies of its
+    Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks one sum over them per update, and one collective per pool.
     """
 
@@ -88,6 +115,7 @@ class OnlineProxy:
         image: Tensor,
         text: Tensor,
         valid: Tensor,
+        weights: Tensor,
         rows: int,
         precision: Callable[[], AbstractContextManager[Any]],
         normalize: Callable[[Tensor], Tensor] | None = None,
@@ -98,6 +126,7 @@ class OnlineProxy:
             image: (pool, ...) images, on the proxy's device.
             text: (pool, context) tokens, there or on the CPU.
             valid: (pool,) mask, on the CPU; other samples are left out.
+            weights: (pool,) of each sample's terms of the loss, `learning_weights`, on the proxy's device.
             rows: candidates per update.
             precision: makes an autocast context, or a null one.
             normalize: of images, before the proxy sees them; None: they are as it reads them.
@@ -110,12 +139,15 @@ class OnlineProxy:
                 pixels = image.index_select(0, index.to(image.device))
                 pixels = pixels if normalize is None else normalize(pixels)
                 tokens = text[index.to(text.device)].to(image.device)
-                self._loss(pixels, tokens, precision).backward()
+                own_weights = weights.index_select(0, index.to(weights.device))
+                self._loss(pixels, tokens, own_weights, precision).backward()
             self._update()
         self._share_buffers()
 
-    def _loss(self, image: Tensor, text: Tensor, precision: Callable[[], AbstractContextManager[Any]]) -> Tensor:
-        """Mean of both directions' cross-entropies, over the part."""
+    def _loss(
+        self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """Weighted mean of both directions' cross-entropies, over the part; all are one another's negatives."""
         with precision():
             x, y = self.trained.encode_image(image), self.trained.encode_text(text)
         # In bfloat16 the logits would be off by a third at a scale of 100.
@@ -124,7 +156,8 @@ class OnlineProxy:
             scale = getattr(self.trained, "logit_scale", None)
             logits = (scale.exp() if isinstance(scale, Tensor) else 100.0) * x @ y.T
             own = torch.arange(len(logits), device=logits.device)
-            return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+            both = (F.cross_entropy(table, own, reduction="none") for table in (logits, logits.T))
+            return (weights * sum(both)).mean() / 2
 
     def _update(self) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
@@ -172,7 +205,7 @@ class OnlineProxy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of weights, moving average, moments and number of updates, by name."""
-        state = {"updates": torch.tensor(self.updates)}
+        state = {"updates": torch.tensor(self.updates), "weighted": torch.tensor(True)}
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
@@ -182,6 +215,12 @@ class OnlineProxy:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for the state of an online proxy that learned from all candidates alike."""
+        if "weighted" not in state:
+            raise ValueError(
+                "the checkpoint's online proxy is of an older version, which learned from all candidates alike; this "
+                "one does not. Take the model's weights alone: load_path=... and load_weights_only=true"
+            )
         self.updates = int(state["updates"])
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}

@@ -31,7 +31,7 @@ from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
-from clipcov_stream.online import OnlineProxy
+from clipcov_stream.online import OnlineProxy, learning_weights
 from clipcov_stream.pool import Pool, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn
@@ -114,7 +114,7 @@ class Preparation:
     Args:
         state: Composer's, for the device, the precision and, where a selector asks it, the model.
         embedder: the teacher's or proxy's model; None for columns.
-        online: the proxy that learns from pools before it embeds them, if any.
+        online: the proxy that learns from pools once it has embedded them, if any.
         uses_learner: whether the model in training embeds pools too.
         uses_lag: whether survivors' rows are kept for the lag.
         notes_alignment: whether candidates' alignments are kept.
@@ -175,8 +175,8 @@ class Preparation:
         pool, embed_ms, alignment = None, None, None
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
-        elif self.online is not None:
-            self._teach(self.online, *self._pixels(batch), batch[self.text_key], valid)
+        elif self.online is not None:  # which learns, and for that judges, whatever is made of it
+            _, embed_ms, _ = self._embedded(batch, chunk, valid, None)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -293,8 +293,6 @@ class Preparation:
             return embed_with_towers(model, image, text, chunk, self._precision(), **options)
 
         with Stopwatch(self.state) as watch:
-            if self.online is not None:
-                self._teach(self.online, *pixels(), batch[self.text_key], valid)
             if self.embed == "columns":
                 image, text, scale = embed_from_columns(batch, "image_embedding", "text_embedding", self.logit_scale)
                 # As they are stored: float16 is half as much to move.
@@ -312,6 +310,8 @@ class Preparation:
                 pool = replace(
                     pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
                 )
+            if self.online is not None:
+                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool)
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
@@ -327,14 +327,21 @@ class Preparation:
         return self.state.device.tensor_to_device(image), normalizing(self.state.dataloader, image)
 
     def _teach(
-        self, online: OnlineProxy, image: Tensor, normalize: Normalize | None, text: Tensor, valid: Tensor
+        self,
+        online: OnlineProxy,
+        image: Tensor,
+        normalize: Normalize | None,
+        text: Tensor,
+        valid: Tensor,
+        pool: Pool,
     ) -> None:
         """Have the online proxy learn from this rank's pool, in parts of as many as it trains on. Not in float16, whose
         gradients would need a scale."""
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
-        online.learn(image, text, valid.cpu(), rows, nullcontext if half else self._precision, normalize)
+        weights = learning_weights(pool, self.settings.references)
+        online.learn(image, text, valid.cpu(), weights, rows, nullcontext if half else self._precision, normalize)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""

@@ -21,9 +21,19 @@ from clipcov_stream import ClipCov
 from clipcov_stream.build import build_proxy
 from clipcov_stream.config import ProxyConfig
 from clipcov_stream.embed import Proxy
+from clipcov_stream.evidence import matching
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import build_towers
-from clipcov_stream.online import BETAS, LARGEST_NORM, WARMUP, WEIGHT_DECAY, OnlineProxy, default_towers
+from clipcov_stream.online import (
+    BETAS,
+    LARGEST_NORM,
+    WARMUP,
+    WEIGHT_DECAY,
+    OnlineProxy,
+    default_towers,
+    learning_weights,
+)
+from clipcov_stream.pool import Pool, prepared
 
 SMALL: dict[str, Any] = {
     "embed_dim": 8,
@@ -55,6 +65,9 @@ def drawn_pool(size: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     return image, image[:, :5] + 0.1 * torch.randn(size, 5, generator=generator), torch.ones(size, dtype=torch.bool)
 
 
+EQUAL = torch.ones(40)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_corpus(tmp_path_factory.mktemp("corpus"))
@@ -69,6 +82,7 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
     """Against a loop of torch's own parts, over two pools in parts of 16, one of them short, samples left out."""
     image, text, valid = drawn_pool()
     valid[[3, 20]] = False
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(1)) * 2
     online, model = OnlineProxy(Linear(), lr=1e-2, momentum=0.9), Linear()
     optimizer = torch.optim.AdamW(
         [
@@ -83,8 +97,8 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
         part = part[valid[part]]
         x, y = F.normalize(model.image(image[part]), dim=1), F.normalize(model.text(text[part]), dim=1)
         logits = model.logit_scale.exp() * x @ y.T
-        own = torch.arange(len(part))
-        loss = 0.5 * F.cross_entropy(logits, own) + 0.5 * F.cross_entropy(logits.T, own)
+        terms = -0.5 * (logits.log_softmax(0) + logits.log_softmax(1)).diagonal()
+        loss = (weights[part] * terms).sum() / len(part)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
@@ -94,11 +108,56 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
         momentum = min(0.9, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
             average[name] = momentum * average[name] + (1 - momentum) * value
-    online.learn(image, text, valid, 16, nullcontext)
-    online.learn(4 * image, text, valid, 16, nullcontext, normalize=lambda part: part / 4)
+    online.learn(image, text, valid, weights, 16, nullcontext)
+    online.learn(4 * image, text, valid, weights, 16, nullcontext, normalize=lambda part: part / 4)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(online.trained.state_dict()[name], value)
         torch.testing.assert_close(online.model.state_dict()[name], average[name])
+
+
+def matched_pool(share: float, apart: float, size: int = 400, seed: int = 0) -> tuple[Pool, Tensor]:
+    """Embeddings of pairs around one another, `share` of them, and others' captions; which match."""
+    generator = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(size, 16, generator=generator), dim=1)
+    match = torch.rand(size, generator=generator) < share
+    text = torch.where(match[:, None], image, image.roll(1, 0)) + apart * torch.randn(size, 16, generator=generator)
+    return Pool(image, text, 20.0), match
+
+
+def test_it_learns_from_a_pair_as_much_as_it_is_likely_to_match() -> None:
+    pool, match = matched_pool(0.6, 0.05)
+    weights = learning_weights(pool, 256)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    assert weights[~match].quantile(0.9) < 0.5 and weights[match].min() > 1
+    posterior = matching(prepared(pool), 256).posterior(torch.ones(400, dtype=torch.bool))
+    torch.testing.assert_close(weights, posterior / posterior.mean())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_embedder_that_knows_nothing_yet_learns_from_nearly_all(seed: int) -> None:
+    pool, _ = matched_pool(0.6, 100.0, seed=seed)
+    weights = learning_weights(pool, 256)
+    assert weights.quantile(0.05) > 0.35 and weights.quantile(0.95) < 3
+
+
+def test_what_is_not_valid_or_not_finite_has_no_weight_and_does_not_count() -> None:
+    pool, _ = matched_pool(0.6, 0.05)
+    whole = learning_weights(Pool(pool.image[2:], pool.text[2:], 20.0), 400)
+    image = pool.image.index_fill(0, torch.tensor([0]), torch.nan)
+    valid = torch.arange(400) != 1
+    weights = learning_weights(Pool(image, pool.text, 20.0, valid=valid), 400)
+    assert weights[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(weights[2:], whole)
+    wanted = learning_weights(pool, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learning_weights(pool, 256), wanted)
+
+
+def test_the_state_of_an_older_online_proxy_is_refused() -> None:
+    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    older = {name: value for name, value in online.state_dict().items() if name != "weighted"}
+    with pytest.raises(ValueError, match="an older version, which learned from all candidates alike"):
+        online.load_state_dict(older)
 
 
 def test_it_learns_to_tell_pairs_that_match() -> None:
@@ -114,7 +173,7 @@ def test_it_learns_to_tell_pairs_that_match() -> None:
 
     before = margin()
     for _ in range(40):
-        online.learn(image, text, valid, 32, nullcontext)
+        online.learn(image, text, valid, torch.ones(128), 32, nullcontext)
     assert margin() > before + 0.3
     assert not any(p.requires_grad for p in online.model.parameters()) and online.updates == 160
 
@@ -124,14 +183,14 @@ def test_what_cannot_be_learned_from_changes_nothing_for_good(what: str) -> None
     """One NaN in the weights would stay; and every part is an update, so that ranks make as many."""
     image, text, valid = drawn_pool()
     online = OnlineProxy(Linear(norm=True), lr=1e-2, momentum=0.9)
-    online.learn(image, text, valid, 20, nullcontext)
+    online.learn(image, text, valid, EQUAL, 20, nullcontext)
     before = copy.deepcopy(online.trained.state_dict())
     if what == "a NaN":
         image = image.index_fill(0, torch.tensor([0, 39]), torch.nan)
     else:
         valid = torch.zeros_like(valid)
         valid[: what == "one valid"] = True
-    online.learn(image, text, valid, 20, nullcontext)
+    online.learn(image, text, valid, EQUAL, 20, nullcontext)
     assert online.updates == 4
     for name, value in online.trained.named_parameters():
         assert value.isfinite().all()
@@ -149,7 +208,7 @@ def test_logits_are_float32_under_autocast() -> None:
     online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     online.trained.logit_scale.data.fill_(4.6)
     bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    loss = online._loss(image, text, bf16)
+    loss = online._loss(image, text, EQUAL, bf16)
     with torch.no_grad(), bf16():
         x, y = online.trained.encode_image(image), online.trained.encode_text(text)
     x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
@@ -162,12 +221,12 @@ def test_its_state_is_all_of_it() -> None:
     """Weights, average, moments and count: one that is restored goes on bit for bit."""
     image, text, valid = drawn_pool()
     straight = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
-    straight.learn(image, text, valid, 16, nullcontext)
+    straight.learn(image, text, valid, EQUAL, 16, nullcontext)
     state = copy.deepcopy(straight.state_dict())
     resumed = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
     resumed.load_state_dict(state)
     for online in (straight, resumed):
-        online.learn(image.flip(0), text.flip(0), valid, 16, nullcontext)
+        online.learn(image.flip(0), text.flip(0), valid, EQUAL, 16, nullcontext)
     assert_same(resumed.state_dict(), straight.state_dict())
     fresh = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     other = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
@@ -183,7 +242,7 @@ def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, co
     assert online.updates == 6 * 4  # the warm-up's pools too, in parts of 8 of 32
     assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 8
     assert clipcov.settings.half_life == 20 * 32
-    assert len(values(memory, "selection/embed_ms")) == 4
+    assert len(values(memory, "selection/embed_ms")) == 6  # it judges what it is to learn from in the warm-up too
     assert not any(
         torch.equal(a, b) for a, b in zip(online.trained.parameters(), online.model.parameters(), strict=True)
     )
