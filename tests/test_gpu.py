@@ -148,12 +148,13 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     image = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     text = torch.stack([open_clip.SimpleTokenizer(context_length=16)(f"a photo of number {i}")[0] for i in range(48)])
     valid = torch.ones(48, dtype=torch.bool).index_fill(0, torch.tensor([5, 20]), False)
+    weights = 2 * torch.rand(48, generator=torch.Generator().manual_seed(1))
     found = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         online = OnlineProxy(build_towers(config=config).to(device), lr=1e-3, momentum=0.9)
         for _ in range(2):
-            online.learn(image.to(device), text, valid, 16, contextlib.nullcontext)
+            online.learn(image.to(device), text, valid, weights.to(device), 16, contextlib.nullcontext)
         found.append({name: value.cpu() for name, value in online.state_dict().items()})
     assert int(found[1]["updates"]) == 6
     for name, value in found[0].items():
