@@ -301,6 +301,7 @@ class ClipCov(Algorithm):
             Event.AFTER_DATALOADER,
             Event.AFTER_FORWARD,
             Event.BATCH_END,
+            Event.FIT_END,
         )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -312,6 +313,9 @@ class ClipCov(Algorithm):
             self._keep_survivors(state, logger)
         elif event == Event.AFTER_FORWARD:
             self._learn(state, logger)
+        elif event == Event.FIT_END:
+            if getattr(loader := state.dataloader, "as_bytes", False):
+                loader.normalizes = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         else:
             self._end_step(state)
             logger.log_metrics({"selection/step_ms": 1e3 * (time.perf_counter() - self._asked)})
@@ -385,7 +389,7 @@ class ClipCov(Algorithm):
                 f"the stream leaves candidates encoded, but selection.embed={self.embed!r} with selection.selector="
                 f"{self.selector!r} embeds their pixels; set stream.deferred=false, or use embed='columns'"
             )
-        if hasattr(loader := state.dataloader, "normalizes"):
+        if getattr(loader := state.dataloader, "as_bytes", False):
             loader.normalizes = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._start_ahead(state)
         if not self.uses_embeddings:
@@ -549,6 +553,8 @@ class ClipCov(Algorithm):
             online=self.teacher if isinstance(self.teacher, OnlineProxy) else None,
             selecting=self._graphed,
             saved=self._pending.get("selection"),
+            # Now: while training evaluates, the state has another loader, and a thread may be at work.
+            loader=state.dataloader,
             materialize=getattr(state.dataloader, "materialize", None),
             group=self._group,
             **{name: getattr(self, name) for name in PASSED_ON},

@@ -96,9 +96,23 @@ Normalize = Callable[[Tensor], Tensor]
 
 
 def normalizing(loader: Any, image: Any) -> Normalize | None:
-    """What a pool's images still need, if its loader leaves them as bytes (`stream.PoolLoader.normalizes`)."""
-    is_raw = getattr(loader, "normalizes", True) is False and isinstance(image, Tensor) and image.dtype == torch.uint8
-    return loader.normalize if is_raw else None
+    """What a pool's images still need; None for nothing, as of any loader but a `stream.PoolLoader`.
+
+    Raises:
+        ValueError: a PoolLoader left them as bytes, and something has made numbers of them: whether these are
+            normalized nobody knows.
+    """
+    if not hasattr(loader, "leaves_bytes") or not isinstance(image, Tensor):
+        return None
+    if image.dtype == torch.uint8:
+        return loader.normalize
+    if loader.leaves_bytes:
+        raise ValueError(
+            f"the pool's images came to ClipCov as {image.dtype}, though the loader leaves them as uint8 and ClipCov "
+            "normalizes them: a batch transform or an algorithm before it has changed them. Let that run after it, or "
+            "have the loader normalize: pool_loader(..., as_bytes=False)"
+        )
+    return None
 
 
 def size_of(dataset: Any) -> int:

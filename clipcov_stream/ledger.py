@@ -78,10 +78,9 @@ class Ledger(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop what an earlier process recorded of the steps that are to come; set it aside if that is all of them."""
         self.close(state, logger)
-        self.folder.mkdir(parents=True, exist_ok=True)
         step, rank = int(state.timestamp.batch), dist.get_global_rank()
-        header = {**header_of(state), **self.about}
-        has_had_steps = any(agreed(lambda: self._checked(header)))
+        found = agreed(lambda: self._checked({**header_of(state), **self.about}))
+        header, has_had_steps = found[rank][0], any(has_steps for _, has_steps in found)
         if step > 0:
             self._check_ends(agreed(lambda: self._ends(step)), step)
             for path in self._files().values():
@@ -95,11 +94,12 @@ class Ledger(Callback):
         self._file = self.path.open("ab", buffering=0)
         self._trained_by = dist.get_world_size()
 
-    def _checked(self, header: dict[str, Any]) -> bool:
-        """Whether this rank's files have steps; raises ValueError if its own is another run's."""
+    def _checked(self, header: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """The header, and whether this rank's files have steps; raises ValueError if its own is another run's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             check_header(self.path, header)
-        return any(has_steps(path) for path in self._files().values())
+        return header, any(has_steps(path) for path in self._files().values())
 
     def _files(self) -> dict[int, Path]:
         """This rank's file, if there is one, by rank; with rank 0 also those of ranks that the run has no more, as far
@@ -114,13 +114,13 @@ class Ledger(Callback):
 
     def _check_ends(self, ends: list[dict[int, int]], step: int) -> None:
         """Of the ranks that trained the step before `step`: raise ValueError if a file ends earlier, and warn of those
-        that have none, as one does on a new machine with a disk of its own.
+        that have no step before it, as one on a new machine with a disk of its own has none.
 
         Args:
             ends: `_ends`, of every rank.
             step: that training goes on from.
         """
-        last = {rank: end for found in ends for rank, end in found.items() if rank < self._trained_by}
+        last = {rank: end for found in ends for rank, end in found.items() if end >= 0 and rank < self._trained_by}
         short = {rank: end for rank, end in sorted(last.items()) if end + 1 < step}
         if short:
             of = {rank: f"of rank {rank} " if rank else "" for rank in short}
@@ -183,14 +183,14 @@ def agreed(work: Callable[[], Found]) -> list[Found]:
     """What every rank's work finds, by rank; each must ask.
 
     Raises:
-        ValueError: what one rank's work raised, on every rank, so that none waits for it.
+        ValueError: what one rank's work raised, a ValueError or an OSError, on every rank, so that none waits for it.
     """
     found: list[Found] = []
     wrong, error = "", None
     try:
         found.append(work())
-    except ValueError as raised:
-        wrong, error = str(raised), raised
+    except (ValueError, OSError) as raised:
+        wrong, error = str(raised) or type(raised).__name__, raised
     everywhere = dist.all_gather_object((found, wrong))
     if wrong := next((message for _, message in everywhere if message), ""):
         raise ValueError(wrong) from error
@@ -308,13 +308,13 @@ def end_before(path: Path, step: int) -> tuple[int, int]:
     """Step of the last whole block before `step`, or -1, and where in the file it ends.
 
     Raises:
-        ValueError: a file that ends earlier, and not in a block that may be torn.
+        ValueError: more bytes than one torn block has, where the next block would be.
     """
     header, end = read_header(path)
     data, last, largest = path.read_bytes(), -1, 0
     for number, samples, after in blocks(data, end):
         if number >= step:
-            break
+            return last, end
         last, end, largest = number, after, max(largest, len(samples))
     if last + 1 < step:  # else all that matters is there; what a machine that lost power left of later steps is cut off
         check_torn(path, end, len(data) - end, largest or header.get("pool_size"))
@@ -374,7 +374,7 @@ def rank_of(path: Path) -> int:
 
 def files_of(folder: Path) -> list[Path]:
     """Files of the ranks, in order."""
-    return sorted(folder.glob("rank?????.ledger"))
+    return sorted(folder.glob("rank[0-9][0-9][0-9][0-9][0-9].ledger"))
 
 
 def encoded_header(header: dict[str, Any]) -> bytes:

@@ -84,9 +84,24 @@ class ImageTransform:
         """The same at another size, without augmentation."""
         return replace(self, size=side, min_scale=1.0)
 
-    def normalize(self) -> Callable[[Tensor], Tensor]:
-        """(..., 3, size, size) uint8 -> normalized float32; once per pool, not once per image: a third of the time."""
-        return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)])
+    def normalize(self) -> Normalizer:
+        """(..., 3, size, size) uint8 -> normalized float32; of many images at once, in a third of the time."""
+        return Normalizer(self.mean, self.std)
+
+
+class Normalizer:
+    """(..., 3, height, width) uint8 -> normalized float32, on the device where it is, and without waiting for that:
+    torchvision's `Normalize` brings mean and deviation there at every call."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._of_device = {torch.device("cpu"): tuple(torch.tensor(of).view(3, 1, 1) for of in (mean, std))}
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.device not in self._of_device:
+            here = self._of_device[torch.device("cpu")]
+            self._of_device[image.device] = tuple(of.to(image.device) for of in here)
+        mean, std = self._of_device[image.device]
+        return v2.functional.to_dtype(image, torch.float32, scale=True).sub(mean).div_(std)
 
 
 def crop_box(

@@ -43,7 +43,8 @@ class Ticket:
 
     Args:
         step: number of the step.
-        selects: whether it selects; if not, survivors are random and nothing is embedded.
+        selects: whether it selects; if not, survivors are random, and nothing is embedded but what an online proxy
+            learns from.
         lag: that its selection reads, where the lag is kept up; None is a lag of zeros.
     """
 
@@ -121,6 +122,7 @@ class Preparation:
         selecting: `select`, in the form that is fast where the pool is.
         dataset_size: samples of the data set, whose ids are below that; 0 if not known.
         saved: the selection state of a checkpoint, to begin from.
+        loader: that the pools are of.
         materialize: makes tensors of encoded survivors.
         group: of processes, for collectives.
     """
@@ -146,6 +148,7 @@ class Preparation:
     selecting: GraphedSelect
     dataset_size: int = 0
     saved: Mapping[str, Any] | None = None
+    loader: Any = None
     materialize: Materializer | None = None
     group: Group = None
 
@@ -176,7 +179,7 @@ class Preparation:
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         elif self.online is not None:  # which learns, and for that judges, whatever is made of it
-            _, embed_ms, _ = self._embedded(batch, chunk, valid, None)
+            _, embed_ms, _ = self._embedded(batch, chunk, valid, None, selects=False)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -267,7 +270,12 @@ class Preparation:
         return self.materialize is not None and not isinstance(batch[self.image_key], Tensor)
 
     def _embedded(
-        self, batch: Mapping[str, Any], chunk: int, valid: Tensor, placement: Placement | None
+        self,
+        batch: Mapping[str, Any],
+        chunk: int,
+        valid: Tensor,
+        placement: Placement | None,
+        selects: bool = True,
     ) -> tuple[Pool, Callable[[], float], Tensor | None]:
         """The pool's embeddings, or all ranks', a function that tells how many milliseconds they took, and this rank's
         candidates' alignments where they are noted."""
@@ -305,13 +313,13 @@ class Preparation:
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
-            if self.uses_learner:
+            if self.online is not None:
+                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool)
+            if self.uses_learner and selects:
                 learner_image, learner_text, learner_scale = towers(unwrap(self.state.model), learner=True)
                 pool = replace(
                     pool, learner_image=learner_image, learner_text=learner_text, learner_logit_scale=learner_scale
                 )
-            if self.online is not None:
-                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool)
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
@@ -324,7 +332,7 @@ class Preparation:
                 f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
                 "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
             )
-        return self.state.device.tensor_to_device(image), normalizing(self.state.dataloader, image)
+        return self.state.device.tensor_to_device(image), normalizing(self.loader, image)
 
     def _teach(
         self,
@@ -368,7 +376,7 @@ class Preparation:
 PASSED_ON = tuple(
     name
     for name in Preparation.__annotations__
-    if name not in ("state", "embedder", "online", "selecting", "saved", "materialize", "group")
+    if name not in ("state", "embedder", "online", "selecting", "saved", "loader", "materialize", "group")
 )
 """Of a Preparation's arguments, those that `ClipCov` has under the same names."""
 

@@ -449,8 +449,10 @@ class PoolLoader(StreamingDataLoader):
         materialize: makes tensors of a deferred pool's rows; None if the pool is made of tensors already.
 
     Attributes:
-        normalizes: whether pools come with their images normalized. `ClipCov` sets it to False and does so itself, for
-            a chunk at a time and for survivors, on the device: uint8 is a quarter as much between processes.
+        normalizes: whether pools come with their images normalized. `ClipCov` sets it to False while it trains and does
+            so itself, for a chunk at a time and for survivors, on the device: uint8 is a quarter as much between
+            processes.
+        as_bytes: whether `ClipCov` may.
         run_ahead: set by `ClipCov`. An epoch's pools, and how many of them were yielded -> what is yielded in place of
             the others, which a thread gets ready; None if it may not begin yet.
     """
@@ -458,10 +460,16 @@ class PoolLoader(StreamingDataLoader):
     run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None = None
 
     def __init__(
-        self, *args: Any, collate_fn: PoolCollate, materialize: Materializer | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        collate_fn: PoolCollate,
+        materialize: Materializer | None = None,
+        as_bytes: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, collate_fn=collate_fn, **kwargs)
         self._collate = collate_fn
+        self.normalizes, self.as_bytes = True, as_bytes
         self.materialize = materialize
         # Weak: once the consumer has dropped it, its thread ends.
         self._ahead: Callable[[], Ahead[Any, Any, Any] | None] = lambda: None
@@ -471,17 +479,15 @@ class PoolLoader(StreamingDataLoader):
         return self._collate.normalize
 
     @property
-    def normalizes(self) -> bool:
-        return self._collate.normalizes
-
-    @normalizes.setter
-    def normalizes(self, value: bool) -> None:
-        # Workers that run already, being persistent, go on as before: of their pools the images' type says it.
-        self._collate.normalizes = value
+    def leaves_bytes(self) -> bool:
+        """Whether images that are decoded come as uint8."""
+        return not (self.normalizes or self._collate.normalizes)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.dataset, PairDataset):
             self.dataset.check_selected()
+        if not (self.persistent_workers and self._iterator is not None):  # else workers go on as they began
+            self._collate.normalizes = self.normalizes
         self._end_ahead()
         dataset: Any = self.dataset
         promise = dataset.promise(len(self))  # before workers move on to the next epoch
@@ -529,6 +535,7 @@ def pool_loader(
     decode_threads: int | None = None,
     range_cache: int | str | None = None,
     decode_device: torch.device | None = None,
+    as_bytes: bool = True,
 ) -> PoolLoader:
     """Batches of `pool_size` samples of this rank.
 
@@ -538,6 +545,8 @@ def pool_loader(
         range_cache: bytes of images read by ranges that are kept on this machine's disk, a number or "20gb"; None keeps
             none.
         decode_device: a CUDA device that decodes a deferred pool's JPEGs; None leaves them to the threads.
+        as_bytes: leave images as uint8 where `ClipCov` selects, which normalizes what it needs. Without it, and by
+            itself, the loader normalizes: for a batch transform, or an algorithm before ClipCov, that reads them so.
 
     Raises:
         ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank; a cache of
@@ -568,6 +577,7 @@ def pool_loader(
     return PoolLoader(
         dataset,
         materialize=materialize,
+        as_bytes=as_bytes,
         batch_size=pool_size,
         num_workers=num_workers,
         collate_fn=PoolCollate(transform),

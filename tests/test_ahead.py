@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.core import Event
 from corpora import draw_corpus, recipe, write_recipe
 from runs import (
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from clipcov_stream import ClipCov
 from clipcov_stream.ahead import Ahead
 from clipcov_stream.lags import Lags
-from clipcov_stream.prepare import ReadyPool, Ticket
+from clipcov_stream.prepare import Preparation, ReadyPool, Ticket
 
 
 def threads() -> list[threading.Thread]:
@@ -192,6 +192,42 @@ def test_running_ahead_changes_nothing(tmp_path: Path, selection: dict[str, Any]
         assert len(values(memory, "selection/wait_ms")) == 7 and min(values(memory, "selection/wait_ms")) >= 0
         trainer.close()
     assert not torch.equal(straight[1].batches[-1], straight[1].batches[-2])
+
+
+class SlowEvaluation(Callback):
+    """Evaluation that lasts longer than a pool takes to prepare."""
+
+    def eval_batch_start(self, state: Any, logger: Any) -> None:
+        time.sleep(0.06)
+
+
+@pytest.mark.parametrize("resolution", [None, 8])
+def test_pools_prepared_while_training_evaluates_are_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolution: int | None
+) -> None:
+    """Composer's state then has another loader, which needs nothing normalized."""
+    folder, section = write_columns(tmp_path / "mds", 128), proxy_section(tmp_path)
+    section = {**section, **({} if resolution is None else {"embed_resolution": resolution})}
+    prepare, late = Preparation.__call__, []
+
+    def slow(self: Preparation, *args: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+            late.append(self.state.dataloader is not self.loader)
+        return prepare(self, *args)
+
+    monkeypatch.setattr(Preparation, "__call__", slow)
+    evaluation = {"val": {"local": str(folder), "batch_size": 32, "tasks": ["retrieval"]}}
+    runs = []
+    for run_ahead in (0, 3):
+        tree = {**ahead_recipe(folder, run_ahead, **section), "eval": evaluation, "eval_interval": "1ba"}
+        trainer, recorder, memory = trainer_of(tmp_path, tree)
+        trainer.state.callbacks.append(SlowEvaluation())
+        trainer.fit()
+        runs.append((trainer, recorder, memory))
+        trainer.close()
+    assert any(late) and not all(late)
+    assert_same_run(*runs)
 
 
 def test_the_delay_of_the_lag_is_what_changes_survivors(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,36 @@ def test_ours_runs_before_other_algorithms(tmp_path: Path, corpus: Path) -> None
     trainer.state.algorithms = [before, *trainer.state.algorithms, after]
     trainer.fit()
     assert before.rows == after.rows == [8]
+
+
+def test_images_are_normalized_once_wherever_that_is(tmp_path: Path, corpus: Path) -> None:
+    def fitted(as_bytes: bool, transform: Callable[[Any], Any] | None = None) -> tuple[Any, list[Any]]:
+        trainer, seen = trainer_of(tmp_path, recipe(corpus, max_duration="4ba"))[0], Witness()
+        trainer.state.callbacks.append(seen)
+        trainer.state.train_dataloader.as_bytes = as_bytes
+        if transform is not None:
+            trainer._train_data_spec.batch_transforms = transform
+        trainer.fit()
+        return trainer, seen.images
+
+    class Witness(Callback):
+        def __init__(self) -> None:
+            self.images: list[Any] = []
+
+        def before_train_batch(self, state: Any, logger: Any) -> None:
+            self.images.append(state.batch["image"])
+
+    def brighter(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "image": batch["image"] * 1.0}
+
+    trainer, images = fitted(as_bytes=True)
+    assert all(image.dtype == torch.float32 and image.abs().max() < 3 for image in images)
+    loader = trainer.state.train_dataloader
+    assert loader.normalizes and next(iter(loader))["image"].dtype == torch.float32  # as before the fit
+    for found in (fitted(as_bytes=False)[1], fitted(as_bytes=False, transform=brighter)[1]):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, images, strict=True))
+    with pytest.raises(ValueError, match=r"came to ClipCov as torch.float32, .* pool_loader\(..., as_bytes=False\)"):
+        fitted(as_bytes=True, transform=brighter)
 
 
 def test_non_finite_embeddings_are_never_selected_and_are_counted(tmp_path: Path) -> None:

@@ -22,7 +22,18 @@ from streaming import MDSWriter, StreamingDataset
 
 from clipcov_stream import Pool, Selector
 from clipcov_stream.config import load_config
-from clipcov_stream.ledger import Ledger, Record, append, index_hash, read_file, read_ledger, rewind, samples_of
+from clipcov_stream.ledger import (
+    Ledger,
+    Record,
+    agreed,
+    append,
+    end_before,
+    index_hash,
+    read_file,
+    read_ledger,
+    rewind,
+    samples_of,
+)
 from clipcov_stream.objective import Settings
 from clipcov_stream.train import build_trainer
 
@@ -348,6 +359,27 @@ def test_steps_to_come_that_never_reached_the_disk_are_dropped(tmp_path: Path) -
     assert rewind(path, 3) == 2 and path.read_bytes() == whole[: -5 * 52]
 
 
+def test_whole_steps_to_come_are_no_damage_however_many(tmp_path: Path) -> None:
+    """Of a rank that came or came back at step 10, and was stopped before the next checkpoint."""
+    for before in ([], STEPS[:2]):
+        path = written(tmp_path / "a", before, pool_size=3)
+        whole = path.read_bytes()
+        with path.open("ab") as file:
+            for step in range(10, 30):
+                append(file, step, samples_of(torch.arange(3), None))
+        assert end_before(path, 10) == (len(before) - 1, len(whole))
+        assert rewind(path, 10) == len(before) - 1 and path.read_bytes() == whole
+
+
+def test_what_one_rank_cannot_read_is_an_error() -> None:
+    def lost() -> int:
+        raise OSError("no disk")
+
+    with pytest.raises(ValueError, match="no disk"):
+        agreed(lost)
+    assert agreed(lambda: 3) == [3]
+
+
 def test_rewinding_drops_steps_to_come(tmp_path: Path) -> None:
     path = written(tmp_path / "a", STEPS)
     for step in (9, 4, 2, 0):
@@ -410,6 +442,12 @@ def test_a_gap_is_an_error_and_a_late_beginning_a_warning(tmp_path: Path, corpus
     rewind(ledger / "rank00000.ledger", 2)
     with pytest.raises(ValueError, match="ends after step 1, but training goes on from step 4"):
         trainer_of(tmp_path, recorded(corpus, ledger, load_path=newest)).fit()
+    # On a new machine without the old one's disk; killed before its first checkpoint, it begins once more.
+    killed = trainer_of(tmp_path, recorded(corpus, tmp_path / "late", load_path=newest), Crash(7))
+    with pytest.warns(UserWarning, match="begins at step 4, not at 0"), pytest.raises(InterruptedError):
+        killed.fit()
+    killed.close()
+    assert set(only(tmp_path / "late").step.tolist()) == {4, 5, 6}
     late = trainer_of(tmp_path, recorded(corpus, tmp_path / "late", load_path=newest))
     with pytest.warns(UserWarning, match="begins at step 4, not at 0"):
         late.fit()

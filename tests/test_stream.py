@@ -149,9 +149,9 @@ def test_images_travel_as_bytes_if_the_consumer_normalizes_them(tmp_path: Path, 
     loader = pool_loader(dataset(folder, 4), 4, num_workers)
     whole = list(loader)
     assert all(pool["image"].dtype == torch.float32 for pool in whole)
-    # Persistent workers have begun to normalize, and go on.
     loader.normalizes = False
-    assert all(normalizing(loader, pool["image"]) is None for pool in loader) == (num_workers > 0)
+    for pool in loader:  # persistent workers have begun to normalize, and go on
+        assert (normalizing(loader, pool["image"]) is None) == (num_workers > 0) == (not loader.leaves_bytes)
     loader = pool_loader(dataset(shutil.copytree(folder, tmp_path / "other"), 4), 4, num_workers)
     loader.normalizes = False
     raw = list(loader)
@@ -159,11 +159,14 @@ def test_images_travel_as_bytes_if_the_consumer_normalizes_them(tmp_path: Path, 
         assert pool["image"].dtype == torch.uint8 and normalizing(loader, pool["image"]) is not None
         assert torch.equal(loader.normalize(pool["image"])[pool["valid"]], wanted["image"][wanted["valid"]])
         assert not pool["image"][~pool["valid"]].any()
+        with pytest.raises(ValueError, match=r"came to ClipCov as torch.float32, .* as_bytes=False"):
+            normalizing(loader, pool["image"] / 255)
     assert sum(int((~pool["valid"]).sum()) for pool in raw) == 1
     loader.close()
     assert loader.normalizes
     for pool, wanted in zip(loader, whole, strict=True):
         assert torch.equal(pool["image"], wanted["image"])
+    assert normalizing([], whole[0]["image"]) is None  # anybody else's loader
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png"])

@@ -56,7 +56,7 @@ def steps_of(row: dict[str, Any], share: float) -> float:
         return steps
     # Rivals' first steps select nothing, where the embedder is in training.
     selecting = steps - (row["warmup"] if name != bench_report.OURS and row["embed"] in IN_TRAINING else 0)
-    forward = {"teacher": selecting, "online": share * (3 * steps + selecting)}.get(row["embed"], 0.0)
+    forward = {"teacher": selecting, "online": share * 4 * steps}.get(row["embed"], 0.0)
     forward += selecting * (SELECTORS[name] in NEEDS_LEARNER)
     return steps + forward * row["pool"] / (3 * row["survivors"])
 
