@@ -65,8 +65,8 @@ class ClipCov(Algorithm):
     Args:
         filter_ratio: fraction of every pool that is discarded, in [0, 1).
         embed: where embeddings come from: "teacher" (moving average of the model in training, nothing to download),
-            "proxy" (a frozen model), "online" (a small model, `proxy`, that learns from every candidate while it judges
-            them: `online.OnlineProxy`) or "columns" (they come with the pool: no forward pass).
+            "proxy" (a frozen model), "online" (a small model, `proxy`, that judges pools and learns from all of them:
+            `online.OnlineProxy`) or "columns" (they come with the pool: no forward pass).
         selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
             kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.

@@ -1,4 +1,4 @@
-"""An online proxy: a small model that judges the candidates and learns from all of them while it does.
+"""An online proxy: a small model that judges every pool of candidates and then learns from all of it.
 
 The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
 is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
