@@ -15,13 +15,13 @@ A proxy's embeddings never change, so they are computed once per seed and every 
 trained on is left out of the stream. With the teacher or online the first --warmup of the steps train on random
 survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with
 a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
-repeats everything at another pool size, number of survivors and of steps. --model vit trains a ViT-S instead, in
-bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The small model's convolutions are in
-bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are kept in
-OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be interrupted;
-with --any-code those of other versions of the code count too where there is none of this version, and the table names
-their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON
-document.
+repeats everything at another pool size, number of survivors and of steps. --model wide trains a model of eight times
+the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The
+small model's convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were.
+Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long
+benchmark can be interrupted; with --any-code those of other versions of the code count too where there is none of this
+version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png;
+the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_emb
 EMBEDS = ("teacher", "online", "proxy-noisy", "proxy-clean", "columns")
 ONLINE_WIDTH = 8
 """Of the online proxy's convolutions; the learner's is 24."""
-LEARNING_RATES = {"tiny": 2e-3, "vit": 5e-4}
+LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit": 5e-4}
 """Of --model."""
+WIDTHS = {"tiny": 24, "wide": 72}
+"""Of the first convolution."""
 ALL_STREAMED = "random (all streamed)"
 """Random without selection: it trains on every sample streamed, in as many more steps."""
 
@@ -180,9 +182,8 @@ def train(
     torch.manual_seed(seed)
     device = "gpu" if corpus.train.label.is_cuda else "cpu"
     vocab = corpus.vocab_size
-    model = ClipModel(
-        TinyTowers(vocab) if kind == "tiny" else vit_towers(vocab, SIZE, CONTEXT), num_survivors=survivors
-    )
+    towers = vit_towers(vocab, SIZE, CONTEXT) if kind == "vit" else TinyTowers(vocab, width=WIDTHS[kind])
+    model = ClipModel(towers, num_survivors=survivors)
     logged = Milliseconds()
     trainer = Trainer(
         model=model,
