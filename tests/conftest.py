@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import beartype  # noqa: F401  (imported here, lest its own TYPE_CHECKING blocks run below)
 import jaxtyping
 import pytest
+from composer.core import Engine
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import SharedMemory
 
@@ -107,6 +108,16 @@ def patient_prefix(*arguments: typing.Any) -> typing.Any:
 
 find_prefix = streaming_dataset.get_shm_prefix
 streaming_dataset.get_shm_prefix = patient_prefix
+
+
+def close_and_forget(engine: Engine) -> None:
+    """Composer keeps the state, and with it the model, of an engine that was closed until the process ends."""
+    close_engine(engine)
+    atexit.unregister(engine._close)
+
+
+close_engine = Engine.close
+Engine.close = close_and_forget
 
 
 @pytest.hookimpl(wrapper=True)

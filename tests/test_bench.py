@@ -306,12 +306,16 @@ def test_compute_is_counted_in_plain_steps(tmp_path: Path) -> None:
     rivals = {**row("rho", "teacher", 640, 240 * 128, 0.3), "warmup": 60}, row("rho", "columns", 640, 240 * 128, 0.3)
     share = bench_compute.online_share()
     assert 1 / 8 < share < 1 / 6
-    points = {p["source"]: p for p in bench_compute.points_of([*plain, *own], share)}
+    points = {p["source"]: p for p in bench_compute.points_of([*plain, *own])}
     assert points["clipcov, teacher"]["compute"] == round(240 * (1 + 5 / 3))
     assert points["clipcov, online"]["compute"] == round(240 * (1 + 4 * share * 5 / 3))
     assert points["clipcov, columns"]["compute"] == 240
+    # Beside a learner of eight times the cost, with a smaller proxy.
+    small = {**own[1], "model": "wide", "online_width": 3}
+    assert 240 < bench_compute.steps_of(small) < 240 * (1 + 4 * share / 8 * 5 / 3) / 1.05
+    assert bench_compute.source_of(small) == "clipcov, online of width 3"
     # rho asks the learner too, and neither pass is made in its warm-up.
-    steps = [bench_compute.steps_of(rival, share) for rival in rivals]
+    steps = [bench_compute.steps_of(rival) for rival in rivals]
     assert steps == pytest.approx([240 + 2 * 180 * 5 / 3, 240 + 240 * 5 / 3])
     assert points["clipcov, teacher"]["plain_mean_per_class"] == pytest.approx(0.1 + 0.3 * 400 / 720)
     assert points["clipcov, teacher"]["plain_r1"] == pytest.approx((0.1 + 0.3 * 400 / 720) / 2)

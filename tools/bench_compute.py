@@ -4,16 +4,17 @@
 
 Compute is counted, not timed, in plain training steps on as many samples as survive: forward and backward pass of a
 sample are three forward passes, a candidate that the teacher, or a selector that asks the learner, embeds is one more,
-and one that an online proxy learns from and embeds is four of the proxy's, whose cost relative to the learner's is
-that of their multiply-adds. Selection itself and reading are left out, and so is what a frozen proxy or stored columns
-cost beforehand. `random (all streamed)` is plain training. Only runs of one number of survivors are compared. Prints a
-table, in which `plain` is what plain training has for the same compute, by straight lines between its runs; draws
-NAME.png and writes NAME.md beside the first file; the last line is JSON.
+and one that an online proxy learns from and embeds is four of the proxy's, whose cost relative to the learner's is that
+of their multiply-adds. Selection itself and reading are left out, and so is what a frozen proxy or stored columns cost
+beforehand. `random (all streamed)` is plain training. Only runs of one learner and number of survivors are compared.
+Prints a table, in which `plain` is what plain training has for the same compute, by straight lines between its runs;
+draws NAME.png and writes NAME.md beside the first file; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from bench_corpus import CONTEXT, SIZE
 from bench_model import TinyTowers
-from bench_selectors import ALL_STREAMED, ONLINE_WIDTH
+from bench_selectors import ALL_STREAMED, ONLINE_WIDTH, WIDTHS
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcov_stream import SELECTORS
@@ -43,37 +44,43 @@ def flops_of(model: Any) -> int:
     return counter.get_total_flops()
 
 
-def online_share() -> float:
+@functools.cache
+def online_share(online_width: int = ONLINE_WIDTH, model: str = "tiny") -> float:
     """Cost of the benchmark's online proxy over that of its learner."""
-    return flops_of(TinyTowers(8, width=ONLINE_WIDTH).eval()) / flops_of(TinyTowers(8).eval())
+    return flops_of(TinyTowers(8, width=online_width).eval()) / flops_of(TinyTowers(8, width=WIDTHS[model]).eval())
 
 
-def steps_of(row: dict[str, Any], share: float) -> float:
-    """Compute of a run, in plain steps; `share` as `online_share`."""
+def steps_of(row: dict[str, Any]) -> float:
+    """Compute of a run, in plain steps of its learner."""
     steps = row["samples_seen"] / row["survivors"]
     name = row["selector"].partition(" ")[0]
     if name == "random":
         return steps
     # Rivals' first steps select nothing, where the embedder is in training.
     selecting = steps - (row["warmup"] if name != bench_report.OURS and row["embed"] in IN_TRAINING else 0)
-    forward = {"teacher": selecting, "online": share * 4 * steps}.get(row["embed"], 0.0)
+    forward = {"teacher": selecting}.get(row["embed"], 0.0)
+    if row["embed"] == "online":
+        forward = 4 * steps * online_share(row.get("online_width", ONLINE_WIDTH), row.get("model", "tiny"))
     forward += selecting * (SELECTORS[name] in NEEDS_LEARNER)
     return steps + forward * row["pool"] / (3 * row["survivors"])
 
 
-def points_of(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+def source_of(row: dict[str, Any]) -> str:
+    """What a run was trained on, in words."""
+    if row["selector"] == ALL_STREAMED:
+        return "plain"
+    width = row.get("online_width", ONLINE_WIDTH)
+    wide = f" of width {width}" * (row["embed"] == "online" and width != ONLINE_WIDTH)
+    return f"{row['selector']}, {row['embed']}{wide}"
+
+
+def points_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds: one for each corpus, selector, embedder and size, with what plain training has."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        plain = row["selector"] == ALL_STREAMED
-        source = "plain" if plain else f"{row['selector']}, {row['embed']}"
-        place = (
-            row["corpus"],
-            source,
-            None if plain else row["pool"],
-            row["samples_seen"],
-            round(steps_of(row, share)),
-        )
+        source = source_of(row)
+        pool = None if source == "plain" else row["pool"]
+        place = (row["corpus"], source, pool, row["samples_seen"], round(steps_of(row)))
         groups.setdefault(place, []).append(row)
     points = []
     for (corpus, source, pool, seen, steps), runs in groups.items():
@@ -143,7 +150,9 @@ def main() -> None:
         parser.error(f"{', '.join(map(str, args.rows))} hold no runs")
     if len(numbers := {row["survivors"] for row in rows}) > 1:
         parser.error(f"runs of {sorted(numbers)} survivors: their steps do not compare")
-    points = points_of(rows, online_share())
+    if len(models := {row.get("model", "tiny") for row in rows}) > 1 or not models <= WIDTHS.keys():
+        parser.error(f"learners {sorted(models)}: one of {sorted(WIDTHS)} is needed, the same for all runs")
+    points = points_of(rows)
     text = table_of(points)
     args.rows[0].with_suffix(".md").write_text(text, encoding="utf-8")
     plot(points, args.rows[0].with_suffix(".png"))

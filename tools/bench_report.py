@@ -100,6 +100,11 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
     ]
     if not all(row.get("bfloat16", True) for row in rows):
         lines.append("\nConvolutions in float32, on a CPU without instructions for bfloat16.")
+    if (learners := {row.get("model", "tiny") for row in rows}) != {"tiny"}:
+        lines.append(f"\nLearner: {', '.join(sorted(learners))} (`--model`).")
+    widths = {row["online_width"] for row in rows if row["embed"] == "online" and "online_width" in row}
+    if widths:
+        lines.append(f"\nOnline proxy: width {', '.join(map(str, sorted(widths)))} (`--online-width`).")
     older = {(place_of(row), row["selector"]) for row in rows if code is not None and row.get("code") != code}
     if older:
         lines.append("\n\\*: with runs of another version of the code than this table's.")

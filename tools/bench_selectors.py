@@ -16,12 +16,12 @@ trained on is left out of the stream. With the teacher or online the first --war
 survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with
 a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
 repeats everything at another pool size, number of survivors and of steps. --model wide trains a model of eight times
-the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small. The
-small model's convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were.
-Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long
-benchmark can be interrupted; with --any-code those of other versions of the code count too where there is none of this
-version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png;
-the last line is one JSON document.
+the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small, and
+with --online-width an online one has as few channels as you like. The small model's convolutions are in bfloat16 where
+the device has instructions for it, and rows say whether they were. Finished runs are kept in OUT/NAME.jsonl and not run
+again while corpus, settings and code are the same, so a long benchmark can be interrupted; with --any-code those of
+other versions of the code count too where there is none of this version, and the table names their selectors. Writes
+OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_emb
 
 EMBEDS = ("teacher", "online", "proxy-noisy", "proxy-clean", "columns")
 ONLINE_WIDTH = 8
-"""Of the online proxy's convolutions; the learner's is 24."""
+"""Of the online proxy's first convolution, if --online-width names no other; the learner's is 24."""
 LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit": 5e-4}
 """Of --model."""
 WIDTHS = {"tiny": 24, "wide": 72}
@@ -258,7 +258,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         options["logit_scale"] = proxy.logit_scale
     if options.get("embed") == "online":
         torch.manual_seed(seed + 2000)
-        online = TinyTowers(corpus.vocab_size, width=ONLINE_WIDTH)
+        online = TinyTowers(corpus.vocab_size, width=job.get("online_width", ONLINE_WIDTH))
         options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"]}
     start = time.perf_counter()
     softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
@@ -325,7 +325,8 @@ def key_of(job: dict[str, Any], any_code: bool) -> str:
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
     values = [job[name] for name in (*names, "data", *(() if any_code else ("code",)))]
     kind = (job.get("model", "tiny"), job.get("device", "cpu"), job.get("bfloat16", True))
-    return json.dumps([*values, *kind], sort_keys=True)
+    width = job.get("online_width", ONLINE_WIDTH) if job["embed"] == "online" else None
+    return json.dumps([*values, *kind, width], sort_keys=True)
 
 
 def fingerprint_of_code() -> int:
@@ -503,6 +504,9 @@ def main() -> None:
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--model", default="tiny", choices=sorted(LEARNING_RATES))
+    parser.add_argument(
+        "--online-width", type=int, default=ONLINE_WIDTH, help="of the online proxy's first convolution"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("tools/results"))
@@ -511,6 +515,8 @@ def main() -> None:
     # Asked of the driver itself CUDA would start here, and not in the processes that fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     DEVICE[0] = args.device
+    if args.online_width < 1:
+        parser.error(f"--online-width {args.online_width} must be at least 1")
     embeds, selectors = args.embed.split(","), [name for name in args.selectors.split(",") if name]
     unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
     if unknown:
@@ -535,6 +541,7 @@ def main() -> None:
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code, "model": args.model, "device": args.device, "bfloat16": bfloat16}
+        | {"online_width": args.online_width}
         # Seeds outermost: what is interrupted has every selector for some seeds.
         for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
     ]
