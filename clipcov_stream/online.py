@@ -39,7 +39,8 @@ LARGEST_LOG_SCALE = math.log(100)
 LARGEST_NORM = 1.0
 """Of an update's gradient."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
 
 
 def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
@@ -100,7 +101,8 @@ class OnlineProxy:
     """
 
     def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
-        self.trained: Any = proxy.requires_grad_(True).train()
+        # Convolutions take three quarters of the time in this layout; it changes nothing for other layers.
+        self.trained: Any = proxy.to(memory_format=torch.channels_last).requires_grad_(True).train()
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
@@ -108,7 +110,8 @@ class OnlineProxy:
         matrices = [p for p in proxy.parameters() if p.ndim >= 2]
         others = [p for p in proxy.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+        # Fused: beside a small model's passes an update of many small operations takes half of the time.
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
     def learn(
         self,
@@ -162,16 +165,17 @@ class OnlineProxy:
     def _update(self) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
         self.updates += 1
-        parameters = list(self.trained.parameters())
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([part.flatten() for part in parts])
-        sum_over_ranks(flat)
-        flat /= dist.get_world_size()
-        norm = flat.norm()
-        # Of a part whose gradient is not finite nothing is learned: one NaN would stay for good.
-        flat = torch.where(norm.isfinite(), flat * (LARGEST_NORM / norm).clamp_max(1.0), 0.0)
-        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        for parameter in self.trained.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = average_over_ranks([p.grad for p in self.trained.parameters()])
+        for parameter, gradient in zip(self.trained.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        # What a gradient scaler tells a fused optimizer: to divide by so much, and whether to leave the step out. Of a
+        # part whose gradient is not finite nothing is learned: one NaN would stay for good.
+        self.optimizer.grad_scale = (norm / LARGEST_NORM).clamp_min(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.updates / WARMUP)
         self.optimizer.step()
@@ -209,9 +213,8 @@ class OnlineProxy:
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
-            for moment in MOMENTS:
-                if moment in self.optimizer.state.get(parameter, {}):
-                    state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].clone()
+            own = self.optimizer.state.get(parameter, {})
+            state |= {f"{moment}.{name}": own[moment].clone() for moment in MOMENTS if moment in own}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -226,8 +229,19 @@ class OnlineProxy:
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)
         for name, parameter in self.trained.named_parameters():
-            if f"{MOMENTS[0]}.{name}" in state:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.updates)),
-                    **{moment: state[f"{moment}.{name}"].to(parameter, copy=True) for moment in MOMENTS},
-                }
+            # Older states have no steps of their own: every update was one.
+            own = {moment: state.get(f"{moment}.{name}", state["updates"].float()) for moment in MOMENTS}
+            if f"{MOMENTS[-1]}.{name}" in state:
+                own = {moment: value.to(parameter.device, copy=True) for moment, value in own.items()}
+                self.optimizer.state[parameter] = own
+
+
+def average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Means over ranks, in one collective; with one rank the tensors themselves."""
+    if dist.get_world_size() == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    sum_over_ranks(flat)
+    flat /= dist.get_world_size()
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view_as(tensor) for tensor, part in zip(tensors, flat.split(sizes), strict=True)]
