@@ -156,8 +156,8 @@ def check_ahead(run_ahead: int, lag_delay: int, follows: str, uses_lag: bool) ->
     if run_ahead and follows:
         raise ValueError(
             f"selection.run_ahead={run_ahead}: selection with {follows} follows the model in training, and cannot run "
-            "ahead of it; set selection.run_ahead=0, or use embed='columns' or 'proxy' and a selector that does not "
-            "ask the model"
+            "ahead of it; set selection.run_ahead=0, or use embed='columns', 'proxy' or 'online' and a selector that "
+            "does not ask the model"
         )
     if uses_lag and run_ahead > lag_delay:
         raise ValueError(

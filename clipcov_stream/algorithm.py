@@ -29,6 +29,7 @@ from clipcov_stream.batch import check_batch, check_last_pool, check_ratio, coun
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, num_pools, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     IN_TRAINING,
+    Proxy,
     Teacher,
     check_embedder,
     check_precision,
@@ -96,16 +97,18 @@ class ClipCov(Algorithm):
             another one is refused.
         embed_chunk: rows per forward pass of the embedder, or of the learner; None is the number of survivors.
         embed_resolution: side in pixels of the images that the embedder sees, to spend less on candidates that are not
-            trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come. For a
-            proxy a recipe's stream then decodes candidates at that size (`PairDataset.scoring_size`: the middle of each
-            image), and survivors alone in full.
+            trained on (Flexi-JEST: Evans et al., NeurIPS 2024, arXiv 2406.17711, sec. 4.3). None: as they come; an
+            online proxy has a size of its own. At a proxy's size, if that is smaller than the learner's, a recipe's
+            stream then decodes candidates (`PairDataset.scoring_size`: the middle of each image), and survivors alone
+            in full.
         embed_patch_dropout: share of an image's patches, evenly spread, that the embedder does not look at; for
             open_clip's image transformers (FLIP: Li et al., CVPR 2023, arXiv 2212.00794). None: it looks at all.
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's. A warning says
             where the device has no instructions for it, as most CPUs without AVX-512 have none for bfloat16.
-        run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxy; 0 prepares none.
-            Survivors and weights are the same at any number. It needs a loader from `stream.pool_loader`, and memory
-            for that many batches and selection states more.
+        run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxies; 0 prepares
+            none. Survivors and weights are the same at any number, if an online proxy draws no random numbers. It needs
+            a loader from `stream.pool_loader`, and memory for that many batches and selection states more, and for
+            `run_ahead` + 2 times an online proxy's weights, average and moments.
         lag_delay: steps that a lag waits before selection reads it, at least `run_ahead` if learnability is above 0.
             Unlike that one it changes survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
@@ -193,7 +196,7 @@ class ClipCov(Algorithm):
         )
         self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
-        follows = self.uses_embeddings and (embed in IN_TRAINING or self.uses_learner)
+        follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
         check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
         self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
@@ -224,6 +227,7 @@ class ClipCov(Algorithm):
         """Whether `alignment` is kept: the cosine of each candidate's image and caption, in the pool's order."""
         self.alignment: Tensor | None = None
         self._lags = Lags(lag_delay)
+        self._newest: dict[str, Tensor] | None = None
         self._group: Group = None
         self._asked, self._begun = 0.0, False
         self.samples_seen = 0
@@ -277,9 +281,13 @@ class ClipCov(Algorithm):
 
     @property
     def scoring_size(self) -> int | None:
-        """Side in pixels of images that are for the proxy alone, smaller than those trained on; None if it reads the
-        same, or if the learner embeds pools too."""
-        return self.embed_resolution if self.embed == "proxy" and not self.uses_learner else None
+        """Side in pixels of images that can be for the proxy alone; None if it reads those trained on, or if the
+        learner embeds pools too."""
+        if self.uses_learner:
+            return None
+        if self.embed == "online":
+            return self.proxy.image_size if isinstance(self.proxy, Proxy) else None
+        return self.embed_resolution if self.embed == "proxy" else None
 
     @property
     def uses_lag(self) -> bool:
@@ -337,8 +345,12 @@ class ClipCov(Algorithm):
             "num_invalid": self.num_invalid,
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
             "lags": self._lags.waiting(),
-            "teacher": self._pending.get("teacher", {}) if self.teacher is None else self.teacher.state_dict(),
+            "teacher": self._pending.get("teacher", {}) if self.teacher is None else self._teacher_state(),
         }
+
+    def _teacher_state(self) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        return self.teacher.state_dict() if self._newest is None else self._newest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Called by Composer before training; the models to restore into exist only at its start.
@@ -353,7 +365,7 @@ class ClipCov(Algorithm):
         self.global_pool_size = state["arguments"]["global_pool_size"]
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
-        self.selection, self.teacher, self._survivors = None, None, None
+        self.selection, self.teacher, self._survivors, self._newest = None, None, None, None
         selection = self._pending["selection"] if self.uses_lag else {}
         newest = (selection["lag"], selection["lag_weight"]) if selection else None
         self._lags.load(copy.deepcopy(state["lags"]), newest)
@@ -444,11 +456,18 @@ class ClipCov(Algorithm):
         if not self._begun:
             return None
         preparation, before = self._preparation(state), self.selection
+        if (online := preparation.online) is not None:
+            # One of the thread's own, ahead of what checkpoints may have: what it has learned by each step is handed
+            # over with the step's survivors, and if some are not trained on nothing has to be taken back.
+            online = copy.deepcopy(online)
+            preparation = replace(preparation, online=online, embedder=online.model)
 
         def work(batch: Any, ticket: Ticket) -> ReadyPool:
             nonlocal before
             prepared = preparation(batch, ticket, before)
             before = before if prepared.selection is None else prepared.selection
+            if online is not None:
+                prepared = replace(prepared, online=online.state_dict())
             return ReadyPool(batch["id"], prepared)
 
         together = None if self._group is None else partial(on_all_ranks, group=self._group)
@@ -511,6 +530,7 @@ class ClipCov(Algorithm):
             if self.uses_lag:
                 self.selection = with_lag(self.selection, self._lags.newest)
             self._pending.pop("selection", None)
+        self._newest = prepared.online
         self._survivors, self._shares = prepared.survivors, prepared.shares
         state.batch, self.survivor_ids, self.survivor_gains = prepared.batch, prepared.ids, prepared.gains
         image = state.batch[self.image_key]
@@ -547,6 +567,9 @@ class ClipCov(Algorithm):
 
     def _preparation(self, state: State) -> Preparation:
         """What makes survivors of a pool."""
+        if self._newest is not None and self.teacher is not None:
+            self.teacher.load_state_dict(self._newest)
+            self._newest = None
         return Preparation(
             state,
             embedder=self.teacher.model if self.teacher is not None else self.proxy,

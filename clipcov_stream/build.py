@@ -125,8 +125,11 @@ def pool_size_per_rank(global_pool_size: int) -> int:
     return global_pool_size // ranks
 
 
-def defers(config: StreamConfig, selection: ClipCov) -> bool:
-    """Whether the stream leaves candidates encoded, for survivors alone to be decoded: wherever it can.
+def defers(config: StreamConfig, selection: ClipCov, image_size: int) -> bool:
+    """Whether the stream leaves candidates encoded, for survivors alone to be decoded in full: where that is less work.
+
+    Args:
+        image_size: of the learner.
 
     Raises:
         ValueError: `stream.deferred` or `stream.range_reads` true where selection reads pixels, or only the latter.
@@ -145,7 +148,9 @@ def defers(config: StreamConfig, selection: ClipCov) -> bool:
             f"stream.deferred=true leaves candidates encoded, but selection.embed={selection.embed!r} with "
             f"selection.selector={selection.selector!r} embeds their pixels; leave it out, or use embed='columns'"
         )
-    return not selection.needs_pixels if config.deferred is None else config.deferred
+    if config.deferred is not None:
+        return config.deferred
+    return not selection.needs_pixels and (selection.scoring_size or 0) < image_size
 
 
 def decode_device_of(name: str, deferred: bool) -> torch.device | None:

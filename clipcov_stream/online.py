@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
-from clipcov_stream.ranks import sum_over_ranks
+from clipcov_stream.ranks import Group, sum_over_ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -122,6 +122,7 @@ class OnlineProxy:
         rows: int,
         precision: Callable[[], AbstractContextManager[Any]],
         normalize: Callable[[Tensor], Tensor] | None = None,
+        group: Group = None,
     ) -> None:
         """Train on a pool.
 
@@ -133,6 +134,7 @@ class OnlineProxy:
             rows: candidates per update.
             precision: makes an autocast context, or a null one.
             normalize: of images, before the proxy sees them; None: they are as it reads them.
+            group: of processes, as for `ranks.sum_over_ranks`.
         """
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
@@ -144,8 +146,8 @@ class OnlineProxy:
                 tokens = text[index.to(text.device)].to(image.device)
                 own_weights = weights.index_select(0, index.to(weights.device))
                 self._loss(pixels, tokens, own_weights, precision).backward()
-            self._update()
-        self._share_buffers()
+            self._update(group)
+        self._share_buffers(group)
 
     def _loss(
         self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]
@@ -162,13 +164,13 @@ class OnlineProxy:
             both = (F.cross_entropy(table, own, reduction="none") for table in (logits, logits.T))
             return (weights * sum(both)).mean() / 2
 
-    def _update(self) -> None:
+    def _update(self, group: Group = None) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
         self.updates += 1
         for parameter in self.trained.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = average_over_ranks([p.grad for p in self.trained.parameters()])
+        gradients = average_over_ranks([p.grad for p in self.trained.parameters()], group)
         for parameter, gradient in zip(self.trained.parameters(), gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm(gradients).float()
@@ -190,7 +192,7 @@ class OnlineProxy:
         torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in self.trained.parameters()], weight)
 
     @torch.no_grad()
-    def _share_buffers(self) -> None:
+    def _share_buffers(self, group: Group = None) -> None:
         """Give the average the buffers of the model, on all ranks rank 0's: batch norm's statistics differ by rank.
 
         What is not finite in them, of a candidate that was not, is as it was.
@@ -201,7 +203,9 @@ class OnlineProxy:
             theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
         if found and dist.get_world_size() > 1:
             flat = torch.cat([theirs.flatten() for _, theirs in found])
-            dist.broadcast(flat, 0)
+            if dist.get_global_rank():
+                flat.zero_()  # not by a product: masks of attention are buffers too, and have -inf
+            sum_over_ranks(flat, group)
             for (_, theirs), piece in zip(found, flat.split([theirs.numel() for _, theirs in found]), strict=True):
                 theirs.copy_(piece.view_as(theirs))
         for mine, theirs in pairs:
@@ -236,12 +240,12 @@ class OnlineProxy:
                 self.optimizer.state[parameter] = own
 
 
-def average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:
     """Means over ranks, in one collective; with one rank the tensors themselves."""
     if dist.get_world_size() == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    sum_over_ranks(flat)
+    sum_over_ranks(flat, group)
     flat /= dist.get_world_size()
     sizes = [tensor.numel() for tensor in tensors]
     return [part.view_as(tensor) for tensor, part in zip(tensors, flat.split(sizes), strict=True)]

@@ -2,7 +2,8 @@
 
 A function of the pool, the step and the selection state before it; nothing here reads the model in training (but for
 `embed="teacher"` and the selectors that ask it) or moves Composer's clock. So it gives the same survivors whether it
-runs in the training thread or ahead of it, in one of its own. An online proxy alone keeps something from pool to pool.
+runs in the training thread or ahead of it, in one of its own. An online proxy alone keeps something from pool to pool,
+and a thread has one of its own.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Prepared:
         shares: who trains which of them, with scope="global".
         figures: of the step, by metric.
         alignment: cosine of each candidate's image and caption, float32 on the CPU, where it is noted.
+        online: state of the online proxy that has learned from the pool, if a thread has one of its own.
     """
 
     step: int
@@ -82,6 +84,7 @@ class Prepared:
     shares: Shares | None
     figures: dict[str, float]
     alignment: Tensor | None = None
+    online: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """Survivors per rank."""
@@ -329,8 +332,9 @@ class Preparation:
         image = batch.get("scoring_image", batch[self.image_key])
         if not isinstance(image, Tensor):
             raise ValueError(
-                f"selection.embed_resolution={self.embed_resolution}: the stream leaves candidates encoded and has "
-                "no images for the proxy; set stream.deferred=false, or give the data set a scoring_size"
+                f"selection.embed={self.embed!r}, embed_resolution={self.embed_resolution}: the stream leaves candidates "
+                "encoded and has no images for the proxy; set stream.deferred=false, or give the data set a "
+                "scoring_size, the proxy's image_size"
             )
         return self.state.device.tensor_to_device(image), normalizing(self.loader, image)
 
@@ -349,7 +353,8 @@ class Preparation:
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
         weights = learning_weights(pool, self.settings.references)
-        online.learn(image, text, valid.cpu(), weights, rows, nullcontext if half else self._precision, normalize)
+        precision = nullcontext if half else self._precision
+        online.learn(image, text, valid.cpu(), weights, rows, precision, normalize, self.group)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""

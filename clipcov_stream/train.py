@@ -133,7 +133,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     selection.dist_timeout = config.dist_timeout
     towers_with_patches(model.towers if selection.proxy is None else selection.proxy, selection.embed_patch_dropout)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
-    deferred = build.defers(config.stream, selection)
+    deferred = build.defers(config.stream, selection, build.image_size_of(model.towers))
     options = (config.seed, deferred, selection.scoring_size)
     loader = build.build_stream(config.stream, model.towers, tokenizer, columns, *options)
     splits, prompts = evaluators.build_evaluators(evals, model.towers, tokenizer)

@@ -199,3 +199,8 @@ def proxy_section(tmp_path: Path) -> dict[str, Any]:
     torch.manual_seed(1)
     torch.save(ClipModel(build_towers(config=TINY_MODEL)).towers.state_dict(), tmp_path / "proxy.pt")
     return {"embed": "proxy", "proxy": {"config": TINY_MODEL, "pretrained": str(tmp_path / "proxy.pt")}}
+
+
+def online_section(image_size: int = 16) -> dict[str, Any]:
+    config = {**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "image_size": image_size}}
+    return {"embed": "online", "proxy": {"config": config}, "proxy_lr": 1e-2}

@@ -24,6 +24,7 @@ from runs import (
     assert_same_run,
     columns_recipe,
     composer,
+    online_section,
     proxy_section,
     run,
     run_ranks,
@@ -173,7 +174,15 @@ def ahead_recipe(folder: Path, run_ahead: int, num_workers: int = 0, **selection
 
 @pytest.mark.parametrize(
     "selection",
-    [{}, {"scope": "global"}, {"selector": "random"}, {"learnability": 0.0, "lag_delay": 0}, {"embed": "proxy"}],
+    [
+        {},
+        {"scope": "global"},
+        {"selector": "random"},
+        {"learnability": 0.0, "lag_delay": 0},
+        {"embed": "proxy"},
+        online_section(),
+        online_section(8),  # of candidates decoded small
+    ],
     ids=str,
 )
 def test_running_ahead_changes_nothing(tmp_path: Path, selection: dict[str, Any]) -> None:
@@ -248,10 +257,17 @@ def test_the_delay_of_the_lag_is_what_changes_survivors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 @pytest.mark.parametrize("run_ahead", [0, 3])
-def test_a_run_killed_ahead_and_resumed_equals_a_straight_one(tmp_path: Path, stop: int, run_ahead: int) -> None:
+@pytest.mark.parametrize("section", [{}, online_section()], ids=["columns", "online"])
+def test_a_run_killed_ahead_and_resumed_equals_a_straight_one(
+    tmp_path: Path, stop: int, run_ahead: int, section: dict[str, Any]
+) -> None:
     folder = write_columns(tmp_path / "mds", 128)
-    straight = run(tmp_path, ahead_recipe(folder, 0))
-    tree = {**ahead_recipe(folder, 3), "save_interval": f"{stop}ba", "save_folder": str(tmp_path / "checkpoints")}
+    straight = run(tmp_path, ahead_recipe(folder, 0, **section))
+    tree = {
+        **ahead_recipe(folder, 3, **section),
+        "save_interval": f"{stop}ba",
+        "save_folder": str(tmp_path / "checkpoints"),
+    }
     first, _, _ = trainer_of(tmp_path, tree)
     first.state.callbacks.append(Interrupt(stop))
     with pytest.raises(InterruptedError):
@@ -259,7 +275,7 @@ def test_a_run_killed_ahead_and_resumed_equals_a_straight_one(tmp_path: Path, st
     first.close()
     assert not threads()
     saved = {"load_path": str(tmp_path / "checkpoints" / "latest-rank0.pt")}
-    resumed, rest, log = trainer_of(tmp_path, {**ahead_recipe(folder, run_ahead), **saved})
+    resumed, rest, log = trainer_of(tmp_path, {**ahead_recipe(folder, run_ahead, **section), **saved})
     loader: Any = resumed.state.train_dataloader
     assert int(resumed.state.timestamp.batch) == stop
     read: list[int] = []
@@ -272,12 +288,13 @@ def test_a_run_killed_ahead_and_resumed_equals_a_straight_one(tmp_path: Path, st
     resumed.close()
 
 
-def test_checkpoints_hold_the_step_they_are_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", [{}, online_section()], ids=["columns", "online"])
+def test_checkpoints_hold_the_step_they_are_of(tmp_path: Path, section: dict[str, Any]) -> None:
     folder = write_columns(tmp_path / "mds", 128)
     saved = []
     for run_ahead in (0, 3):
         where = tmp_path / str(run_ahead)
-        tree = {**ahead_recipe(folder, run_ahead), "save_interval": "1ba", "save_folder": str(where)}
+        tree = {**ahead_recipe(folder, run_ahead, **section), "save_interval": "1ba", "save_folder": str(where)}
         run(tmp_path, tree)
         states = [torch.load(path, weights_only=False)["state"] for path in sorted(where.glob("ep*-ba*.pt"))]
         saved.append([(state["algorithms"], state["model"], state["dataset_state"]) for state in states])
@@ -289,10 +306,12 @@ def test_checkpoints_hold_the_step_they_are_of(tmp_path: Path) -> None:
         assert straight[2] == ahead[2]
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-def test_ranks_run_ahead_alike(tmp_path: Path, scope: str) -> None:
+@pytest.mark.parametrize(
+    "selection", [{}, {"scope": "global"}, online_section(8)], ids=["local", "global", "local-online"]
+)
+def test_ranks_run_ahead_alike(tmp_path: Path, selection: dict[str, Any]) -> None:
     folder = write_columns(tmp_path / "mds", 128, bad_images=9)
-    path = write_recipe(tmp_path / "recipe.yaml", ahead_recipe(folder, 0, scope=scope, max_invalid_ratio=0.5))
+    path = write_recipe(tmp_path / "recipe.yaml", ahead_recipe(folder, 0, max_invalid_ratio=0.5, **selection))
     straight = run_ranks(tmp_path / "straight", path, 2)
     ahead = run_ranks(tmp_path / "ahead", path, 2, "selection.run_ahead=3", "stream.num_workers=1")
     assert straight[0]["algorithm"]["num_invalid"] > 0
@@ -303,12 +322,12 @@ def test_ranks_run_ahead_alike(tmp_path: Path, scope: str) -> None:
             assert_same(a, b)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_second_fit_goes_on_alike(tmp_path: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "section"), [(0, {}), (2, {}), (0, online_section())], ids=str)
+def test_a_second_fit_goes_on_alike(tmp_path: Path, num_workers: int, section: dict[str, Any]) -> None:
     folder = write_columns(tmp_path / "mds", 128)
     runs = []
     for run_ahead in (0, 2):
-        tree = {**ahead_recipe(folder, run_ahead, num_workers), "max_duration": "3ba"}
+        tree = {**ahead_recipe(folder, run_ahead, num_workers, **section), "max_duration": "3ba"}
         trainer, recorder, memory = run(tmp_path, tree)
         trainer.fit(duration="4ba")
         assert len(recorder.batches) == 7 and not threads()

@@ -17,6 +17,7 @@ from runs import (
     assert_same,
     assert_same_run,
     columns_recipe,
+    online_section,
     proxy_section,
     run,
     run_ranks,
@@ -99,7 +100,10 @@ def photo(seed: int, side: int = 64) -> bytes:
     return file.getvalue()
 
 
-def test_a_proxy_at_low_resolution_scores_images_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("embed", ["proxy", "online"])
+def test_a_proxy_at_low_resolution_scores_images_decoded_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embed: str
+) -> None:
     """Every candidate is decoded at a fraction of its size, survivors in full; ahead of training too."""
     folder = tmp_path / "mds"
     with MDSWriter(out=str(folder), columns={"image": "jpeg", "caption": "str"}) as writer:
@@ -117,7 +121,9 @@ def test_a_proxy_at_low_resolution_scores_images_decoded_small(tmp_path: Path, m
         monkeypatch.setattr(module, "decode_image", noted)
     runs = []
     for run_ahead in (0, 2):
-        selection = {**proxy_section(tmp_path), "embed_resolution": 8, "run_ahead": run_ahead, "lag_delay": 2}
+        # An online proxy has a size of its own.
+        small = online_section(8) if embed == "online" else {**proxy_section(tmp_path), "embed_resolution": 8}
+        selection = {**small, "run_ahead": run_ahead, "lag_delay": 2}
         tree = columns_recipe(folder, **selection)
         tree["stream"] |= {"num_workers": 0, "shuffle": True}
         sizes.clear()
@@ -128,6 +134,15 @@ def test_a_proxy_at_low_resolution_scores_images_decoded_small(tmp_path: Path, m
         assert {size for size in sizes if size[0] is None} == {(None, (64, 64))}
         runs[-1][0].close()
     assert_same_run(*runs)
+    if embed == "online":
+        # All are decoded in full where that is asked for, and where the proxy reads no smaller ones than the learner.
+        for section, stream, deferred in ((small, {"deferred": False}, False), (online_section(16), {}, False)):
+            whole = columns_recipe(folder, **section)
+            whole["stream"] |= stream
+            trainer, _, memory = run(tmp_path, whole)
+            assert trainer.state.train_dataloader.dataset.deferred is deferred  # pyright: ignore
+            assert values(memory, "selection/num_invalid")[-1] == 2
+            trainer.close()
     # Found while they were scored, not when they were chosen.
     assert values(runs[0][2], "selection/num_invalid")[-1] == 2
 

@@ -342,7 +342,7 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
             "embed_resolution=16: an online proxy embeds images as it learns",
         ),
         ({"proxy": Linear(), "embed_patch_dropout": 0.5}, "embed_patch_dropout=0.5: an online proxy embeds images"),
-        ({"proxy": Linear(), "run_ahead": 2, "lag_delay": 2}, "follows the model in training"),
+        ({"proxy": Linear(), "run_ahead": 2, "lag_delay": 1}, "run_ahead=2 must be at most selection.lag_delay=1"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:
