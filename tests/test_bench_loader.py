@@ -29,6 +29,8 @@ def test_every_variant_runs_from_disk_and_from_the_store(tmp_path, capsys, monke
             assert 3 < found[source, variant]["bytes"] / found[source, bench_loader.IDEAL]["bytes"] < 6
     assert all(0 < row["wait_share"] < 1 and row["survivors_per_s"] > 0 for row in result["rows"])
     assert {row["variant"] for row in result["rows"] if row["source"] == "train"} == set(bench_loader.VARIANTS[2:4])
+    assert result["read"].keys() == set(bench_loader.READ)
+    assert all(rate > 0 for rates in result["read"].values() for rate in rates)
     page = (tmp_path / "bench_loader.md").read_text(encoding="utf-8")
     assert "| S3 | deferred, ahead |" in page and (tmp_path / "bench_loader.png").stat().st_size > 1000
 

@@ -15,7 +15,8 @@ run, in the real Trainer on a model that costs next to nothing, so that data is 
 Shards are fetched whole in all but the last. The store is moto's S3 server in a process of its own, on loopback, each
 answer held back by --latency. Every variant streams the same pools, --turns times in turn, from an empty cache where it
 is the store's. `train` repeats the two deferred ones with the quickstart's model: the share of a step that the Trainer
-waits for data.
+waits for data. `read` counts the candidates per second that workers hand over from disk, without a Trainer: decoded in
+full, decoded for a proxy that reads --proxy-size pixels (and left encoded, for survivors), and left encoded alone.
 
 Prints a table, writes NAME.md, NAME.png and NAME.json to --out; the last line is the JSON.
 """
@@ -67,6 +68,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IDEAL, ALL, DEFERRED, AHEAD = "ideal", "decode all", "deferred", "deferred, ahead"
 RANGES = "range reads"
 VARIANTS = (IDEAL, ALL, DEFERRED, AHEAD, RANGES)
+WHOLE, SMALL, ENCODED = "decoded in full", "decoded for a proxy", "left encoded"
+READ = (WHOLE, SMALL, ENCODED)
 DISTINCT = 640
 """Images drawn; a folder repeats them, under captions of their own."""
 
@@ -166,6 +169,29 @@ def stream_of(variant: str, where: dict[str, str], args: argparse.Namespace, siz
     return pool_loader(dataset, batch, args.num_workers)
 
 
+def read(variant: str, folder: Path, args: argparse.Namespace) -> float:
+    """Candidates per second that the workers hand over, in their second epoch: before it nothing lies ready."""
+    dataset = PairDataset(
+        local=str(folder),
+        columns=Columns(),
+        transform=ImageTransform(args.image_size, min_scale=0.9),
+        tokenizer=Tokenize(open_clip.SimpleTokenizer()),
+        batch_size=args.pool,
+        shuffle=False,
+        deferred=variant != WHOLE,
+        scoring_size=args.proxy_size if variant == SMALL else None,
+    )
+    loader = pool_loader(dataset, args.pool, args.num_workers)
+    loader.normalizes = False  # as ClipCov has it
+    for _ in loader:
+        pass
+    start = time.perf_counter()
+    num = sum(1 for _ in loader)
+    took = time.perf_counter() - start
+    loader.close()
+    return args.pool * num / took
+
+
 class Tokenize:
     """(context,) token ids of a caption; a class, because worker processes may have to pickle it."""
 
@@ -256,8 +282,8 @@ def shard_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.mds*"))
 
 
-def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Rows of the table: source, variant, medians and all values."""
+def measure(args: argparse.Namespace, scratch: Path) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Rows of the table (source, variant, medians and all values), and what `read` found, by variant."""
     rng = np.random.default_rng(1)
     images = [draw_image(rng, args.side) for _ in tqdm(range(DISTINCT), desc="drawing", mininterval=2)]
     num_steps = args.warmup + args.steps
@@ -272,6 +298,11 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         found.setdefault((source, variant), []).append(figures)
         print(f"{source:6} {variant:16} {figures['survivors_per_s']:8.1f} survivors/s", flush=True)
 
+    rates: dict[str, list[float]] = {variant: [] for variant in READ}
+    for _ in range(args.turns):
+        for variant in READ:
+            rates[variant].append(read(variant, folders["stream"], args))
+            print(f"read   {variant:20} {rates[variant][-1]:8.1f} candidates/s", flush=True)
     cheap = lambda: CheapTowers(49408)  # noqa: E731
     for _ in range(args.turns):
         for variant in VARIANTS:
@@ -297,7 +328,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
             side = side[0] if isinstance(side, (tuple, list)) else side
             figures = run(variant, {"local": str(folders["stream"])}, args, towers, side)
             note("train", variant, {**figures, "bytes": shard_bytes(folders["stream"])})
-    return [
+    rows = [
         {
             "source": source,
             "variant": variant,
@@ -306,6 +337,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         }
         for (source, variant), turns in found.items()
     ]
+    return rows, rates
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -330,6 +362,11 @@ def table_of(result: dict[str, Any]) -> str:
             f"| {over[0]} | {over[1]} | {row['bytes'] / 1e6:,.0f} | {row['wait_share']:.0%} |"
         )
     lines += ["", "`train`: with the quickstart's model, at its resolution. MB fetched from disk: the shards' size."]
+    head = f"candidates that workers hand over; the proxy reads {result['proxy_size']} pixels"
+    lines += ["", f"| {head} | candidates/s |", "|---|---|"]
+    for variant, values in result["read"].items():
+        median = statistics.median(values)
+        lines.append(f"| {variant} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) |")
     return "\n".join(lines) + "\n"
 
 
@@ -358,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--survivors", type=int, default=64)
     parser.add_argument("--side", type=int, default=256, help="of the JPEGs, in pixels")
     parser.add_argument("--image-size", type=int, default=224, help="of what the model reads, in pixels")
+    parser.add_argument("--proxy-size", type=int, default=64, help="of what a proxy reads, in pixels")
     parser.add_argument("--dim", type=int, default=256, help="width of the embedding columns")
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--run-ahead", type=int, default=2)
@@ -376,12 +414,13 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(args, Path(scratch))
+        rows, rates = measure(args, Path(scratch))
     result = {
         "machine": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         **{key: value for key, value in vars(args).items() if key not in ("out", "name")},
         "rows": rows,
+        "read": rates,
     }
     page = table_of(result)
     print(page)
