@@ -228,6 +228,7 @@ class ClipCov(Algorithm):
         self.alignment: Tensor | None = None
         self._lags = Lags(lag_delay)
         self._newest: dict[str, Tensor] | None = None
+        """State of an online proxy that is ahead of `teacher`, and of the step."""
         self._group: Group = None
         self._asked, self._begun = 0.0, False
         self.samples_seen = 0
@@ -322,6 +323,7 @@ class ClipCov(Algorithm):
         elif event == Event.AFTER_FORWARD:
             self._learn(state, logger)
         elif event == Event.FIT_END:
+            self._catch_up()
             if getattr(loader := state.dataloader, "as_bytes", False):
                 loader.normalizes = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         else:
@@ -567,9 +569,7 @@ class ClipCov(Algorithm):
 
     def _preparation(self, state: State) -> Preparation:
         """What makes survivors of a pool."""
-        if self._newest is not None and self.teacher is not None:
-            self.teacher.load_state_dict(self._newest)
-            self._newest = None
+        self._catch_up()
         return Preparation(
             state,
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
@@ -582,6 +582,12 @@ class ClipCov(Algorithm):
             group=self._group,
             **{name: getattr(self, name) for name in PASSED_ON},
         )
+
+    def _catch_up(self) -> None:
+        """Have the online proxy know what one of a thread's own has learned by the last step trained on."""
+        if self._newest is not None and self.teacher is not None:
+            self.teacher.load_state_dict(self._newest)
+            self._newest = None
 
     def _learn(self, state: State, logger: Logger) -> None:
         """Note what the model makes of the survivors, of which it has just made its training pass."""

@@ -102,7 +102,8 @@ class OnlineProxy:
 
     def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
         # Convolutions take three quarters of the time in this layout; it changes nothing for other layers.
-        self.trained: Any = proxy.to(memory_format=torch.channels_last).requires_grad_(True).train()
+        proxy.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.trained: Any = proxy.requires_grad_(True).train()
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)

@@ -332,9 +332,9 @@ class Preparation:
         image = batch.get("scoring_image", batch[self.image_key])
         if not isinstance(image, Tensor):
             raise ValueError(
-                f"selection.embed={self.embed!r}, embed_resolution={self.embed_resolution}: the stream leaves candidates "
-                "encoded and has no images for the proxy; set stream.deferred=false, or give the data set a "
-                "scoring_size, the proxy's image_size"
+                f"selection.embed={self.embed!r}, embed_resolution={self.embed_resolution}: the stream leaves "
+                "candidates encoded and has no images for the proxy; set stream.deferred=false, or give the data set a "
+                "scoring_size, which is that resolution or an online proxy's image_size"
             )
         return self.state.device.tensor_to_device(image), normalizing(self.loader, image)
 
