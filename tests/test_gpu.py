@@ -160,3 +160,9 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     for name, value in found[0].items():
         if name.startswith("average."):
             torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-2, msg=name)
+    # Its optimizer's steps are on the device too, and found there again.
+    restored = OnlineProxy(build_towers(config=config).cuda(), lr=1e-3, momentum=0.9)
+    restored.load_state_dict(found[1])
+    restored.learn(image.cuda(), text, valid, weights.cuda(), 16, contextlib.nullcontext)
+    steps = {int(value) for name, value in restored.state_dict().items() if name.startswith("step.")}
+    assert steps == {9}
