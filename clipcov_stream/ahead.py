@@ -21,6 +21,9 @@ Item = TypeVar("Item")
 Note = TypeVar("Note")
 Result = TypeVar("Result")
 
+ENOUGH = 2
+"""Steps ahead at which training no longer waits, unless the thread is slower than it."""
+
 PATIENCE = 60.0
 """Seconds that a stopping thread gets for what it has begun. It is a daemon: the process does not wait for it."""
 

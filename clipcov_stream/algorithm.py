@@ -196,8 +196,8 @@ class ClipCov(Algorithm):
         )
         self.warmup = parse_warmup(self._own_warmup() if warmup is None else warmup)
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
-        follows = self.uses_embeddings and (embed == "teacher" or self.uses_learner)
-        check_ahead(run_ahead, lag_delay, f"embed={embed!r}, selector={self.selector!r}" * follows, self.uses_lag)
+        follows = f"embed={embed!r}, selector={self.selector!r}" * self.follows_learner
+        check_ahead(run_ahead, lag_delay, follows, self.uses_lag)
         self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale
@@ -274,6 +274,11 @@ class ClipCov(Algorithm):
     def uses_learner(self) -> bool:
         """Whether the model in training embeds whole pools, beside the embedder."""
         return plain(self.function) in NEEDS_LEARNER
+
+    @property
+    def follows_learner(self) -> bool:
+        """Whether selection needs the model in training as it is at that step, and so cannot run ahead of it."""
+        return self.uses_embeddings and (self.embed == "teacher" or self.uses_learner)
 
     @property
     def needs_pixels(self) -> bool:

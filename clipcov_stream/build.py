@@ -23,6 +23,7 @@ from composer.utils import dist
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
+from clipcov_stream.ahead import ENOUGH
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.batch import count_survivors
 from clipcov_stream.captions import first_of
@@ -321,7 +322,7 @@ def build_selection(
     knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
     optional = given(config, *knobs, "teacher_momentum", "proxy_lr", *passes)
-    return ClipCov(
+    selection = ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,
         scope=config.scope,
@@ -332,11 +333,14 @@ def build_selection(
         proxy=proxy,
         logit_scale=100.0 if scale is None else scale,
         embedder=None if embedder is None else embedder["fingerprint"],
-        run_ahead=config.run_ahead,
+        run_ahead=config.run_ahead or 0,
         lag_delay=config.lag_delay,
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )
+    if config.run_ahead is None and not selection.follows_learner:
+        selection.run_ahead = min(config.lag_delay, ENOUGH)
+    return selection
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

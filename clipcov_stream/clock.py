@@ -72,7 +72,8 @@ def check_foreseen(warmup: Time, max_duration: Time | None, run_ahead: int) -> N
     if warmup.unit == TimeUnit.DURATION and max_duration is not None and max_duration.unit not in foreseen:
         raise ValueError(
             f"selection.warmup={warmup.to_timestring()} of max_duration={max_duration.to_timestring()} ends at a step "
-            f"that selection.run_ahead={run_ahead} cannot foresee; give selection.warmup in batches (ba)"
+            f"that selection.run_ahead={run_ahead} cannot foresee; give selection.warmup in batches (ba), or "
+            "selection.run_ahead=0"
         )
 
 

@@ -118,7 +118,11 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Online selection; see `algorithm.ClipCov`. `seed` is the recipe's unless given."""
+    """Online selection; see `algorithm.ClipCov`. `seed` is the recipe's unless given.
+
+    Where no `run_ahead` is given, selection runs ahead of training if it may, `lag_delay` steps and at most
+    `ahead.ENOUGH`.
+    """
 
     selector: str = "clipcov"
     filter_ratio: float = 0.8
@@ -149,7 +153,7 @@ class SelectionConfig:
     embed_resolution: int | None = None
     embed_precision: str | None = None
     embed_patch_dropout: float | None = None
-    run_ahead: int = 0
+    run_ahead: int | None = None
     lag_delay: int = 0
     max_invalid_ratio: float = 0.05
 

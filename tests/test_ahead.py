@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from composer import Callback, Trainer
@@ -35,8 +36,11 @@ from runs import (
 from torch.utils.data import DataLoader
 
 from clipcov_stream import ClipCov
-from clipcov_stream.ahead import Ahead
+from clipcov_stream.ahead import ENOUGH, Ahead
+from clipcov_stream.build import build_selection
+from clipcov_stream.config import SelectionConfig
 from clipcov_stream.lags import Lags
+from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.prepare import Preparation, ReadyPool, Ticket
 
 
@@ -532,3 +536,24 @@ def test_a_warmup_that_cannot_be_foreseen_is_refused(tmp_path: Path) -> None:
     made.state.max_duration = "1000tok"
     with pytest.raises(ValueError, match=r"warmup=0.5dur of max_duration=\S+ .*run_ahead=1 cannot foresee"):
         algorithm_of(made)._start_ahead(made.state)
+
+
+@pytest.mark.parametrize(
+    ("selection", "wanted"),
+    [
+        ({"embed": "columns"}, 0),
+        ({"embed": "columns", "lag_delay": 1}, 1),
+        ({"embed": "columns", "lag_delay": 5}, ENOUGH),
+        ({"embed": "columns", "lag_delay": 5, "run_ahead": 4}, 4),
+        ({"embed": "columns", "lag_delay": 2, "run_ahead": 0}, 0),
+        ({"embed": "online", "lag_delay": 2}, ENOUGH),
+        ({"embed": "online", "lag_delay": 2, "selector": "rho"}, 0),
+        ({"embed": "teacher", "lag_delay": 2}, 0),
+        ({"embed": "teacher", "lag_delay": 2, "selector": "random"}, ENOUGH),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_does_not_say_how_far_runs_as_far_ahead_as_it_may(selection: dict[str, Any], wanted: int) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    built = build_selection(SelectionConfig(**selection), ImageTransform(32), lambda caption: tokenizer(caption)[0])
+    assert built.run_ahead == wanted

@@ -60,12 +60,14 @@ def test_the_quickstart_recipe_trains_on_two_ranks(tmp_path: Path, corpus: Path)
     assert f"  metrics: {metrics}" in ended and done.stdout.count("samples streamed") == 1
 
 
-def test_the_literal_cc12m_command_trains_on_a_local_folder(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("embed", ["online", "teacher"])
+def test_the_literal_cc12m_command_trains_on_a_local_folder(tmp_path: Path, corpus: Path, embed: str) -> None:
     metrics = tmp_path / "metrics.jsonl"
+    other = [] if embed == "online" else [f"selection.embed={embed}"]
     composer(
         *("yamls/clip_cc12m.yaml", "model.name=null", TINY, f"stream.local={corpus / 'train'}"),
         *("stream.global_pool_size=40", "stream.num_workers=0", "max_duration=4ba", "precision=fp32"),
-        *("selection.warmup=1ba", f"save_folder={tmp_path / 'checkpoints'}", f"metrics_file={metrics}"),
+        *("selection.warmup=1ba", f"save_folder={tmp_path / 'checkpoints'}", f"metrics_file={metrics}", *other),
     )
     assert last_metrics(metrics)["selection/samples_seen"] == 4 * 8
     assert (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
