@@ -39,6 +39,9 @@ LARGEST_LOG_SCALE = math.log(100)
 LARGEST_NORM = 1.0
 """Of an update's gradient."""
 
+LARGE = 1 << 18
+"""Numbers in a table, from which on it is worth while to ask which rows are not zero."""
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
 
@@ -172,8 +175,6 @@ class OnlineProxy:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = average_over_ranks([p.grad for p in self.trained.parameters()], group)
-        for parameter, gradient in zip(self.trained.parameters(), gradients, strict=True):
-            parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm(gradients).float()
         # What a gradient scaler tells a fused optimizer: to divide by so much, and whether to leave the step out. Of a
         # part whose gradient is not finite nothing is learned: one NaN would stay for good.
@@ -242,11 +243,29 @@ class OnlineProxy:
 
 
 def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:
-    """Means over ranks, in one collective; with one rank the tensors themselves."""
+    """Gradients' means over ranks, in the tensors themselves.
+
+    Of a table of words a part of a pool reads few rows, and the gradient of the others is zero. By gloo, which is slow,
+    only the rows travel that some rank has read. NCCL gets all, and nothing waits to learn how many rows there are.
+    """
     if dist.get_world_size() == 1:
         return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    by_gloo = group is not None or not tensors[0].is_cuda
+    tables = [tensor for tensor in tensors if by_gloo and tensor.ndim == 2 and tensor.numel() >= LARGE]
+    rows: dict[int, Tensor] = {}
+    if tables:
+        read = torch.cat([(table != 0).any(1) for table in tables]).int()
+        sum_over_ranks(read, group)
+        parts = read.split([len(table) for table in tables])
+        rows = {id(table): part.nonzero().squeeze(1) for table, part in zip(tables, parts, strict=True)}
+    sent = [tensor[rows[id(tensor)]] if id(tensor) in rows else tensor for tensor in tensors]
+    flat = torch.cat([tensor.flatten() for tensor in sent])
     sum_over_ranks(flat, group)
     flat /= dist.get_world_size()
-    sizes = [tensor.numel() for tensor in tensors]
-    return [part.view_as(tensor) for tensor, part in zip(tensors, flat.split(sizes), strict=True)]
+    pieces = flat.split([tensor.numel() for tensor in sent])
+    for tensor, shaped, piece in zip(tensors, sent, pieces, strict=True):
+        if id(tensor) in rows:
+            tensor.index_copy_(0, rows[id(tensor)], piece.view_as(shaped))
+        else:
+            tensor.copy_(piece.view_as(tensor))
+    return tensors

@@ -13,7 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from runs import Interrupt, algorithm_of, assert_same, assert_same_run, run, run_ranks, trainer_of, values
+from runs import (
+    Interrupt,
+    algorithm_of,
+    assert_same,
+    assert_same_run,
+    composer,
+    launch,
+    run,
+    run_ranks,
+    trainer_of,
+    values,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -290,6 +301,38 @@ def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path) -> None:
     assert_same(ranks[0]["algorithm"]["teacher"], ranks[1]["algorithm"]["teacher"])
     assert int(ranks[0]["algorithm"]["teacher"]["updates"]) == 6 * 4
     assert_same(ranks[0]["model"], ranks[1]["model"])
+
+
+AVERAGES = """
+import sys
+import torch
+from composer.utils import dist, get_device
+from clipcov_stream.online import LARGE, average_over_ranks
+dist.initialize_dist(get_device("cpu"))
+rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
+def gradients(rank):
+    # Two tables of which few rows were read, one of them all zero; a matrix, and a vector.
+    generator = torch.Generator().manual_seed(rank)
+    table, other = torch.zeros(LARGE // 8, 8), torch.zeros(LARGE, 1)
+    table[torch.randint(len(table), (30,), generator=generator)] = torch.randn(30, 8, generator=generator)
+    if rank == 1:
+        table[7, 3] = torch.nan
+    return [table, torch.randn(5, 4, generator=generator), other, torch.randn(6, generator=generator)]
+own = gradients(rank)
+average = average_over_ranks(own, torch.distributed.new_group(backend="gloo") if sys.argv[1] == "own" else None)
+for got, mine, parts in zip(average, own, zip(*map(gradients, range(num_ranks)))):
+    assert got is mine
+    torch.testing.assert_close(got, sum(parts) / num_ranks, equal_nan=True)
+print("as it should be on rank", rank)
+"""
+
+
+@pytest.mark.parametrize(("num_ranks", "group"), [(2, "default"), (3, "own")])
+def test_gradients_are_averaged_whatever_rows_were_read(tmp_path: Path, num_ranks: int, group: str) -> None:
+    script = tmp_path / "averages.py"
+    script.write_text(AVERAGES, encoding="utf-8")
+    said = launch([*composer(), "-n", str(num_ranks), str(script), group])
+    assert "as it should be on rank 0" in said
 
 
 def test_the_default_proxy_reads_what_the_learner_reads() -> None:
