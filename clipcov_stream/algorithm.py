@@ -106,9 +106,10 @@ class ClipCov(Algorithm):
         embed_precision: of the embedder's pass: "fp32", "amp_fp16" or "amp_bf16"; None is the Trainer's. A warning says
             where the device has no instructions for it, as most CPUs without AVX-512 have none for bfloat16.
         run_ahead: steps by which a thread prepares survivors ahead of training, for columns and proxies; 0 prepares
-            none. Survivors and weights are the same at any number, if an online proxy draws no random numbers. It needs
-            a loader from `stream.pool_loader`, and memory for that many batches and selection states more, and for
-            `run_ahead` + 2 times an online proxy's weights, average and moments.
+            none. Survivors and weights are the same at any number, if an online proxy draws no random numbers (and, on
+            GPUs over ranks, up to the order in which its gradients are summed). It needs a loader from
+            `stream.pool_loader`, and memory for that many batches and selection states more, and for `run_ahead` + 2
+            times an online proxy's weights, average and moments.
         lag_delay: steps that a lag waits before selection reads it, at least `run_ahead` if learnability is above 0.
             Unlike that one it changes survivors.
         max_invalid_ratio: share of the samples streamed that may be undecodable or have non-finite embeddings. The run
@@ -210,7 +211,8 @@ class ClipCov(Algorithm):
         self.dataset_size, self._asks_size = dataset_size or 0, dataset_size is None
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | OnlineProxy | None = None
-        """The embedder, if it is in training; its state is in checkpoints."""
+        """The embedder, if it is in training; its state is in checkpoints. An online proxy's is that of a step before
+        while a thread runs ahead with one of its own, until training ends."""
         self.selection: SelectionState | None = None
         self._graphed = GraphedSelect()
         self._survivors: Pool | None = None
@@ -234,6 +236,8 @@ class ClipCov(Algorithm):
         self.samples_seen = 0
         self.num_invalid = 0
         self.global_pool_size: int | None = None
+        self._scored_at: list[int | None] | None = None
+        """Side in pixels of the images that the proxy gets of the stream, [None] if the learner's; None: not known."""
         self._checked = False
         self._pending: dict[str, Any] = {}
         self._identity = {
@@ -289,7 +293,7 @@ class ClipCov(Algorithm):
     def scoring_size(self) -> int | None:
         """Side in pixels of images that can be for the proxy alone; None if it reads those trained on, or if the
         learner embeds pools too."""
-        if self.uses_learner:
+        if self.uses_learner or not self.uses_embeddings:
             return None
         if self.embed == "online":
             return self.proxy.image_size if isinstance(self.proxy, Proxy) else None
@@ -347,7 +351,7 @@ class ClipCov(Algorithm):
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
         return {
             **super().state_dict(),
-            "arguments": {**self._identity, "global_pool_size": self.global_pool_size},
+            "arguments": {**self._identity, "global_pool_size": self.global_pool_size, "scored_at": self._scored_at},
             "samples_seen": self.samples_seen,
             "num_invalid": self.num_invalid,
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
@@ -370,6 +374,7 @@ class ClipCov(Algorithm):
             raise ValueError(f"the checkpoint's ClipCov state lacks {sorted(missing)}: another version wrote it")
         check_same_run(state["arguments"], self._identity)
         self.global_pool_size = state["arguments"]["global_pool_size"]
+        self._scored_at = state["arguments"].get("scored_at")
         self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher, self._survivors, self._newest = None, None, None, None
@@ -391,6 +396,13 @@ class ClipCov(Algorithm):
             )
         if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
             dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        scored_at = [getattr(dataset, "scoring_size", None)]
+        if self._scored_at not in (None, scored_at):
+            raise ValueError(
+                f"the checkpoint's run scored images of {self._scored_at[0] or 'the size trained on'}, this one of "
+                f"{scored_at[0] or 'the size trained on'}; set stream.deferred as it was, or begin anew"
+            )
+        self._scored_at = scored_at
         own = size_of(getattr(state.dataloader, "dataset", None)) if self._asks_size else self.dataset_size
         sizes = on_every_rank(own, state)
         if len(set(sizes)) > 1 and not self._asks_size:

@@ -42,6 +42,9 @@ LARGEST_NORM = 1.0
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
+VERSION = "of small images"
+"""In a state: what its proxy learned from, and that it did so in proportion to pairs' chance to match."""
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
 
@@ -100,12 +103,14 @@ class OnlineProxy:
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
-        weights. With several ranks one sum over them per update, and one collective per pool.
+        weights. With several ranks a sum over them per update (by gloo two), and one per pool.
     """
 
     def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
-        # Convolutions take three quarters of the time in this layout; it changes nothing for other layers.
-        proxy.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # On a CPU convolutions take three quarters of the time in this layout; it changes nothing for other layers.
+        for tensor in (*proxy.parameters(), *proxy.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.trained: Any = proxy.requires_grad_(True).train()
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
@@ -180,8 +185,8 @@ class OnlineProxy:
         # part whose gradient is not finite nothing is learned: one NaN would stay for good.
         self.optimizer.grad_scale = (norm / LARGEST_NORM).clamp_min(1.0)  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, self.updates / WARMUP)
+        for of_optimizer in self.optimizer.param_groups:
+            of_optimizer["lr"] = self.lr * min(1.0, self.updates / WARMUP)
         self.optimizer.step()
         self._follow()
 
@@ -215,7 +220,7 @@ class OnlineProxy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of weights, moving average, moments and number of updates, by name."""
-        state = {"updates": torch.tensor(self.updates), "weighted": torch.tensor(True)}
+        state = {"updates": torch.tensor(self.updates), VERSION: torch.tensor(True)}
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
@@ -224,22 +229,24 @@ class OnlineProxy:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError for the state of an online proxy that learned from all candidates alike."""
-        if "weighted" not in state:
+        """Raises ValueError for the state of an older version's online proxy, which learned otherwise."""
+        if VERSION not in state:
             raise ValueError(
-                "the checkpoint's online proxy is of an older version, which learned from all candidates alike; this "
-                "one does not. Take the model's weights alone: load_path=... and load_weights_only=true"
+                "the checkpoint's online proxy is of an older version, which learned from all candidates alike, or "
+                "from crops of full-size images; this one does not. Take the model's weights alone: load_path=... and "
+                "load_weights_only=true"
             )
         self.updates = int(state["updates"])
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)
         for name, parameter in self.trained.named_parameters():
-            # Older states have no steps of their own: every update was one.
-            own = {moment: state.get(f"{moment}.{name}", state["updates"].float()) for moment in MOMENTS}
-            if f"{MOMENTS[-1]}.{name}" in state:
-                own = {moment: value.to(parameter.device, copy=True) for moment, value in own.items()}
-                self.optimizer.state[parameter] = own
+            if f"{MOMENTS[0]}.{name}" in state:
+                step, *moments = (state[f"{moment}.{name}"] for moment in MOMENTS)
+                # In the parameter's layout, whatever theirs is: the fused step takes numbers in the order of memory.
+                own = [torch.empty_like(parameter, requires_grad=False).copy_(moment) for moment in moments]
+                values = (step.to(parameter.device, copy=True), *own)
+                self.optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True))
 
 
 def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,6 +132,8 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     selection.dist_timeout = config.dist_timeout
+    # As it came out, for who reads the run's records.
+    config = replace(config, selection=replace(config.selection, run_ahead=selection.run_ahead))
     towers_with_patches(model.towers if selection.proxy is None else selection.proxy, selection.embed_patch_dropout)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection, build.image_size_of(model.towers))

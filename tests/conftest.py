@@ -111,7 +111,10 @@ streaming_dataset.get_shm_prefix = patient_prefix
 
 
 def close_and_forget(engine: Engine) -> None:
-    """Composer keeps the state, and with it the model, of an engine that was closed until the process ends."""
+    """Composer keeps the state, and with it the model, of an engine that was closed until the process ends.
+
+    The method is static, so what is to be closed at exit is forgotten of all engines; tests close their own.
+    """
     close_engine(engine)
     atexit.unregister(engine._close)
 

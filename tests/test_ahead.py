@@ -550,6 +550,7 @@ def test_a_warmup_that_cannot_be_foreseen_is_refused(tmp_path: Path) -> None:
         ({"embed": "online", "lag_delay": 2, "selector": "rho"}, 0),
         ({"embed": "teacher", "lag_delay": 2}, 0),
         ({"embed": "teacher", "lag_delay": 2, "selector": "random"}, ENOUGH),
+        ({"embed": "online", "lag_delay": 2, "selector": "random"}, ENOUGH),
     ],
     ids=str,
 )
@@ -557,3 +558,6 @@ def test_a_recipe_that_does_not_say_how_far_runs_as_far_ahead_as_it_may(selectio
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     built = build_selection(SelectionConfig(**selection), ImageTransform(32), lambda caption: tokenizer(caption)[0])
     assert built.run_ahead == wanted
+    # Small images are for who looks at them.
+    reads = selection["embed"] == "online" and selection.get("selector") is None
+    assert built.scoring_size == (32 if reads else None)

@@ -136,13 +136,22 @@ def test_a_proxy_at_low_resolution_scores_images_decoded_small(
     assert_same_run(*runs)
     if embed == "online":
         # All are decoded in full where that is asked for, and where the proxy reads no smaller ones than the learner.
-        for section, stream, deferred in ((small, {"deferred": False}, False), (online_section(16), {}, False)):
+        for section, stream, deferred in ((online_section(16), {}, False), (small, {"deferred": False}, False)):
             whole = columns_recipe(folder, **section)
             whole["stream"] |= stream
             trainer, _, memory = run(tmp_path, whole)
             assert trainer.state.train_dataloader.dataset.deferred is deferred  # pyright: ignore
             assert values(memory, "selection/num_invalid")[-1] == 2
             trainer.close()
+        saved = algorithm_of(runs[0][0]).state_dict()
+        other, _, _ = trainer_of(
+            tmp_path, {**columns_recipe(folder, **selection), "stream": {**tree["stream"], **stream}}
+        )
+        algorithm_of(other).load_state_dict(saved)
+        with pytest.raises(
+            ValueError, match=r"scored images of 8, this one of the size trained on; set stream\.deferr"
+        ):
+            other.fit()
     # Found while they were scored, not when they were chosen.
     assert values(runs[0][2], "selection/num_invalid")[-1] == 2
 

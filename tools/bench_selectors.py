@@ -325,7 +325,8 @@ def key_of(job: dict[str, Any], any_code: bool) -> str:
     names = ("corpus", "embed", "selector", "seed", "steps", "pool", "survivors", "warmup", "proxy_steps", "knobs")
     values = [job[name] for name in (*names, "data", *(() if any_code else ("code",)))]
     kind = (job.get("model", "tiny"), job.get("device", "cpu"), job.get("bfloat16", True))
-    width = job.get("online_width", ONLINE_WIDTH) if job["embed"] == "online" else None
+    judged = job["embed"] == "online" and job["selector"] not in ("random", ALL_STREAMED)
+    width = job.get("online_width", ONLINE_WIDTH) if judged else None
     return json.dumps([*values, *kind, width], sort_keys=True)
 
 

@@ -63,6 +63,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {"embed": "columns"}),
     "one rank, run-ahead": (1, {"embed": "columns", **AHEAD}),
     "one rank, teacher": (1, {"embed": "teacher"}),
+    "one rank, online, run-ahead": (1, {"embed": "online", "proxy": {"config": MODEL}, "proxy_lr": 1e-2, **AHEAD}),
     "two ranks": (2, {"embed": "columns"}),
     "two ranks, global, run-ahead": (2, {"embed": "columns", "scope": "global", **AHEAD}),
 }
