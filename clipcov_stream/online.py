@@ -9,6 +9,7 @@ moving average's judgement before it saw the pair.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
+from clipcov_stream.collectives import summed
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import Group, sum_over_ranks
@@ -209,12 +211,11 @@ class OnlineProxy:
         for mine, theirs in found:
             theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
         if found and dist.get_world_size() > 1:
-            flat = torch.cat([theirs.flatten() for _, theirs in found])
-            if dist.get_global_rank():
-                flat.zero_()  # not by a product: masks of attention are buffers too, and have -inf
-            sum_over_ranks(flat, group)
-            for (_, theirs), piece in zip(found, flat.split([theirs.numel() for _, theirs in found]), strict=True):
-                theirs.copy_(piece.view_as(theirs))
+            # Nothing of the other ranks', and not by a product: masks of attention are buffers too, and have -inf.
+            own = [torch.zeros_like(theirs) if dist.get_global_rank() else theirs for _, theirs in found]
+            of_first = summed(own, functools.partial(sum_over_ranks, group=group))
+            for (_, theirs), value in zip(found, of_first, strict=True):
+                theirs.copy_(value)
         for mine, theirs in pairs:
             mine.copy_(theirs)
 
@@ -257,22 +258,16 @@ def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tenso
     """
     if dist.get_world_size() == 1:
         return tensors
+    all_reduce = functools.partial(sum_over_ranks, group=group)
     by_gloo = group is not None or not tensors[0].is_cuda
     tables = [tensor for tensor in tensors if by_gloo and tensor.ndim == 2 and tensor.numel() >= LARGE]
-    rows: dict[int, Tensor] = {}
-    if tables:
-        read = torch.cat([(table != 0).any(1) for table in tables]).int()
-        sum_over_ranks(read, group)
-        parts = read.split([len(table) for table in tables])
-        rows = {id(table): part.nonzero().squeeze(1) for table, part in zip(tables, parts, strict=True)}
+    read = summed([(table != 0).any(1).int() for table in tables], all_reduce) if tables else []
+    rows = {id(table): part.nonzero().squeeze(1) for table, part in zip(tables, read, strict=True)}
     sent = [tensor[rows[id(tensor)]] if id(tensor) in rows else tensor for tensor in tensors]
-    flat = torch.cat([tensor.flatten() for tensor in sent])
-    sum_over_ranks(flat, group)
-    flat /= dist.get_world_size()
-    pieces = flat.split([tensor.numel() for tensor in sent])
-    for tensor, shaped, piece in zip(tensors, sent, pieces, strict=True):
+    for tensor, total in zip(tensors, summed(sent, all_reduce), strict=True):
+        mean = total / dist.get_world_size()
         if id(tensor) in rows:
-            tensor.index_copy_(0, rows[id(tensor)], piece.view_as(shaped))
+            tensor.index_copy_(0, rows[id(tensor)], mean)
         else:
-            tensor.copy_(piece.view_as(tensor))
+            tensor.copy_(mean)
     return tensors
