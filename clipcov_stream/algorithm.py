@@ -90,7 +90,8 @@ class ClipCov(Algorithm):
             survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
             whatever weights it has, "online".
-        proxy_lr: learning rate of an online proxy.
+        proxy_lr: learning rate of an online proxy, in its first pass over the data (`dataset_size`); then it falls as
+            1 / passes.
         teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embedder: a number that names the columns' model, `identity.fingerprint` of it; a checkpoint of columns of
@@ -118,6 +119,7 @@ class ClipCov(Algorithm):
         dataset_size: samples of the data set, which the pools' `id` number from 0, so that it can be counted how often
             each was trained on (`repeats`), a byte each; None asks the loader's data set (`num_samples`, or its
             length), and where that has none, ranks' data sets differ in it, or pools have no `id`, nothing is counted.
+            It also tells an online proxy how long a pass is.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 
@@ -208,7 +210,7 @@ class ClipCov(Algorithm):
         self.max_invalid_ratio = max_invalid_ratio
         if not (dataset_size is None or (isinstance(dataset_size, int) and dataset_size >= 0)):
             raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known, or None")
-        self.dataset_size, self._asks_size = dataset_size or 0, dataset_size is None
+        self.dataset_size, self._given_size = dataset_size or 0, dataset_size
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | OnlineProxy | None = None
         """The embedder, if it is in training; its state is in checkpoints. An online proxy's is that of a step before
@@ -403,11 +405,13 @@ class ClipCov(Algorithm):
                 f"{scored_at[0] or 'the size trained on'}; set stream.deferred as it was, or begin anew"
             )
         self._scored_at = scored_at
-        own = size_of(getattr(state.dataloader, "dataset", None)) if self._asks_size else self.dataset_size
+        given = self._given_size
+        own = size_of(getattr(state.dataloader, "dataset", None)) if given is None else given
         sizes = on_every_rank(own, state)
-        if len(set(sizes)) > 1 and not self._asks_size:
+        if len(set(sizes)) > 1 and given is not None:
             raise ValueError(f"dataset_size must be the same on all ranks, not {sizes}")
-        self.dataset_size = own if len(set(sizes)) == 1 else 0  # their ids are not those of one data set
+        one_data_set = len(set(sizes)) == 1  # else their ids are not those of one
+        self.dataset_size = own if one_data_set else 0
         if plain(self.function) is not clipcov:
             self.dataset_size = 0  # rivals do not count
         self._checked = False
@@ -444,6 +448,9 @@ class ClipCov(Algorithm):
             state.device.module_to_device(self.proxy)
             if self.embed == "online" and self.teacher is None:
                 self.teacher = OnlineProxy(self.proxy, self.proxy_lr, self.teacher_momentum)
+        if isinstance(self.teacher, OnlineProxy):
+            # Where each rank has a data set of its own, a pass is one over all of them.
+            self.teacher.dataset_size = own if one_data_set else sum(sizes) * all(sizes)
         if self.teacher is not None and self._pending.get("teacher"):
             self.teacher.load_state_dict(self._pending.pop("teacher"))
 

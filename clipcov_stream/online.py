@@ -44,8 +44,9 @@ LARGEST_NORM = 1.0
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "of small images"
-"""In a state: what its proxy learned from, and that it did so in proportion to pairs' chance to match."""
+VERSION = "less with every pass"
+"""In a state: how its proxy learned, which is from small images, in proportion to pairs' chance to match, and at a rate
+that falls with the passes."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
@@ -98,17 +99,23 @@ class OnlineProxy:
     each pair's terms weighted (`learning_weights`). Over ranks gradients are averaged, as DistributedDataParallel does,
     while each part's negatives are its rank's own. Its weights are the same on all ranks.
 
+    In the first pass over the data it judges every pair before it has learned from it. From then on the rate falls as
+    1 / passes, so that n passes teach no more than 1 + log(n) at the full rate would. Without that it learns captions
+    by heart, and after some tens of passes takes a third of the mismatched pairs for matches (measured in
+    tools/LOG.md).
+
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
             parameters are trained in place.
-        lr: of AdamW, after WARMUP updates.
+        lr: of AdamW, after WARMUP updates and in the first pass.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
+        dataset_size: samples of a pass, of all ranks; 0 if it is not known: then the rate does not fall.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks a sum over them per update (by gloo two), and one per pool.
     """
 
-    def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
+    def __init__(self, proxy: nn.Module, lr: float, momentum: float, dataset_size: int = 0) -> None:
         # On a CPU convolutions take three quarters of the time in this layout; it changes nothing for other layers.
         for tensor in (*proxy.parameters(), *proxy.buffers()):
             if tensor.ndim == 4:
@@ -117,7 +124,8 @@ class OnlineProxy:
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
-        self.lr, self.momentum, self.updates = lr, momentum, 0
+        self.lr, self.momentum, self.dataset_size = lr, momentum, dataset_size
+        self.updates, self.samples_streamed = 0, 0
         matrices = [p for p in proxy.parameters() if p.ndim >= 2]
         others = [p for p in proxy.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -147,6 +155,8 @@ class OnlineProxy:
             normalize: of images, before the proxy sees them; None: they are as it reads them.
             group: of processes, as for `ranks.sum_over_ranks`.
         """
+        rate = self._rate()
+        self.samples_streamed += len(valid) * dist.get_world_size()
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
             index = part[valid[part]]
@@ -157,8 +167,13 @@ class OnlineProxy:
                 tokens = text[index.to(text.device)].to(image.device)
                 own_weights = weights.index_select(0, index.to(weights.device))
                 self._loss(pixels, tokens, own_weights, precision).backward()
-            self._update(group)
+            self._update(rate, group)
         self._share_buffers(group)
+
+    def _rate(self) -> float:
+        """Of learning, but for the warm-up: `lr` in the first pass over the data, then as 1 / passes."""
+        passes = self.samples_streamed / self.dataset_size if self.dataset_size else 0.0
+        return self.lr / max(1.0, passes)
 
     def _loss(
         self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]
@@ -175,7 +190,7 @@ class OnlineProxy:
             both = (F.cross_entropy(table, own, reduction="none") for table in (logits, logits.T))
             return (weights * sum(both)).mean() / 2
 
-    def _update(self, group: Group = None) -> None:
+    def _update(self, rate: float, group: Group = None) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
         self.updates += 1
         for parameter in self.trained.parameters():
@@ -188,7 +203,7 @@ class OnlineProxy:
         self.optimizer.grad_scale = (norm / LARGEST_NORM).clamp_min(1.0)  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
         for of_optimizer in self.optimizer.param_groups:
-            of_optimizer["lr"] = self.lr * min(1.0, self.updates / WARMUP)
+            of_optimizer["lr"] = rate * min(1.0, self.updates / WARMUP)
         self.optimizer.step()
         self._follow()
 
@@ -220,8 +235,9 @@ class OnlineProxy:
             mine.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of weights, moving average, moments and number of updates, by name."""
-        state = {"updates": torch.tensor(self.updates), VERSION: torch.tensor(True)}
+        """Copies of weights, moving average, moments and numbers of updates and of candidates, by name."""
+        counts = {"updates": self.updates, "samples_streamed": self.samples_streamed, VERSION: True}
+        state = {name: torch.tensor(count) for name, count in counts.items()}
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
@@ -233,11 +249,11 @@ class OnlineProxy:
         """Raises ValueError for the state of an older version's online proxy, which learned otherwise."""
         if VERSION not in state:
             raise ValueError(
-                "the checkpoint's online proxy is of an older version, which learned from all candidates alike, or "
-                "from crops of full-size images; this one does not. Take the model's weights alone: load_path=... and "
-                "load_weights_only=true"
+                "the checkpoint's online proxy is of an older version, which learned from all candidates alike, from "
+                "crops of full-size images, or from every pass as much; this one does not. Take the model's weights "
+                "alone: load_path=... and load_weights_only=true"
             )
-        self.updates = int(state["updates"])
+        self.updates, self.samples_streamed = int(state["updates"]), int(state["samples_streamed"])
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)

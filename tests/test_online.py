@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcov_stream import ClipCov
+from clipcov_stream.batch import size_of
 from clipcov_stream.build import build_proxy
 from clipcov_stream.config import ProxyConfig
 from clipcov_stream.embed import Proxy
@@ -91,11 +92,12 @@ def online_recipe(corpus: Path, **sections: Any) -> dict[str, Any]:
 
 
 def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
-    """Against a loop of torch's own parts, over two pools in parts of 16, one of them short, samples left out."""
+    """Against a loop of torch's own parts, over two pools in parts of 16, one of them short, samples left out; a pass
+    over the data is 25 samples, so that the second pool comes after 1.6 passes."""
     image, text, valid = drawn_pool()
     valid[[3, 20]] = False
     weights = torch.rand(40, generator=torch.Generator().manual_seed(1)) * 2
-    online, model = OnlineProxy(Linear(), lr=1e-2, momentum=0.9), Linear()
+    online, model = OnlineProxy(Linear(), lr=1e-2, momentum=0.9, dataset_size=25), Linear()
     optimizer = torch.optim.AdamW(
         [
             {"params": [model.image.weight, model.text.weight], "weight_decay": WEIGHT_DECAY},
@@ -115,7 +117,7 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * update / WARMUP
+            group["lr"] = 1e-2 * update / WARMUP / (1 if update <= 3 else 1.6)
         optimizer.step()
         momentum = min(0.9, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
@@ -125,6 +127,27 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
     for name, value in model.state_dict().items():
         torch.testing.assert_close(online.trained.state_dict()[name], value)
         torch.testing.assert_close(online.model.state_dict()[name], average[name])
+
+
+def test_passes_teach_less_and_less_and_by_their_number_alone() -> None:
+    """Restored midway, or with pools of another size, the rate is what it was; without a size it does not fall."""
+    image, text, valid = drawn_pool()
+    rates: dict[str, list[float]] = {}
+    for name, dataset_size, pool in (("whole", 80, 40), ("halves", 80, 20), ("not known", 0, 40)):
+        online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9, dataset_size=dataset_size)
+        online.updates = WARMUP
+        rates[name] = []
+        for _ in range(10):  # of 40 candidates each: five passes
+            for rows in torch.arange(40).split(pool):
+                online.learn(image[rows], text[rows], valid[rows], EQUAL[rows], pool, nullcontext)
+            rates[name].append(online.optimizer.param_groups[0]["lr"])
+            again = OnlineProxy(Linear(), lr=1e-2, momentum=0.9, dataset_size=dataset_size)
+            again.load_state_dict(online.state_dict())
+            online = again
+    whole = [1e-2 / max(1.0, pools / 2) for pools in range(10)]
+    assert rates["whole"] == pytest.approx(whole)
+    assert rates["halves"] == pytest.approx([1e-2 / max(1.0, (pools + 0.5) / 2) for pools in range(10)])
+    assert rates["not known"] == [1e-2] * 10
 
 
 def matched_pool(share: float, apart: float, size: int = 400, seed: int = 0) -> tuple[Pool, Tensor]:
@@ -271,6 +294,7 @@ def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, co
     online = clipcov.teacher
     assert isinstance(online, OnlineProxy)
     assert online.updates == 6 * 4  # the warm-up's pools too, in parts of 8 of 32
+    assert online.samples_streamed == 6 * 32 and online.dataset_size == size_of(trainer.state.dataloader.dataset) > 0
     assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 8
     assert clipcov.settings.half_life == 20 * 32
     assert len(values(memory, "selection/embed_ms")) == 6  # it judges what it is to learn from in the warm-up too
@@ -316,6 +340,7 @@ def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path) -> None:
     ranks = run_ranks(tmp_path / "two", path, 2)
     assert_same(ranks[0]["algorithm"]["teacher"], ranks[1]["algorithm"]["teacher"])
     assert int(ranks[0]["algorithm"]["teacher"]["updates"]) == 6 * 4
+    assert int(ranks[0]["algorithm"]["teacher"]["samples_streamed"]) == 6 * 32  # over both ranks
     assert_same(ranks[0]["model"], ranks[1]["model"])
 
 
