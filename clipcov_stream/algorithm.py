@@ -90,8 +90,8 @@ class ClipCov(Algorithm):
             survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
             whatever weights it has, "online".
-        proxy_lr: learning rate of an online proxy, in its first pass over the data (`dataset_size`); then it falls as
-            1 / passes.
+        proxy_lr: learning rate of an online proxy, in its first four passes over the data (`dataset_size`); then it
+            falls as 1 / passes^2.
         teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embedder: a number that names the columns' model, `identity.fingerprint` of it; a checkpoint of columns of

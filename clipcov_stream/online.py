@@ -2,8 +2,8 @@
 
 The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
 is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
-forward pass of the learner over the pool. From a pair it learns as much as the pair is likely to match, by its own
-moving average's judgement before it saw the pair.
+forward pass of the learner over the pool. From a pair it learns the more the likelier the pair is to match, by its own
+moving average's judgement before it learned from it, and the more sharply the more it knows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from clipcov_stream.collectives import summed
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import Group, sum_over_ranks
+from clipcov_stream.start import LIKELY
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,12 +42,18 @@ LARGEST_LOG_SCALE = math.log(100)
 LARGEST_NORM = 1.0
 """Of an update's gradient."""
 
+FULL_PASSES = 4
+"""Passes over the data that it learns from at the full rate: the first four are nearly as good as new data (Muennighoff
+et al., NeurIPS 2023)."""
+
+SHARPER = 2
+"""What the power of `learning_weights` gains while an online proxy comes to tell all matching pairs from chance."""
+
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "less with every pass"
-"""In a state: how its proxy learned, which is from small images, in proportion to pairs' chance to match, and at a rate
-that falls with the passes."""
+VERSION = "sharply, and fewer passes"
+"""In a state: how its proxy learned, which is also from small images."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
@@ -70,13 +77,16 @@ def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
 
 
 def learning_weights(pool: Pool, references: int) -> Float[Tensor, " pool"]:
-    """How much an online proxy learns from each pair: its chance to match (`evidence.Matching.posterior`), scaled to 1
-    in the mean of the valid ones, 0 for the others.
+    """How much an online proxy learns from each pair: p^(1 + SHARPER t), scaled to 1 in the mean of the valid ones, 0
+    for the others. p is the pair's chance to match (`evidence.Matching.posterior`), t the share of the matching pairs
+    that the proxy tells from chance (`evidence.Matching.told`).
 
     What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
     are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
     of them much the same weight, while one that kept to what it takes for matches would stay with the few that it began
-    with (measured in tools/LOG.md).
+    with. One that knows much has to tell more sharply: it still takes some mismatched pairs for matches, learns a
+    little of them with every pass over the data, takes more of them for matches then, and in some tens of passes has
+    many by heart (both measured in tools/LOG.md).
 
     Args:
         pool: as the embedder sees it, before it learns from it.
@@ -87,7 +97,8 @@ def learning_weights(pool: Pool, references: int) -> Float[Tensor, " pool"]:
     with torch.autocast(pool.image.device.type, enabled=False):
         pool = prepared(pool)
         valid = valid_of(pool)
-        chance = matching(pool, references).posterior(valid)
+        match = matching(pool, references)
+        chance = match.posterior(valid).pow(1 + SHARPER * match.told(valid, LIKELY).clamp_max(1.0))
         return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
 
 
@@ -99,15 +110,13 @@ class OnlineProxy:
     each pair's terms weighted (`learning_weights`). Over ranks gradients are averaged, as DistributedDataParallel does,
     while each part's negatives are its rank's own. Its weights are the same on all ranks.
 
-    In the first pass over the data it judges every pair before it has learned from it. From then on the rate falls as
-    1 / passes, so that n passes teach no more than 1 + log(n) at the full rate would. Without that it learns captions
-    by heart, and after some tens of passes takes a third of the mismatched pairs for matches (measured in
-    tools/LOG.md).
+    After FULL_PASSES over the data the rate falls as 1 / passes^2, so that however many there are, they teach no more
+    than twice as many at the full rate would: what it learns by heart it takes for a match (`learning_weights`).
 
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
             parameters are trained in place.
-        lr: of AdamW, after WARMUP updates and in the first pass.
+        lr: of AdamW, after WARMUP updates and in the first FULL_PASSES.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
         dataset_size: samples of a pass, of all ranks; 0 if it is not known: then the rate does not fall.
 
@@ -171,9 +180,9 @@ class OnlineProxy:
         self._share_buffers(group)
 
     def _rate(self) -> float:
-        """Of learning, but for the warm-up: `lr` in the first pass over the data, then as 1 / passes."""
+        """Of learning, but for the warm-up."""
         passes = self.samples_streamed / self.dataset_size if self.dataset_size else 0.0
-        return self.lr / max(1.0, passes)
+        return self.lr * (FULL_PASSES / max(FULL_PASSES, passes)) ** 2
 
     def _loss(
         self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]
@@ -249,9 +258,9 @@ class OnlineProxy:
         """Raises ValueError for the state of an older version's online proxy, which learned otherwise."""
         if VERSION not in state:
             raise ValueError(
-                "the checkpoint's online proxy is of an older version, which learned from all candidates alike, from "
-                "crops of full-size images, or from every pass as much; this one does not. Take the model's weights "
-                "alone: load_path=... and load_weights_only=true"
+                "the checkpoint's online proxy is of an older version, which learned from other images of the "
+                "candidates, weighted them otherwise, or learned from every pass as much; this one does not. Take the "
+                "model's weights alone: load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed = int(state["updates"]), int(state["samples_streamed"])
         for kind, model in (("trained", self.trained), ("average", self.model)):
