@@ -3,7 +3,7 @@
 The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
 is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
 forward pass of the learner over the pool. From a pair it learns the more the likelier the pair is to match, by its own
-moving average's judgement before it learned from it, and the more sharply the more it knows.
+moving average's judgement before it learns from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from clipcov_stream.collectives import summed
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import Group, sum_over_ranks
-from clipcov_stream.start import LIKELY
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,13 +45,13 @@ FULL_PASSES = 4
 """Passes over the data that it learns from at the full rate: the first four are nearly as good as new data (Muennighoff
 et al., NeurIPS 2023)."""
 
-SHARPER = 2
-"""What the power of `learning_weights` gains while an online proxy comes to tell all matching pairs from chance."""
+SHARPEST = 3.0
+"""Largest power of `learning_weights`."""
 
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "sharply, and fewer passes"
+VERSION = "by passes"
 """In a state: how its proxy learned, which is also from small images."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -76,29 +75,30 @@ def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
     }
 
 
-def learning_weights(pool: Pool, references: int) -> Float[Tensor, " pool"]:
-    """How much an online proxy learns from each pair: p^(1 + SHARPER t), scaled to 1 in the mean of the valid ones, 0
-    for the others. p is the pair's chance to match (`evidence.Matching.posterior`), t the share of the matching pairs
-    that the proxy tells from chance (`evidence.Matching.told`).
+def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[Tensor, " pool"]:
+    """How much an online proxy learns from each pair: p, p^2, p^3 in the first, second and later passes over the data,
+    scaled to 1 in the mean of the valid ones, 0 for the others. p is the pair's chance to match
+    (`evidence.Matching.posterior`).
 
     What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
     are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
     of them much the same weight, while one that kept to what it takes for matches would stay with the few that it began
-    with. One that knows much has to tell more sharply: it still takes some mismatched pairs for matches, learns a
-    little of them with every pass over the data, takes more of them for matches then, and in some tens of passes has
-    many by heart (both measured in tools/LOG.md).
+    with. In the first pass every pair is judged before it was learned from. Later the proxy has seen them: of a
+    mismatched pair that it took for a match it has learned something, takes it for one the sooner, and in some tens of
+    passes has many by heart. So doubt weighs more then (all measured in tools/LOG.md).
 
     Args:
         pool: as the embedder sees it, before it learns from it.
         references: as `objective.Settings`'.
+        passes: over the data, before this pool (`OnlineProxy.passes`). The power goes from 1 at one pass to SHARPEST at
+            as many, by their fractions too.
 
     Costs: as `evidence.matching`.
     """
     with torch.autocast(pool.image.device.type, enabled=False):
         pool = prepared(pool)
         valid = valid_of(pool)
-        match = matching(pool, references)
-        chance = match.posterior(valid).pow(1 + SHARPER * match.told(valid, LIKELY).clamp_max(1.0))
+        chance = matching(pool, references).posterior(valid).pow(min(max(passes, 1.0), SHARPEST))
         return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
 
 
@@ -164,7 +164,7 @@ class OnlineProxy:
             normalize: of images, before the proxy sees them; None: they are as it reads them.
             group: of processes, as for `ranks.sum_over_ranks`.
         """
-        rate = self._rate()
+        rate = self.lr * (FULL_PASSES / max(FULL_PASSES, self.passes)) ** 2
         self.samples_streamed += len(valid) * dist.get_world_size()
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
@@ -179,10 +179,10 @@ class OnlineProxy:
             self._update(rate, group)
         self._share_buffers(group)
 
-    def _rate(self) -> float:
-        """Of learning, but for the warm-up."""
-        passes = self.samples_streamed / self.dataset_size if self.dataset_size else 0.0
-        return self.lr * (FULL_PASSES / max(FULL_PASSES, passes)) ** 2
+    @property
+    def passes(self) -> float:
+        """Over the data, so far; 0 where their size is not known."""
+        return self.samples_streamed / self.dataset_size if self.dataset_size else 0.0
 
     def _loss(
         self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]

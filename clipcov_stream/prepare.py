@@ -352,7 +352,7 @@ class Preparation:
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
-        weights = learning_weights(pool, self.settings.references)
+        weights = learning_weights(pool, self.settings.references, online.passes)
         precision = nullcontext if half else self._precision
         online.learn(image, text, valid.cpu(), weights, rows, precision, normalize, self.group)
 
