@@ -90,8 +90,7 @@ class ClipCov(Algorithm):
             survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
             whatever weights it has, "online".
-        proxy_lr: learning rate of an online proxy, in its first four passes over the data (`dataset_size`); then it
-            falls as 1 / passes^2.
+        proxy_lr: learning rate of an online proxy.
         teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
         embedder: a number that names the columns' model, `identity.fingerprint` of it; a checkpoint of columns of
@@ -119,7 +118,7 @@ class ClipCov(Algorithm):
         dataset_size: samples of the data set, which the pools' `id` number from 0, so that it can be counted how often
             each was trained on (`repeats`), a byte each; None asks the loader's data set (`num_samples`, or its
             length), and where that has none, ranks' data sets differ in it, or pools have no `id`, nothing is counted.
-            It also tells an online proxy how long a pass is.
+            It also tells an online proxy how long a pass is (`online.learning_weights`).
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 

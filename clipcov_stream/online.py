@@ -41,17 +41,13 @@ LARGEST_LOG_SCALE = math.log(100)
 LARGEST_NORM = 1.0
 """Of an update's gradient."""
 
-FULL_PASSES = 4
-"""Passes over the data that it learns from at the full rate: the first four are nearly as good as new data (Muennighoff
-et al., NeurIPS 2023)."""
-
 SHARPEST = 3.0
 """Largest power of `learning_weights`."""
 
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "by passes"
+VERSION = "the more sharply, the more passes"
 """In a state: how its proxy learned, which is also from small images."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -110,15 +106,12 @@ class OnlineProxy:
     each pair's terms weighted (`learning_weights`). Over ranks gradients are averaged, as DistributedDataParallel does,
     while each part's negatives are its rank's own. Its weights are the same on all ranks.
 
-    After FULL_PASSES over the data the rate falls as 1 / passes^2, so that however many there are, they teach no more
-    than twice as many at the full rate would: what it learns by heart it takes for a match (`learning_weights`).
-
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
             parameters are trained in place.
-        lr: of AdamW, after WARMUP updates and in the first FULL_PASSES.
+        lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
-        dataset_size: samples of a pass, of all ranks; 0 if it is not known: then the rate does not fall.
+        dataset_size: samples of a pass, of all ranks; 0 if it is not known: then none counts as the second.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks a sum over them per update (by gloo two), and one per pool.
@@ -164,7 +157,6 @@ class OnlineProxy:
             normalize: of images, before the proxy sees them; None: they are as it reads them.
             group: of processes, as for `ranks.sum_over_ranks`.
         """
-        rate = self.lr * (FULL_PASSES / max(FULL_PASSES, self.passes)) ** 2
         self.samples_streamed += len(valid) * dist.get_world_size()
         for part in torch.arange(len(valid)).split(rows):
             # Every rank makes as many updates, whatever it has to leave out.
@@ -176,7 +168,7 @@ class OnlineProxy:
                 tokens = text[index.to(text.device)].to(image.device)
                 own_weights = weights.index_select(0, index.to(weights.device))
                 self._loss(pixels, tokens, own_weights, precision).backward()
-            self._update(rate, group)
+            self._update(group)
         self._share_buffers(group)
 
     @property
@@ -199,7 +191,7 @@ class OnlineProxy:
             both = (F.cross_entropy(table, own, reduction="none") for table in (logits, logits.T))
             return (weights * sum(both)).mean() / 2
 
-    def _update(self, rate: float, group: Group = None) -> None:
+    def _update(self, group: Group = None) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
         self.updates += 1
         for parameter in self.trained.parameters():
@@ -212,7 +204,7 @@ class OnlineProxy:
         self.optimizer.grad_scale = (norm / LARGEST_NORM).clamp_min(1.0)  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
         for of_optimizer in self.optimizer.param_groups:
-            of_optimizer["lr"] = rate * min(1.0, self.updates / WARMUP)
+            of_optimizer["lr"] = self.lr * min(1.0, self.updates / WARMUP)
         self.optimizer.step()
         self._follow()
 
@@ -259,8 +251,8 @@ class OnlineProxy:
         if VERSION not in state:
             raise ValueError(
                 "the checkpoint's online proxy is of an older version, which learned from other images of the "
-                "candidates, weighted them otherwise, or learned from every pass as much; this one does not. Take the "
-                "model's weights alone: load_path=... and load_weights_only=true"
+                "candidates, or weighted them otherwise; this one does not. Take the model's weights alone: "
+                "load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed = int(state["updates"]), int(state["samples_streamed"])
         for kind, model in (("trained", self.trained), ("average", self.model)):
