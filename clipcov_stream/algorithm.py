@@ -118,7 +118,9 @@ class ClipCov(Algorithm):
         dataset_size: samples of the data set, which the pools' `id` number from 0, so that it can be counted how often
             each was trained on (`repeats`), a byte each; None asks the loader's data set (`num_samples`, or its
             length), and where that has none, ranks' data sets differ in it, or pools have no `id`, nothing is counted.
-            It also tells an online proxy how long a pass is (`online.learning_weights`).
+            An online proxy takes it for the length of a pass (`online.learning_weights`), with or without `id`; of
+            ranks' data sets that differ in it the sum. Where all ranks have data sets of their own and of one size,
+            give it their sum.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
             mask, `valid` are read where they exist; see `Pool`.
 
@@ -447,11 +449,11 @@ class ClipCov(Algorithm):
             state.device.module_to_device(self.proxy)
             if self.embed == "online" and self.teacher is None:
                 self.teacher = OnlineProxy(self.proxy, self.proxy_lr, self.teacher_momentum)
-        if isinstance(self.teacher, OnlineProxy):
-            # Where each rank has a data set of its own, a pass is one over all of them.
-            self.teacher.dataset_size = own if one_data_set else sum(sizes) * all(sizes)
         if self.teacher is not None and self._pending.get("teacher"):
             self.teacher.load_state_dict(self._pending.pop("teacher"))
+        if isinstance(self.teacher, OnlineProxy):
+            # Ranks with data sets of different sizes have one each, and a pass is one over all of them.
+            self.teacher.begin(own if one_data_set else sum(sizes) if all(sizes) else 0)
 
     def _start_ahead(self, state: State) -> None:
         """Have the loader run ahead, or not."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 
 NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
@@ -116,9 +116,13 @@ def normalizing(loader: Any, image: Any) -> Normalize | None:
 
 
 def size_of(dataset: Any) -> int:
-    """Samples of a data set, which their ids number from 0; 0 if it does not say."""
+    """Samples of a data set, which their ids number from 0; 0 if it does not say.
+
+    What is read in order says so as `num_samples`, as a StreamingDataset does: its length is one rank's, of one epoch,
+    or a number of batches.
+    """
     try:
-        # Of a StreamingDataset the length is one rank's, of one epoch.
-        return int(getattr(dataset, "num_samples", None) or len(dataset))
+        of_all = getattr(dataset, "num_samples", None)
+        return int(of_all or (0 if isinstance(dataset, IterableDataset) else len(dataset)))
     except Exception:  # whatever a stranger's __len__ raises, it does not say
         return 0

@@ -2,8 +2,8 @@
 
 The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
 is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
-forward pass of the learner over the pool. From a pair it learns the more the likelier the pair is to match, by its own
-moving average's judgement before it learns from it.
+forward pass of the learner over the pool. From a pair it learns the more, the likelier the pair is to match, as its
+moving average judges before the update.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ LARGE = 1 << 18
 VERSION = "the more sharply, the more passes"
 """In a state: how its proxy learned, which is also from small images."""
 
+COUNTS = ("updates", "samples_streamed", "dataset_size")
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
 
@@ -72,9 +74,9 @@ def default_towers(image_size: int, context_length: int) -> dict[str, Any]:
 
 
 def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[Tensor, " pool"]:
-    """How much an online proxy learns from each pair: p, p^2, p^3 in the first, second and later passes over the data,
-    scaled to 1 in the mean of the valid ones, 0 for the others. p is the pair's chance to match
-    (`evidence.Matching.posterior`).
+    """How much an online proxy learns from each pair: p, its chance to match (`evidence.Matching.posterior`), in the
+    first pass over the data; p to a power that rises evenly over the second and third to SHARPEST, and stays there.
+    Scaled to 1 in the mean of the valid pairs, 0 for the others.
 
     What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
     are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
@@ -86,8 +88,7 @@ def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[
     Args:
         pool: as the embedder sees it, before it learns from it.
         references: as `objective.Settings`'.
-        passes: over the data, before this pool (`OnlineProxy.passes`). The power goes from 1 at one pass to SHARPEST at
-            as many, by their fractions too.
+        passes: over the data, complete before this pool, with their fraction (`OnlineProxy.passes`).
 
     Costs: as `evidence.matching`.
     """
@@ -111,7 +112,7 @@ class OnlineProxy:
             parameters are trained in place.
         lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
-        dataset_size: samples of a pass, of all ranks; 0 if it is not known: then none counts as the second.
+        dataset_size: samples of a pass, of all ranks; 0 if not known: all passes count as the first.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks a sum over them per update (by gloo two), and one per pool.
@@ -171,6 +172,11 @@ class OnlineProxy:
             self._update(group)
         self._share_buffers(group)
 
+    def begin(self, dataset_size: int) -> None:
+        """Train on a data set of so many samples; one of another size than before begins its first pass."""
+        if dataset_size != self.dataset_size:
+            self.dataset_size, self.samples_streamed = dataset_size, 0
+
     @property
     def passes(self) -> float:
         """Over the data, so far; 0 where their size is not known."""
@@ -227,7 +233,7 @@ class OnlineProxy:
         for mine, theirs in found:
             theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
         if found and dist.get_world_size() > 1:
-            # Nothing of the other ranks', and not by a product: masks of attention are buffers too, and have -inf.
+            # The other ranks add zeros, not products with 0: masks of attention are buffers too, and have -inf.
             own = [torch.zeros_like(theirs) if dist.get_global_rank() else theirs for _, theirs in found]
             of_first = summed(own, functools.partial(sum_over_ranks, group=group))
             for (_, theirs), value in zip(found, of_first, strict=True):
@@ -236,8 +242,8 @@ class OnlineProxy:
             mine.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of weights, moving average, moments and numbers of updates and of candidates, by name."""
-        counts = {"updates": self.updates, "samples_streamed": self.samples_streamed, VERSION: True}
+        """Copies of weights, moving average, moments and COUNTS, by name."""
+        counts = {name: getattr(self, name) for name in COUNTS} | {VERSION: True}
         state = {name: torch.tensor(count) for name, count in counts.items()}
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
@@ -251,10 +257,10 @@ class OnlineProxy:
         if VERSION not in state:
             raise ValueError(
                 "the checkpoint's online proxy is of an older version, which learned from other images of the "
-                "candidates, or weighted them otherwise; this one does not. Take the model's weights alone: "
+                "candidates, or weighted them otherwise, and cannot be gone on with. Take the model's weights alone: "
                 "load_path=... and load_weights_only=true"
             )
-        self.updates, self.samples_streamed = int(state["updates"]), int(state["samples_streamed"])
+        self.updates, self.samples_streamed, self.dataset_size = (int(state[name]) for name in COUNTS)
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)
@@ -282,7 +288,7 @@ def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tenso
     rows = {id(table): part.nonzero().squeeze(1) for table, part in zip(tables, read, strict=True)}
     sent = [tensor[rows[id(tensor)]] if id(tensor) in rows else tensor for tensor in tensors]
     for tensor, total in zip(tensors, summed(sent, all_reduce), strict=True):
-        mean = total / dist.get_world_size()
+        mean = total.div_(dist.get_world_size())
         if id(tensor) in rows:
             tensor.index_copy_(0, rows[id(tensor)], mean)
         else:

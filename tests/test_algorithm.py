@@ -147,7 +147,11 @@ def test_the_size_of_a_data_set_is_what_it_says() -> None:
         def __iter__(self) -> Iterator[int]:
             return iter(())
 
-    assert [size_of(of) for of in (Streamed(), [1, 2], Endless(), None)] == [9, 2, 0, 0]
+    class Batches(Endless):
+        def __len__(self) -> int:
+            return 3
+
+    assert [size_of(of) for of in (Streamed(), [1, 2], Endless(), Batches(), None)] == [9, 2, 0, 0, 0]
 
 
 def test_patches_of_a_tower_without_any_cannot_be_left_out(tmp_path: Path, corpus: Path) -> None:

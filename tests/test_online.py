@@ -131,14 +131,19 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
 
 def test_passes_are_counted_in_candidates_and_go_on_where_they_were() -> None:
     image, text, valid = drawn_pool()
-    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9, dataset_size=80)
+    online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    online.begin(80)
     for size in (40, 20, 30):
         online.learn(image[:size], text[:size], valid[:size], EQUAL[:size], 16, nullcontext)
-    restored = OnlineProxy(Linear(), lr=1e-2, momentum=0.9, dataset_size=80)
+    restored = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     restored.load_state_dict(online.state_dict())
-    unknown = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
-    unknown.load_state_dict(online.state_dict())
-    assert (online.passes, restored.passes, unknown.passes) == (90 / 80, 90 / 80, 0.0)
+    restored.begin(80)  # the same data: it goes on
+    assert online.passes == restored.passes == 90 / 80
+    for other in (100, 0):  # others, or not known: of those it has seen nothing
+        restored.load_state_dict(online.state_dict())
+        restored.begin(other)
+        restored.learn(image, text, valid, EQUAL, 16, nullcontext)
+        assert restored.passes == (0.4 if other else 0.0)
 
 
 def matched_pool(share: float, apart: float, size: int = 400, seed: int = 0) -> tuple[Pool, Tensor]:
@@ -205,14 +210,14 @@ def test_many_passes_do_not_teach_it_mismatched_pairs_by_heart() -> None:
     """They do if it learns from all of them in plain proportion to the pairs' chance to match."""
     plainly, ours = told_apart(1.0, 20), told_apart(SHARPEST, 20)
     assert plainly[0] == ours[0] < 0.8 and max(plainly) > 0.94
-    assert plainly[-1] < 0.86 and ours[-1] > 0.92
+    assert sum(ours[-5:]) / 5 > sum(plainly[-5:]) / 5 + 0.05
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_embedder_that_knows_nothing_yet_learns_from_nearly_all(seed: int) -> None:
     pool, _ = matched_pool(0.6, 100.0, seed=seed)
     weights = learning_weights(pool, 256)
-    assert weights.quantile(0.05) > 0.3 and weights.quantile(0.95) < 3.5
+    assert weights.quantile(0.05) > 0.35 and weights.quantile(0.95) < 3
 
 
 def test_what_is_not_valid_or_not_finite_has_no_weight_and_does_not_count() -> None:
@@ -351,16 +356,55 @@ def test_a_recipe_needs_no_proxy_section(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path) -> None:
+    """In the second pass over the data, of six steps each."""
     tree = online_recipe(corpus, save_folder=str(tmp_path / "saved"), save_interval="2ba", autoresume=True)
-    tree["run_name"] = "online"
+    tree |= {"run_name": "online", "max_duration": "11ba"}
     straight = run(tmp_path / "straight", {**tree, "save_folder": str(tmp_path / "other")})
     trainer, _, _ = trainer_of(tmp_path / "first", tree)
-    trainer.state.callbacks.append(Interrupt(4))
+    trainer.state.callbacks.append(Interrupt(8))
     with pytest.raises(InterruptedError):
         trainer.fit()
     trainer.close()
     resumed = run(tmp_path / "second", tree)
-    assert_same_run(resumed, straight, skipped=4)
+    assert_same_run(resumed, straight, skipped=8)
+    online = algorithm_of(resumed[0]).teacher
+    assert isinstance(online, OnlineProxy) and 1 < online.passes < 3
+
+
+def test_it_knows_how_long_a_pass_is_whoever_selects(tmp_path: Path, corpus: Path) -> None:
+    tree = online_recipe(corpus, selection={"selector": "neg_clip_loss", "warmup": "1ba"}, max_duration="2ba")
+    trainer, _, _ = run(tmp_path, tree)
+    clipcov = algorithm_of(trainer)
+    online = clipcov.teacher
+    assert isinstance(online, OnlineProxy)
+    assert clipcov.dataset_size == 0 and online.dataset_size == size_of(trainer.state.dataloader.dataset) > 0
+
+
+OF_THEIR_OWN = """
+import sys
+from pathlib import Path
+from composer.utils import dist
+from clipcov_stream import algorithm
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+trainer = build_trainer(load_config(sys.argv[1]))
+own = [int(size) for size in sys.argv[2].split(",")]
+algorithm.size_of = lambda dataset: own[dist.get_global_rank()]
+trainer.fit()
+clipcov = next(of for of in trainer.state.algorithms if isinstance(of, algorithm.ClipCov))
+print("passes of", clipcov.teacher.dataset_size, "and ids below", clipcov.dataset_size)
+trainer.close()
+leave_group()
+"""
+
+
+@pytest.mark.parametrize(("sizes", "known"), [("64,32", 96), ("64,0", 0)])
+def test_a_pass_is_one_over_all_ranks_data_sets(tmp_path: Path, corpus: Path, sizes: str, known: int) -> None:
+    script = tmp_path / "sizes.py"
+    script.write_text(OF_THEIR_OWN, encoding="utf-8")
+    path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus, max_duration="1ba"))
+    said = launch([*composer(), "-n", "2", str(script), str(path), sizes])
+    assert f"passes of {known} and ids below 0" in said
 
 
 def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: Path) -> None:
@@ -401,7 +445,7 @@ def gradients(rank):
         table[7, 3] = torch.nan
     return [table, torch.randn(5, 4, generator=generator), other, torch.randn(6, generator=generator)]
 own, travelled = gradients(rank), []
-if sys.argv[1] == "dense":  # as by NCCL: no table is worth asking
+if sys.argv[1] == "dense":  # what NCCL gets; here no table is large enough to be asked
     online.LARGE = 1 << 60
 summed = online.sum_over_ranks
 online.sum_over_ranks = lambda tensor, group=None: travelled.append(tensor.numel()) or summed(tensor, group)
