@@ -45,7 +45,16 @@ from clipcov_stream.online import OnlineProxy
 from clipcov_stream.patches import towers_with_patches
 from clipcov_stream.pool import Pool, with_learner
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
-from clipcov_stream.ranks import SCOPES, Group, Shares, on_all_ranks, own_group, sum_over_ranks
+from clipcov_stream.ranks import (
+    SCOPES,
+    Group,
+    Shares,
+    on_all_ranks,
+    on_every_rank,
+    own_group,
+    share_buffers,
+    sum_over_ranks,
+)
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
@@ -406,13 +415,7 @@ class ClipCov(Algorithm):
                 f"{scored_at[0] or 'the size trained on'}; set stream.deferred as it was, or begin anew"
             )
         self._scored_at = scored_at
-        given = self._given_size
-        own = size_of(getattr(state.dataloader, "dataset", None)) if given is None else given
-        sizes = on_every_rank(own, state)
-        if len(set(sizes)) > 1 and given is not None:
-            raise ValueError(f"dataset_size must be the same on all ranks, not {sizes}")
-        one_data_set = len(set(sizes)) == 1  # else their ids are not those of one
-        self.dataset_size = own if one_data_set else 0
+        self.dataset_size, size_of_pass = self._sizes(state)
         if plain(self.function) is not clipcov:
             self.dataset_size = 0  # rivals do not count
         self._checked = False
@@ -452,8 +455,19 @@ class ClipCov(Algorithm):
         if self.teacher is not None and self._pending.get("teacher"):
             self.teacher.load_state_dict(self._pending.pop("teacher"))
         if isinstance(self.teacher, OnlineProxy):
-            # Ranks with data sets of different sizes have one each, and a pass is one over all of them.
-            self.teacher.begin(own if one_data_set else sum(sizes) if all(sizes) else 0)
+            self.teacher.begin(size_of_pass)
+
+    def _sizes(self, state: State) -> tuple[int, int]:
+        """Samples of the data set that ids number, and of a pass over all that ranks read; 0 for what is not known."""
+        given = self._given_size
+        own = size_of(getattr(state.dataloader, "dataset", None)) if given is None else given
+        sizes = on_every_rank(own, state.device)
+        if len(set(sizes)) == 1:
+            return own, own
+        if given is not None:
+            raise ValueError(f"dataset_size must be the same on all ranks, not {sizes}")
+        # Ranks with data sets of different sizes have one each, of ids of its own.
+        return 0, sum(sizes) if all(sizes) else 0
 
     def _start_ahead(self, state: State) -> None:
         """Have the loader run ahead, or not."""
@@ -668,22 +682,3 @@ class ClipCov(Algorithm):
                 f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
                 f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
             )
-
-
-def on_every_rank(number: int, state: State) -> list[int]:
-    """A number of every rank; each must ask."""
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    numbers[dist.get_global_rank()] = number
-    sum_over_ranks(numbers := state.device.tensor_to_device(numbers))
-    return numbers.tolist()
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers (batch norm's statistics differ by rank), so that all embed alike.
-
-    DistributedDataParallel would do the same at the start of the next step.
-    """
-    if dist.get_world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, 0)

@@ -14,8 +14,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from composer.devices import Device
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipcov_stream.pool import Pool
 
@@ -87,6 +88,25 @@ def sum_over_ranks(tensor: Tensor, group: Group = None) -> None:
     dist.all_reduce(moved, reduce_operation="SUM", group=group)
     if moved is not tensor:
         tensor.copy_(moved)
+
+
+def on_every_rank(number: int, device: Device) -> list[int]:
+    """A number of every rank; each must ask."""
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    numbers[dist.get_global_rank()] = number
+    sum_over_ranks(numbers := device.tensor_to_device(numbers))
+    return numbers.tolist()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers (batch norm's statistics differ by rank), so that all embed alike.
+
+    DistributedDataParallel would do the same at the start of the next step.
+    """
+    if dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
 
 
 def travelling(rows: Tensor) -> Tensor:
