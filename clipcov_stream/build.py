@@ -24,7 +24,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from clipcov_stream.ahead import ENOUGH
-from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.algorithm import ClipCov, follows_learner
 from clipcov_stream.batch import count_survivors
 from clipcov_stream.captions import first_of
 from clipcov_stream.config import (
@@ -41,6 +41,7 @@ from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, parameter_groups
 from clipcov_stream.online import default_towers
+from clipcov_stream.selection import resolve
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for
@@ -322,6 +323,8 @@ def build_selection(
     knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
     optional = given(config, *knobs, "teacher_momentum", "proxy_lr", *passes)
+    may_run_ahead = not follows_learner(config.embed, resolve(config.selector))
+    lag_delay = ENOUGH * may_run_ahead if config.lag_delay is None else config.lag_delay
     selection = ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,
@@ -334,12 +337,12 @@ def build_selection(
         logit_scale=100.0 if scale is None else scale,
         embedder=None if embedder is None else embedder["fingerprint"],
         run_ahead=config.run_ahead or 0,
-        lag_delay=config.lag_delay,
+        lag_delay=lag_delay,
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )
-    if config.run_ahead is None and not selection.follows_learner:
-        selection.run_ahead = min(config.lag_delay, ENOUGH)
+    if config.run_ahead is None and may_run_ahead:
+        selection.run_ahead = min(lag_delay, ENOUGH)
     return selection
 
 

@@ -120,8 +120,8 @@ class StreamConfig:
 class SelectionConfig:
     """Online selection; see `algorithm.ClipCov`. `seed` is the recipe's unless given.
 
-    Where no `run_ahead` is given, selection runs ahead of training if it may, `lag_delay` steps and at most
-    `ahead.ENOUGH`.
+    `lag_delay` is `ahead.ENOUGH` unless given, and 0 where selection follows the model in training. Where no
+    `run_ahead` is given, selection runs ahead of training if it may, `lag_delay` steps and at most `ahead.ENOUGH`.
     """
 
     selector: str = "clipcov"
@@ -154,7 +154,7 @@ class SelectionConfig:
     embed_precision: str | None = None
     embed_patch_dropout: float | None = None
     run_ahead: int | None = None
-    lag_delay: int = 0
+    lag_delay: int | None = None
     max_invalid_ratio: float = 0.05
 
 

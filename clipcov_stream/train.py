@@ -133,7 +133,8 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     selection.dist_timeout = config.dist_timeout
     # As it came out, for who reads the run's records.
-    config = replace(config, selection=replace(config.selection, run_ahead=selection.run_ahead))
+    how = {"run_ahead": selection.run_ahead, "lag_delay": selection.lag_delay}
+    config = replace(config, selection=replace(config.selection, **how))
     towers_with_patches(model.towers if selection.proxy is None else selection.proxy, selection.embed_patch_dropout)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection, build.image_size_of(model.towers))

@@ -541,7 +541,13 @@ def test_a_warmup_that_cannot_be_foreseen_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("selection", "wanted"),
     [
-        ({"embed": "columns"}, 0),
+        ({"embed": "columns"}, ENOUGH),
+        ({"embed": "online"}, ENOUGH),
+        ({"embed": "teacher"}, 0),
+        ({"embed": "teacher", "selector": "random"}, ENOUGH),
+        ({"embed": "columns", "selector": "rho"}, 0),
+        ({"embed": "columns", "run_ahead": 0}, 0),
+        ({"embed": "columns", "lag_delay": 0}, 0),
         ({"embed": "columns", "lag_delay": 1}, 1),
         ({"embed": "columns", "lag_delay": 5}, ENOUGH),
         ({"embed": "columns", "lag_delay": 5, "run_ahead": 4}, 4),
@@ -558,6 +564,8 @@ def test_a_recipe_that_does_not_say_how_far_runs_as_far_ahead_as_it_may(selectio
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     built = build_selection(SelectionConfig(**selection), ImageTransform(32), lambda caption: tokenizer(caption)[0])
     assert built.run_ahead == wanted
+    # The delay is a matter of what is chosen, and so the same whether it is made use of or not.
+    assert built.lag_delay == selection.get("lag_delay", 0 if built.follows_learner else ENOUGH)
     # Small images are for who looks at them.
     reads = selection["embed"] == "online" and selection.get("selector") is None
     assert built.scoring_size == (32 if reads else None)
