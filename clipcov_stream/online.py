@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from clipcov_stream.collectives import summed
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
-from clipcov_stream.ranks import Group, sum_over_ranks
+from clipcov_stream.ranks import Group, gathered, sum_over_ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,6 +52,7 @@ VERSION = "the more sharply, the more passes"
 """In a state: how its proxy learned, which is also from small images."""
 
 COUNTS = ("updates", "samples_streamed", "dataset_size")
+"""Of an OnlineProxy, in its state: updates made, candidates learned from or left out, and samples of a pass."""
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
@@ -99,13 +101,32 @@ def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[
         return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Candidates that an online proxy learns from in one update.
+
+    Args:
+        index: (rows,) int64 on the CPU, the places of those that are this rank's, in its pool.
+        most: rows that any rank has of the part.
+    """
+
+    index: Tensor
+    most: int
+
+
+def parts_in_turn(pool_size: int, rows: int) -> list[Part]:
+    """Every rank's own pool in parts of so many candidates, as they come."""
+    return [Part(index, len(index)) for index in torch.arange(pool_size).split(rows)]
+
+
 class OnlineProxy:
     """A proxy in training, and the moving average of its weights, which is what embeds pools.
 
     Every pool is judged and then learned from, in parts of as many candidates as survive, one update of AdamW each, by
     the contrastive loss within the part (InfoNCE: van den Oord et al., arXiv 1807.03748; Radford et al., ICML 2021),
-    each pair's terms weighted (`learning_weights`). Over ranks gradients are averaged, as DistributedDataParallel does,
-    while each part's negatives are its rank's own. Its weights are the same on all ranks.
+    each pair's terms weighted (`learning_weights`). Over ranks a part is what all have of it: embeddings are gathered,
+    every candidate is a negative of every other, and weights are the same on all ranks. On another number of ranks they
+    are those of the same parts up to the order of sums, but for batch norm, whose statistics are each rank's own.
 
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
@@ -115,10 +136,11 @@ class OnlineProxy:
         dataset_size: samples of a pass, of all ranks; 0 if not known: all passes count as the first.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
-        weights. With several ranks a sum over them per update (by gloo two), and one per pool.
+        weights. With several ranks, per update, a gathering of embeddings, all ranks' squared logits and a sum (by gloo
+        two), and per pool one.
     """
 
-    def __init__(self, proxy: nn.Module, lr: float, momentum: float, dataset_size: int = 0) -> None:
+    def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
         # On a CPU convolutions take three quarters of the time in this layout; it changes nothing for other layers.
         for tensor in (*proxy.parameters(), *proxy.buffers()):
             if tensor.ndim == 4:
@@ -127,8 +149,11 @@ class OnlineProxy:
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
-        self.lr, self.momentum, self.dataset_size = lr, momentum, dataset_size
-        self.updates, self.samples_streamed = 0, 0
+        self.lr, self.momentum = lr, momentum
+        self.updates, self.samples_streamed, self.dataset_size = 0, 0, 0
+        batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in proxy.modules())
+        self.fewest = 2 if batch_norm else 1
+        """Rows of a part that a rank can learn from."""
         matrices = [p for p in proxy.parameters() if p.ndim >= 2]
         others = [p for p in proxy.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -141,7 +166,8 @@ class OnlineProxy:
         text: Tensor,
         valid: Tensor,
         weights: Tensor,
-        rows: int,
+        parts: Sequence[Part],
+        width: int,
         precision: Callable[[], AbstractContextManager[Any]],
         normalize: Callable[[Tensor], Tensor] | None = None,
         group: Group = None,
@@ -153,27 +179,32 @@ class OnlineProxy:
             text: (pool, context) tokens, there or on the CPU.
             valid: (pool,) mask, on the CPU; other samples are left out.
             weights: (pool,) of each sample's terms of the loss, `learning_weights`, on the proxy's device.
-            rows: candidates per update.
+            parts: one per update, on every rank as many.
+            width: of an embedding.
             precision: makes an autocast context, or a null one.
             normalize: of images, before the proxy sees them; None: they are as it reads them.
             group: of processes, as for `ranks.sum_over_ranks`.
         """
         self.samples_streamed += len(valid) * dist.get_world_size()
-        for part in torch.arange(len(valid)).split(rows):
+        for part in parts:
             # Every rank makes as many updates, whatever it has to leave out.
-            index = part[valid[part]]
+            index = part.index[valid[part.index]]
+            index = index if len(index) >= self.fewest else index[:0]
+            pixels = image.index_select(0, index.to(image.device))
+            tokens = text[index.to(text.device)].to(image.device)
+            if normalize is not None and len(index):
+                pixels = normalize(pixels)
+            own_weights = weights.index_select(0, index.to(weights.device))
             self.optimizer.zero_grad()
-            if len(index) > 1:
-                pixels = image.index_select(0, index.to(image.device))
-                pixels = pixels if normalize is None else normalize(pixels)
-                tokens = text[index.to(text.device)].to(image.device)
-                own_weights = weights.index_select(0, index.to(weights.device))
-                self._loss(pixels, tokens, own_weights, precision).backward()
+            loss = self._loss(pixels, tokens, own_weights, part.most, width, precision, group)
+            if loss.requires_grad:
+                loss.backward()
             self._update(group)
         self._share_buffers(group)
 
     def begin(self, dataset_size: int) -> None:
-        """Train on a data set of so many samples; one of another size than before begins its first pass."""
+        """Train on a data set of so many samples, of all ranks, 0 if that is not known: then every pass counts as the
+        first. One of another size than before begins its first pass."""
         if dataset_size != self.dataset_size:
             self.dataset_size, self.samples_streamed = dataset_size, 0
 
@@ -183,19 +214,27 @@ class OnlineProxy:
         return self.samples_streamed / self.dataset_size if self.dataset_size else 0.0
 
     def _loss(
-        self, image: Tensor, text: Tensor, weights: Tensor, precision: Callable[[], AbstractContextManager[Any]]
+        self,
+        image: Tensor,
+        text: Tensor,
+        weights: Tensor,
+        most: int,
+        width: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+        group: Group = None,
     ) -> Tensor:
-        """Weighted mean of both directions' cross-entropies, over the part; all are one another's negatives."""
-        with precision():
-            x, y = self.trained.encode_image(image), self.trained.encode_text(text)
+        """Of a part, of which this rank has these rows, perhaps none, and any rank at most `most`."""
+        x, y = weights.new_zeros(2, 0, width)
+        if len(image):
+            with precision():
+                x, y = self.trained.encode_image(image), self.trained.encode_text(text)
+        scale, there = getattr(self.trained, "logit_scale", None), None
         # In bfloat16 the logits would be off by a third at a scale of 100.
-        with torch.autocast(image.device.type, enabled=False):
+        with torch.autocast(weights.device.type, enabled=False):
             x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
-            scale = getattr(self.trained, "logit_scale", None)
-            logits = (scale.exp() if isinstance(scale, Tensor) else 100.0) * x @ y.T
-            own = torch.arange(len(logits), device=logits.device)
-            both = (F.cross_entropy(table, own, reduction="none") for table in (logits, logits.T))
-            return (weights * sum(both)).mean() / 2
+            if dist.get_world_size() > 1:
+                x, y, weights, there = of_all_ranks(x, y, weights, most, group)
+            return contrastive(x, y, scale.exp() if isinstance(scale, Tensor) else 100.0, weights, there)
 
     def _update(self, group: Group = None) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
@@ -271,6 +310,55 @@ class OnlineProxy:
                 own = [torch.empty_like(parameter, requires_grad=False).copy_(moment) for moment in moments]
                 values = (step.to(parameter.device, copy=True), *own)
                 self.optimizer.state[parameter] = dict(zip(MOMENTS, values, strict=True))
+
+
+def contrastive(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, weights: Tensor, there: Tensor | None = None
+) -> Tensor:
+    """Weighted mean of both directions' cross-entropies; all rows are one another's negatives.
+
+    Args:
+        x, y: (rows, width) float32 unit-norm embeddings of images and captions.
+        logit_scale: exponentiated.
+        weights: (rows,).
+        there: (rows,) mask; other rows are nobody's negatives and count for nothing. None: all are.
+    """
+    logits = logit_scale * x @ y.T
+    own = torch.arange(len(logits), device=logits.device)
+    tables, num = (logits, logits.T), max(len(logits), 1)
+    if there is not None:
+        # Without reading the mask: nothing waits for the device. The rows of those left out are zeros, for of -inf the
+        # cross-entropy would be NaN, and times a weight of 0 still.
+        tables = tuple(table.masked_fill(~there, -math.inf).masked_fill(~there[:, None], 0.0) for table in tables)
+        weights, num = weights * there, there.sum().clamp_min(1)
+    both = (F.cross_entropy(table, own, reduction="none") for table in tables)
+    return (weights * sum(both)).sum() / num / 2
+
+
+def of_all_ranks(
+    x: Tensor, y: Tensor, weights: Tensor, most: int, group: Group = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All ranks' rows of a part, rank after rank, `most` of each, and which of them there are.
+
+    Every rank then computes the loss of the whole part. Of its gradient what goes through the rank's own rows is
+    multiplied by the number of ranks, so that after `average_over_ranks` parameters have the whole loss's; the logit
+    scale, which is not behind a rank's own rows alone, has it without.
+
+    Args:
+        x, y: (rows, width) float32 embeddings, `most` rows or fewer.
+        weights: (rows,).
+        most: rows of any rank, on all the same.
+        group: as for `ranks.Gathering`.
+    """
+    rank, num_ranks, width = dist.get_global_rank(), dist.get_world_size(), x.shape[1]
+    columns = torch.cat([x, y, weights[:, None], torch.ones_like(weights)[:, None]], dim=1)
+    own = F.pad(columns, (0, 0, 0, most - len(columns)))
+    whole = gathered(own.detach(), group)
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * num_ranks)
+        whole = torch.cat([whole[: rank * most], own, whole[(rank + 1) * most :]])
+    x, y, weights, there = whole.split([width, width, 1, 1], dim=1)
+    return x, y, weights.detach()[:, 0], there.detach()[:, 0] > 0
 
 
 def average_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:

@@ -32,7 +32,7 @@ from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
-from clipcov_stream.online import OnlineProxy, learning_weights
+from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn
@@ -182,7 +182,7 @@ class Preparation:
         if ticket.selects:
             pool, embed_ms, alignment = self._embedded(batch, chunk, valid, placement)
         elif self.online is not None:  # which learns, and for that judges, whatever is made of it
-            _, embed_ms, _ = self._embedded(batch, chunk, valid, None, selects=False)
+            _, embed_ms, _ = self._embedded(batch, chunk, valid, placement, selects=False)
         if placement is not None:
             valid = placement.whole(device.tensor_to_device(valid)).cpu()
         made: Made = {}
@@ -316,8 +316,6 @@ class Preparation:
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
-            if self.online is not None:
-                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool)
             if self.uses_learner and selects:
                 learner_image, learner_text, learner_scale = towers(unwrap(self.state.model), learner=True)
                 pool = replace(
@@ -325,6 +323,8 @@ class Preparation:
                 )
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
+            if self.online is not None:
+                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool, placement)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
     def _pixels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Normalize | None]:
@@ -346,15 +346,25 @@ class Preparation:
         text: Tensor,
         valid: Tensor,
         pool: Pool,
+        placement: Placement | None,
     ) -> None:
-        """Have the online proxy learn from this rank's pool, in parts of as many as it trains on. Not in float16, whose
-        gradients would need a scale."""
+        """Have the online proxy learn from this rank's pool, or its share of all ranks', in parts of as many as are
+        trained on. Not in float16, whose gradients would need a scale."""
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
         weights = learning_weights(pool, self.settings.references, online.passes)
+        if placement is None:
+            parts = parts_in_turn(len(valid), rows)
+        else:
+            # At random: the order of ids may be that of subjects.
+            generator = torch.Generator().manual_seed(mix(self.settings.seed, online.updates))
+            order = torch.randperm(len(placement.origin), generator=generator)
+            parts = [Part(*placement.own_of(part)) for part in order.split(rows * dist.get_world_size())]
+            weights = placement.own_rows(weights)
         precision = nullcontext if half else self._precision
-        online.learn(image, text, valid.cpu(), weights, rows, precision, normalize, self.group)
+        width = pool.image.shape[1]
+        online.learn(image, text, valid.cpu(), weights, parts, width, precision, normalize, self.group)
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""

@@ -138,6 +138,18 @@ class Placement:
         """This rank's rows and all others', in the global pool's order."""
         return gathered(rows, self.group).index_select(0, self.origin)
 
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """Of the global pool's rows this rank's, in the order of its own pool."""
+        at = dist.get_global_rank() * self.pool_size
+        return rows.index_select(0, self.origin.argsort()[at : at + self.pool_size])
+
+    def own_of(self, places: Tensor) -> tuple[Tensor, int]:
+        """Of places in the global pool, on the CPU, those that are this rank's, as places in its own pool, and how many
+        of them any rank has. Reads `origin` from the device."""
+        at = self.origin.cpu()[places]
+        rank, own = at // self.pool_size, at % self.pool_size
+        return own[rank == dist.get_global_rank()], int(rank.bincount().max())
+
     def whole_pool(self, pool: Pool, image: Gathering | None = None) -> Pool:
         """The global pool. Embeddings travel as bfloat16, and are rounded to it on a single rank too.
 

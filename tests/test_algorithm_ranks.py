@@ -100,6 +100,26 @@ def test_global_selection_is_the_same_on_any_number_of_ranks(tmp_path: Path, cor
             torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_global_selection_by_an_online_proxy_too(tmp_path: Path, corpus: Path) -> None:
+    """It learns from the same parts of the global pool, whoever has their candidates."""
+    selection = {"scope": "global", "embed": "online", "proxy": {"config": TINY_MODEL}, "proxy_lr": 1e-2}
+    tree = recipe(corpus, selection=selection, save_folder=str(tmp_path / "{run_name}"), save_interval="4ba")
+    path = write_recipe(tmp_path / "recipe.yaml", tree)
+    one, two = (run_ranks(tmp_path / str(n), path, n, f"run_name=from{n}") for n in (1, 2))
+    expected = trained_rows(one)
+    saved = f"load_path={tmp_path}/from2/ep0-ba4-rank0.pt"
+    four = run_ranks(tmp_path / "on4", path, 4, saved, "run_name=on4")
+    for ranks, first in ((two, 0), (four, 4)):
+        for got, want in zip(trained_rows(ranks), expected[first:], strict=True):
+            assert torch.equal(got, want)
+        assert_same(ranks[0]["algorithm"], ranks[-1]["algorithm"])
+        proxies = [found[0]["algorithm"]["teacher"] for found in (ranks, one)]
+        assert int(proxies[0]["updates"]) == int(proxies[1]["updates"]) == 6 * 4
+        for name, value in proxies[1].items():
+            if name.startswith("average.") and not name.endswith("in_proj_bias"):
+                torch.testing.assert_close(proxies[0][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_global_selection_needs_ids(tmp_path: Path, corpus: Path) -> None:
     trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection={"scope": "global"}))
     clipcov, batch = algorithm_of(trainer), next(iter(trainer.state.train_dataloader))

@@ -16,7 +16,7 @@ from clipcov_stream.graphed import WARMUP, GraphedSelect, of_state
 from clipcov_stream.herding import Herding
 from clipcov_stream.model import build_towers
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.online import OnlineProxy, default_towers
+from clipcov_stream.online import OnlineProxy, default_towers, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.selection import learn, select
 
@@ -154,7 +154,9 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
         torch.manual_seed(0)
         online = OnlineProxy(build_towers(config=config).to(device), lr=1e-3, momentum=0.9)
         for _ in range(2):
-            online.learn(image.to(device), text, valid, weights.to(device), 16, contextlib.nullcontext)
+            online.learn(
+                image.to(device), text, valid, weights.to(device), parts_in_turn(48, 16), 64, contextlib.nullcontext
+            )
         found.append({name: value.cpu() for name, value in online.state_dict().items()})
     assert int(found[1]["updates"]) == 6
     for name, value in found[0].items():
@@ -163,6 +165,6 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     # Its optimizer's steps are on the device too, and found there again.
     restored = OnlineProxy(build_towers(config=config).cuda(), lr=1e-3, momentum=0.9)
     restored.load_state_dict(found[1])
-    restored.learn(image.cuda(), text, valid, weights.cuda(), 16, contextlib.nullcontext)
+    restored.learn(image.cuda(), text, valid, weights.cuda(), parts_in_turn(48, 16), 64, contextlib.nullcontext)
     steps = {int(value) for name, value in restored.state_dict().items() if name.startswith("step.")}
     assert steps == {9}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,10 @@ from clipcov_stream.online import (
     WARMUP,
     WEIGHT_DECAY,
     OnlineProxy,
+    Part,
     default_towers,
     learning_weights,
+    parts_in_turn,
 )
 from clipcov_stream.pool import Pool, prepared
 
@@ -122,8 +126,10 @@ def test_an_update_is_adamws_of_the_contrastive_loss() -> None:
         momentum = min(0.9, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
             average[name] = momentum * average[name] + (1 - momentum) * value
-    online.learn(image, text, valid, weights, 16, nullcontext)
-    online.learn(4 * image, text, valid, weights, 16, nullcontext, normalize=lambda part: part / 4)
+    online.learn(image, text, valid, weights, parts_in_turn(40, 16), 4, nullcontext)
+    online.learn(
+        4 * image, text, valid, weights, parts_in_turn(40, 16), 4, nullcontext, normalize=lambda part: part / 4
+    )
     for name, value in model.state_dict().items():
         torch.testing.assert_close(online.trained.state_dict()[name], value)
         torch.testing.assert_close(online.model.state_dict()[name], average[name])
@@ -134,7 +140,7 @@ def test_passes_are_counted_in_candidates_and_go_on_where_they_were() -> None:
     online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     online.begin(80)
     for size in (40, 20, 30):
-        online.learn(image[:size], text[:size], valid[:size], EQUAL[:size], 16, nullcontext)
+        online.learn(image[:size], text[:size], valid[:size], EQUAL[:size], parts_in_turn(size, 16), 4, nullcontext)
     restored = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     restored.load_state_dict(online.state_dict())
     restored.begin(80)  # the same data: it goes on
@@ -142,7 +148,7 @@ def test_passes_are_counted_in_candidates_and_go_on_where_they_were() -> None:
     for other in (100, 0):  # others, or not known: of those it has seen nothing
         restored.load_state_dict(online.state_dict())
         restored.begin(other)
-        restored.learn(image, text, valid, EQUAL, 16, nullcontext)
+        restored.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
         assert restored.passes == (0.4 if other else 0.0)
 
 
@@ -190,7 +196,8 @@ def told_apart(sharpest: float, num_passes: int) -> list[float]:
     match = torch.rand(1024, generator=generator) < 0.6
     text = image @ torch.randn(16, 16, generator=generator) / 4 + 0.1 * torch.randn(1024, 16, generator=generator)
     text = torch.where(match[:, None], text, text.roll(1, 0))
-    online, found = OnlineProxy(Layers(), lr=1e-2, momentum=0.9, dataset_size=1024), []
+    online, found = OnlineProxy(Layers(), lr=1e-2, momentum=0.9), []
+    online.begin(1024)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clipcov_stream.online.SHARPEST", sharpest)
         for _ in range(num_passes):
@@ -200,7 +207,8 @@ def told_apart(sharpest: float, num_passes: int) -> list[float]:
                     seen = online.model.encode_image(image[rows]), online.model.encode_text(text[rows])
                     pool = Pool(*(F.normalize(side, dim=1) for side in seen), float(online.model.logit_scale.exp()))
                 weights[rows] = learning_weights(pool, 256, online.passes)
-                online.learn(image[rows], text[rows], torch.ones(256, dtype=torch.bool), weights[rows], 64, nullcontext)
+                all_of_it = torch.ones(256, dtype=torch.bool)
+                online.learn(image[rows], text[rows], all_of_it, weights[rows], parts_in_turn(256, 64), 16, nullcontext)
             mine, others = weights[match][:, None], weights[~match]
             found.append(float(((mine > others).double() + 0.5 * (mine == others)).mean()))
     return found
@@ -253,7 +261,7 @@ def test_it_learns_to_tell_pairs_that_match() -> None:
 
     before = margin()
     for _ in range(40):
-        online.learn(image, text, valid, torch.ones(128), 32, nullcontext)
+        online.learn(image, text, valid, torch.ones(128), parts_in_turn(128, 32), 4, nullcontext)
     assert margin() > before + 0.3
     assert not any(p.requires_grad for p in online.model.parameters()) and online.updates == 160
 
@@ -263,14 +271,14 @@ def test_what_cannot_be_learned_from_changes_nothing_for_good(what: str) -> None
     """One NaN in the weights would stay; and every part is an update, so that ranks make as many."""
     image, text, valid = drawn_pool()
     online = OnlineProxy(Linear(norm=True), lr=1e-2, momentum=0.9)
-    online.learn(image, text, valid, EQUAL, 20, nullcontext)
+    online.learn(image, text, valid, EQUAL, parts_in_turn(40, 20), 4, nullcontext)
     before = copy.deepcopy(online.trained.state_dict())
     if what == "a NaN":
         image = image.index_fill(0, torch.tensor([0, 39]), torch.nan)
     else:
         valid = torch.zeros_like(valid)
         valid[: what == "one valid"] = True
-    online.learn(image, text, valid, EQUAL, 20, nullcontext)
+    online.learn(image, text, valid, EQUAL, parts_in_turn(40, 20), 4, nullcontext)
     assert online.updates == 4
     for name, value in online.trained.named_parameters():
         # The moments of the updates before still move it, by no more than two steps do; a NaN is no update.
@@ -292,12 +300,12 @@ def test_a_state_is_restored_in_whatever_layout_it_comes() -> None:
         torch.manual_seed(0)
         runs.append(OnlineProxy(build_towers(config=SMALL), lr=1e-2, momentum=0.9))
     straight, restored = runs
-    straight.learn(image, text, valid, EQUAL, 20, nullcontext)
+    straight.learn(image, text, valid, EQUAL, parts_in_turn(40, 20), 8, nullcontext)
     state = straight.state_dict()
     assert any(value.ndim == 4 and not value.is_contiguous() for value in state.values())
     restored.load_state_dict({name: value.contiguous() for name, value in state.items()})
     for online in runs:
-        online.learn(image, text, valid, EQUAL, 20, nullcontext)
+        online.learn(image, text, valid, EQUAL, parts_in_turn(40, 20), 8, nullcontext)
     assert_same(restored.state_dict(), straight.state_dict())
 
 
@@ -307,7 +315,7 @@ def test_logits_are_float32_under_autocast() -> None:
     online = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     online.trained.logit_scale.data.fill_(4.6)
     bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    loss = online._loss(image, text, EQUAL, bf16)
+    loss = online._loss(image, text, EQUAL, 40, 4, bf16)
     with torch.no_grad(), bf16():
         x, y = online.trained.encode_image(image), online.trained.encode_text(text)
     x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
@@ -320,12 +328,12 @@ def test_its_state_is_all_of_it() -> None:
     """Weights, average, moments and count: one that is restored goes on bit for bit."""
     image, text, valid = drawn_pool()
     straight = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
-    straight.learn(image, text, valid, EQUAL, 16, nullcontext)
+    straight.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
     state = copy.deepcopy(straight.state_dict())
     resumed = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
     resumed.load_state_dict(state)
     for online in (straight, resumed):
-        online.learn(image.flip(0), text.flip(0), valid, EQUAL, 16, nullcontext)
+        online.learn(image.flip(0), text.flip(0), valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
     assert_same(resumed.state_dict(), straight.state_dict())
     fresh = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     other = OnlineProxy(Linear(seed=1), lr=1e-2, momentum=0.9)
@@ -468,6 +476,60 @@ def test_gradients_are_averaged_whatever_rows_were_read(tmp_path: Path, num_rank
     script.write_text(AVERAGES, encoding="utf-8")
     said = launch([*composer(), "-n", str(num_ranks), str(script), group])
     assert "as it should be on rank 0" in said
+
+
+LEARNS = """
+import os, sys
+from contextlib import nullcontext
+import torch
+from composer.utils import dist, get_device
+sys.path += sys.argv[2].split(os.pathsep)
+from test_online import Linear, shared_pool
+from clipcov_stream.online import OnlineProxy, Part
+dist.initialize_dist(get_device("cpu"))
+rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
+group = torch.distributed.new_group(backend="gloo") if sys.argv[3] == "own" else None
+online = OnlineProxy(Linear(seed=rank), lr=1e-2, momentum=0.9)  # rank 0's weights are what counts
+for image, text, valid, weights, parts in shared_pool(num_ranks):
+    own = slice(8 * rank, 8 * rank + 8)
+    most = [max(int((part // 8 == of).sum()) for of in range(num_ranks)) for part in parts]
+    mine = [Part(part[part // 8 == rank] % 8, size) for part, size in zip(parts, most)]
+    online.learn(image[own], text[own], valid[own], weights[own], mine, 4, nullcontext, group=group)
+torch.save(online.state_dict(), f"{sys.argv[1]}/rank{rank}.pt")
+"""
+
+
+def shared_pool(num_ranks: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
+    """Three pools of 8 candidates a rank, in parts of which ranks have unlike shares: of one a rank has none, of one
+    it has none that is valid, and one part has none at all."""
+    size, generator = 8 * num_ranks, torch.Generator().manual_seed(5)
+    pools = []
+    for _ in range(3):
+        image = torch.randn(size, 6, generator=generator)
+        text = image[:, :5] + 0.1 * torch.randn(size, 5, generator=generator)
+        valid = torch.ones(size, dtype=torch.bool)
+        valid[[1, 6, 7]] = False
+        others = torch.cat([torch.tensor([0, 2]), 8 + torch.randperm(size - 8, generator=generator)])
+        left = torch.tensor([3, 4, 5])
+        parts = [others[: size - 10], torch.cat([torch.tensor([6, 7]), others[size - 10 :]]), torch.tensor([1]), left]
+        pools.append((image, text, valid, 2 * torch.rand(size, generator=generator), parts))
+    return pools
+
+
+@pytest.mark.parametrize(("num_ranks", "group"), [(2, "default"), (3, "own")])
+def test_ranks_learn_together_what_one_learns_from_all(tmp_path: Path, num_ranks: int, group: str) -> None:
+    """All candidates of a part are one another's negatives, whichever rank has them."""
+    script = tmp_path / "learns.py"
+    script.write_text(LEARNS, encoding="utf-8")
+    launch([*composer(), "-n", str(num_ranks), str(script), str(tmp_path), os.pathsep.join(sys.path), group])
+    alone = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
+    for image, text, valid, weights, parts in shared_pool(num_ranks):
+        alone.learn(image, text, valid, weights, [Part(part, len(part)) for part in parts], 4, nullcontext)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+    assert alone.updates == 12 and not torch.equal(alone.trained.image.weight, Linear().image.weight)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(ranks[0][name], value, msg=name)
+    assert_same(*ranks[:2])
 
 
 def test_the_default_proxy_reads_what_the_learner_reads() -> None:
