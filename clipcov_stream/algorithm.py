@@ -102,8 +102,8 @@ class ClipCov(Algorithm):
         scope: with several ranks, "local": each selects from its own pool, against sketches of all ranks' pools.
             "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each
             trains an equal share; survivors and, up to the order of sums, weights are then the same on any number of
-            ranks (but for an online proxy, whose negatives are a rank's own). It needs the samples' `id`, and reads the
-            survivors' numbers back from the device once a step.
+            ranks (but for an online proxy's batch norm, whose statistics are a rank's own). It needs the samples' `id`,
+            and reads the survivors' numbers back from the device once a step.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
             whatever weights it has, "online".
         proxy_lr: learning rate of an online proxy.

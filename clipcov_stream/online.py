@@ -133,7 +133,6 @@ class OnlineProxy:
             parameters are trained in place.
         lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
-        dataset_size: samples of a pass, of all ranks; 0 if not known: all passes count as the first.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks, per update, a gathering of embeddings, all ranks' squared logits and a sum (by gloo
