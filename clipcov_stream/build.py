@@ -39,8 +39,8 @@ from clipcov_stream.config import (
 from clipcov_stream.device_decode import check_decoder
 from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
-from clipcov_stream.model import ClipModel, build_towers, parameter_groups
-from clipcov_stream.online import default_towers
+from clipcov_stream.model import ClipModel, build_towers, forward_flops, parameter_groups
+from clipcov_stream.online import SHARE, WIDTHS, default_towers
 from clipcov_stream.selection import resolve
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
@@ -288,6 +288,37 @@ def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
             f"{EMBEDDER_FILE} of {config.sidecar or config.remote or config.local} has no fingerprint and logit_scale"
         )
     return record
+
+
+def affordable_towers(learner: nn.Module, filter_ratio: float) -> dict[str, Any]:
+    """The config of an online proxy: the widest of `online.WIDTHS` that takes no more than SHARE of a training step; if
+    none does, the narrowest.
+
+    In multiply-adds: a survivor costs the learner three forward passes, and each of its 1 / (1 - filter_ratio)
+    candidates costs the proxy one to be judged and three to be learned from.
+
+    Args:
+        learner: the towers in training, open_clip's.
+        filter_ratio: as `ClipCov`'s.
+    """
+    size, context = image_size_of(learner), int(getattr(learner, "context_length", 77))
+    found, *wider = (default_towers(size, context, width) for width in WIDTHS)
+    most = SHARE * 3 * forward_flops(learner) * (1 - filter_ratio) / 4
+    for config in wider:
+        with torch.device("meta"):
+            towers = build_towers(config=config)
+        if forward_flops(towers) > most:
+            break
+        found = config
+    return found
+
+
+def with_online_proxy(config: SelectionConfig, learner: nn.Module) -> SelectionConfig:
+    """The section with an online proxy's config, if it asks for one and names none: `affordable_towers`."""
+    proxy = ProxyConfig() if config.proxy is None else config.proxy
+    if config.embed != "online" or proxy.name is not None or proxy.config is not None:
+        return config
+    return replace(config, proxy=replace(proxy, config=affordable_towers(learner, config.filter_ratio)))
 
 
 def build_selection(

@@ -129,6 +129,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     tasks = {task for section in evals.values() for task in evaluators.tasks_of(section)}
     model = build.build_model(config.model, num_survivors, tasks & set(evaluators.TASKS))
     tokenizer = build.tokenizer_of(model.towers, config.model)
+    config = replace(config, selection=build.with_online_proxy(config.selection, model.towers))
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
     selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
     selection.dist_timeout = config.dist_timeout

@@ -28,23 +28,24 @@ from runs import (
     values,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipcov_stream import ClipCov
 from clipcov_stream.batch import size_of
-from clipcov_stream.build import build_proxy
+from clipcov_stream.build import affordable_towers, build_proxy
 from clipcov_stream.config import ProxyConfig
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
 from clipcov_stream.materialize import ImageTransform
-from clipcov_stream.model import build_towers
+from clipcov_stream.model import build_towers, forward_flops
 from clipcov_stream.online import (
     BETAS,
     LARGEST_NORM,
+    SHARE,
     SHARPEST,
     VERSION,
     WARMUP,
     WEIGHT_DECAY,
+    WIDTHS,
     OnlineProxy,
     Part,
     default_towers,
@@ -544,13 +545,23 @@ def test_the_default_proxy_reads_what_the_learner_reads() -> None:
     assert proxy.encode_image(image).shape == proxy.encode_text(text).shape == (2, 64)
     assert default_towers(48, 16)["vision_cfg"]["image_size"] == 32
 
-    def flops(model: Any) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.encode_image(image)
-            model.encode_text(torch.cat([text, text.new_zeros(2, 57)], 1)[:, : getattr(model, "context_length", 77)])
-        return counter.get_total_flops()
 
-    assert flops(proxy) < flops(build_towers("ViT-B-32").eval()) / 40
+def test_the_default_proxy_is_as_large_as_a_tenth_of_a_step_affords() -> None:
+    """Five candidates to judge and to learn from, four forward passes each, for every three of the learner's."""
+    learner = build_towers("ViT-B-32")
+    cost = forward_flops(learner)
+    # Twice the multiply-adds of its matrices, and of attention's products: 12 layers each.
+    image = 2 * (50 * 12 * 12 * 768**2 + 49 * 3 * 32**2 * 768 + 12 * 2 * 50**2 * 768 + 768 * 512)
+    text = 2 * (77 * 12 * 12 * 512**2 + 12 * 2 * 77**2 * 512 + 512 * 512)
+    assert cost == pytest.approx(image + text, rel=0.01)
+    found = affordable_towers(learner, 0.8)
+    assert found == default_towers(224, 77, 32)
+    shares = [5 * 4 * forward_flops(build_towers(config=default_towers(224, 77, w))) / (3 * cost) for w in (32, 48)]
+    assert shares[0] < SHARE < shares[1]
+    assert affordable_towers(learner, 0.95) == default_towers(224, 77, WIDTHS[0])
+    assert affordable_towers(learner, 0.0) == default_towers(224, 77, WIDTHS[-1])
+    small = build_towers(config=SMALL)
+    assert affordable_towers(small, 0.8) == default_towers(32, 16)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no instructions for it")

@@ -44,11 +44,10 @@ from composer.core import DataSpec
 from torch import Tensor
 
 from clipcov_stream import ClipCov
-from clipcov_stream.build import image_size_of
+from clipcov_stream.build import affordable_towers, image_size_of
 from clipcov_stream.config import load_config
 from clipcov_stream.embed import EMBED_SOURCES, Proxy
 from clipcov_stream.model import ClipModel, build_towers
-from clipcov_stream.online import default_towers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,13 +165,14 @@ def proxy_of(
     """A variant's proxy: of --proxy-config, else a frozen one as large as the learner, or the default online one."""
     if embed not in ("proxy", "online"):
         return None
-    size, context = pool["image"].shape[-1], pool["text"].shape[1]
+    context = pool["text"].shape[1]
     if args.proxy_config is not None:
         built = build_towers(config=json.loads(args.proxy_config.read_text(encoding="utf-8")))
     elif embed == "proxy":
         built = build_towers(**towers)
     else:
-        built = build_towers(config=default_towers(size, context))
+        config = affordable_towers(build_towers(**towers), 1 - args.survivors / args.pool)
+        built = build_towers(config=config)
     return Proxy(built, image_size_of(built), context_length=context)
 
 
