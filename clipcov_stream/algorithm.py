@@ -65,13 +65,6 @@ HARD_WARMUP = "100ba"
 """Of selection that would trust the teacher from the first step on."""
 
 
-def follows_learner(embed: str, function: SelectorFn) -> bool:
-    """Whether a selector with this embed source needs the model in training as it is at that step."""
-    if plain(function) in NEEDS_NO_EMBEDDING:
-        return False
-    return embed == "teacher" or plain(function) in NEEDS_LEARNER
-
-
 class ClipCov(Algorithm):
     """Trains on the survivors of every candidate pool: samples that match, are rare and preserve the cross-covariance.
 
@@ -301,7 +294,7 @@ class ClipCov(Algorithm):
     @property
     def follows_learner(self) -> bool:
         """Whether selection needs the model in training as it is at that step, and so cannot run ahead of it."""
-        return follows_learner(self.embed, self.function)
+        return self.uses_embeddings and (self.embed == "teacher" or self.uses_learner)
 
     @property
     def needs_pixels(self) -> bool:

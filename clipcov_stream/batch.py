@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def count_survivors(pool_size: int, filter_ratio: float) -> int:
     if abs(exact - count) > 1e-6 * pool_size:
         raise ValueError(
             f"selection: pool_size={pool_size} * (1 - filter_ratio={filter_ratio}) = {exact:.1f} survivors; it must be "
-            "a whole number"
+            f"a whole number{whole_nearby(pool_size, filter_ratio)}"
         )
     if count < 2:
         raise ValueError(
@@ -34,6 +35,17 @@ def count_survivors(pool_size: int, filter_ratio: float) -> int:
             "contrastive loss needs at least 2"
         )
     return count
+
+
+def whole_nearby(pool_size: int, filter_ratio: float) -> str:
+    """The next smaller and larger pools with whole survivors, as the end of a message; empty if there is none near."""
+    kept = 1 - filter_ratio
+    found = []
+    for way in (-1, 1):
+        sizes = (pool_size + way * by for by in range(1, 1000) if (pool_size + way * by) * kept >= 2 - 1e-6)
+        whole = (size for size in sizes if abs(size * kept - round(size * kept)) <= 1e-6 * size)
+        found += [str(size) for size in itertools.islice(whole, 1)]
+    return f", as of a pool of {' or '.join(found)} per rank" if found else ""
 
 
 def check_last_pool(loader: Any, filter_ratio: float, num_pools: int) -> None:

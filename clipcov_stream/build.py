@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from clipcov_stream.ahead import ENOUGH
-from clipcov_stream.algorithm import ClipCov, follows_learner
+from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.batch import count_survivors
 from clipcov_stream.captions import first_of
 from clipcov_stream.config import (
@@ -41,7 +42,6 @@ from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, forward_flops, parameter_groups
 from clipcov_stream.online import SHARE, WIDTHS, default_towers
-from clipcov_stream.selection import resolve
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
 from clipcov_stream.zeroshot import metrics_for
@@ -221,7 +221,8 @@ def build_stream(
             max_pixels=config.max_pixels,
         )
     except (ValueError, FileNotFoundError) as error:
-        if config.how_to_get:
+        have = config.local is not None and Path(config.local, config.split or "", "index.json").is_file()
+        if config.how_to_get and not have:
             raise ValueError(f"{error}\n{config.how_to_get.strip()}") from error
         raise
     options = {name: getattr(config, name) for name in ("decode_threads", "range_cache")}
@@ -354,8 +355,8 @@ def build_selection(
     knobs = (*knobs, "novelty", "recent", "repeats", "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
     optional = given(config, *knobs, "teacher_momentum", "proxy_lr", *passes)
-    may_run_ahead = not follows_learner(config.embed, resolve(config.selector))
-    lag_delay = ENOUGH * may_run_ahead if config.lag_delay is None else config.lag_delay
+    # Whatever the selector: a run and its random twin are to have one recipe.
+    lag_delay = ENOUGH * (config.embed != "teacher") if config.lag_delay is None else config.lag_delay
     selection = ClipCov(
         filter_ratio=config.filter_ratio,
         embed=config.embed,
@@ -372,7 +373,7 @@ def build_selection(
         max_invalid_ratio=config.max_invalid_ratio,
         **optional,
     )
-    if config.run_ahead is None and may_run_ahead:
+    if config.run_ahead is None and not selection.follows_learner:
         selection.run_ahead = min(lag_delay, ENOUGH)
     return selection
 

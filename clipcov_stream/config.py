@@ -120,8 +120,8 @@ class StreamConfig:
 class SelectionConfig:
     """Online selection; see `algorithm.ClipCov`. `seed` is the recipe's unless given.
 
-    `lag_delay` is `ahead.ENOUGH` unless given, and 0 where selection follows the model in training. Where no
-    `run_ahead` is given, selection runs ahead of training if it may, `lag_delay` steps and at most `ahead.ENOUGH`.
+    `lag_delay` is `ahead.ENOUGH` unless given, and 0 with `embed: teacher`. Where no `run_ahead` is given, selection
+    runs ahead of training if it may, `lag_delay` steps and at most `ahead.ENOUGH`.
     """
 
     selector: str = "clipcov"

@@ -140,9 +140,23 @@ def load_towers(towers: nn.Module, path: str) -> None:
         else:
             weights = saved.get("state_dict", saved)
             weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        check_same_model(towers, weights)
         towers.load_state_dict(weights)
     except Exception as error:  # torch.load raises a dozen types; all mean the same to the user
         raise ValueError(f"checkpoint {path!r} cannot be loaded into this model: {error}") from error
+
+
+def check_same_model(towers: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise ValueError if some weights have another shape than the model's: torch would list all of them."""
+    own = {name: tuple(value.shape) for name, value in towers.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    others = [name for name, shape in given.items() if name in own and own[name] != shape]
+    if others:
+        name = others[0]
+        raise ValueError(
+            f"its weights are another model's: {len(others)} of {len(own)} have other shapes, {name} {given[name]} and "
+            f"not {own[name]}. Name the model they are of (in a recipe name or config, of a tool --name or --recipe)"
+        )
 
 
 class ClipModel(ComposerModel):

@@ -33,6 +33,7 @@ class Pool:
 
     Raises:
         ValueError: rows or widths that do not match.
+        TypeError: embeddings that are not tensors.
     """
 
     image: Float[Tensor, "pool dim"]
@@ -65,7 +66,10 @@ class Pool:
 
 
 def check_pair(image: Tensor, text: Tensor, what: str) -> None:
-    """Raise ValueError unless image and text are (n, dim) of one shape."""
+    """Raise ValueError unless image and text are (n, dim) of one shape, TypeError unless they are tensors."""
+    for rows in (image, text):
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{what} must be torch tensors, not {type(rows).__name__}; torch.from_numpy makes them")
     if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
         raise ValueError(f"{what} must be (pool, dim) each; got {tuple(image.shape)} and {tuple(text.shape)}")
     if image.shape[1] != text.shape[1]:

@@ -556,7 +556,8 @@ def pool_loader(
         raise ValueError(f"pool_size={pool_size} differs from the dataset's batch_size={dataset.batch_size}")
     if drop_last and len(dataset) < pool_size:
         raise ValueError(
-            f"the stream has {len(dataset)} samples per rank, one pool needs {pool_size}; lower stream.global_pool_size"
+            f"the stream has {len(dataset)} samples per rank, one pool needs {pool_size}; lower "
+            f"stream.global_pool_size to {len(dataset) * get_world_size()} or less"
         )
     workers: dict[str, Any] = {}
     if num_workers > 0:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from corpora import draw_corpus, recipe, write_recipe
-from runs import Interrupt
+from run_files import find_runs, grouped, random_twins, read_run
 
 from clipcov_stream.about import plain
 from clipcov_stream.config import load_config
 from clipcov_stream.records import about_path
 from clipcov_stream.train import build_trainer
+from runs import Interrupt
 
 
 def test_the_recipe_and_versions_stand_beside_the_metrics(tmp_path: Path) -> None:
@@ -43,6 +44,23 @@ def test_the_recipe_and_versions_stand_beside_the_metrics(tmp_path: Path) -> Non
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "selection/step_ms" in row]
     assert steps and all(row["selection/step_ms"] >= row["selection/wait_ms"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("embed", ["teacher", "online"])
+def test_a_run_and_its_random_twin_are_of_one_recipe(tmp_path: Path, embed: str) -> None:
+    """Whatever the recipe leaves open for one of them to decide: else a report would not find the twin."""
+    corpus = draw_corpus(tmp_path / "shapes", samples=64, eval_per_class=1)
+    for selector in ("random", "clipcov"):
+        places = {"run_name": selector, "metrics_file": str(tmp_path / "runs" / "{run_name}" / "metrics.jsonl")}
+        tree = recipe(
+            corpus, selection={"selector": selector, "embed": embed, "warmup": 0}, max_duration="1ba", **places
+        )
+        trainer = build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
+        trainer.fit()
+        trainer.close()
+    groups = grouped([read_run(path) for path in find_runs(tmp_path / "runs")])
+    assert {name: len(runs) for name, runs in groups.items()} == {"random": 1, "clipcov": 1}
+    assert random_twins(groups) == {"random": None, "clipcov": "random"}
 
 
 @pytest.mark.parametrize(

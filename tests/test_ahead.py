@@ -314,7 +314,9 @@ def test_checkpoints_hold_the_step_they_are_of(tmp_path: Path, section: dict[str
 
 
 @pytest.mark.parametrize(
-    "selection", [{}, {"scope": "global"}, online_section(8)], ids=["local", "global", "local-online"]
+    "selection",
+    [{}, {"scope": "global"}, online_section(8), {**online_section(8), "scope": "global"}],
+    ids=["local", "global", "local-online", "global-online"],
 )
 def test_ranks_run_ahead_alike(tmp_path: Path, selection: dict[str, Any]) -> None:
     folder = write_columns(tmp_path / "mds", 128, bad_images=9)
@@ -544,7 +546,8 @@ def test_a_warmup_that_cannot_be_foreseen_is_refused(tmp_path: Path) -> None:
         ({"embed": "columns"}, ENOUGH),
         ({"embed": "online"}, ENOUGH),
         ({"embed": "teacher"}, 0),
-        ({"embed": "teacher", "selector": "random"}, ENOUGH),
+        ({"embed": "teacher", "selector": "random"}, 0),
+        ({"embed": "columns", "selector": "random"}, ENOUGH),
         ({"embed": "columns", "selector": "rho"}, 0),
         ({"embed": "columns", "run_ahead": 0}, 0),
         ({"embed": "columns", "lag_delay": 0}, 0),
@@ -564,8 +567,8 @@ def test_a_recipe_that_does_not_say_how_far_runs_as_far_ahead_as_it_may(selectio
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     built = build_selection(SelectionConfig(**selection), ImageTransform(32), lambda caption: tokenizer(caption)[0])
     assert built.run_ahead == wanted
-    # The delay is a matter of what is chosen, and so the same whether it is made use of or not.
-    assert built.lag_delay == selection.get("lag_delay", 0 if built.follows_learner else ENOUGH)
+    # The delay changes what is chosen: it is the same for all selectors, and whether it is made use of or not.
+    assert built.lag_delay == selection.get("lag_delay", 0 if selection["embed"] == "teacher" else ENOUGH)
     # Small images are for who looks at them.
     reads = selection["embed"] == "online" and selection.get("selector") is None
     assert built.scoring_size == (32 if reads else None)

@@ -306,6 +306,11 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save(towers_of("siglip").state_dict(), tmp_path / "siglip.pt")
     with pytest.raises(ValueError, match=r"(?s)siglip\.pt.*logit_bias"):
         build_towers(config=CONFIG, pretrained=str(tmp_path / "siglip.pt"))
+    torch.save(towers_of().state_dict(), tmp_path / "towers.pt")
+    wider = {**CONFIG, "embed_dim": 16}
+    with pytest.raises(ValueError, match=r"another model's: 2 of \d+ have other shapes, .*Name the model") as caught:
+        build_towers(config=wider, pretrained=str(tmp_path / "towers.pt"))
+    assert len(str(caught.value)) < 500
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:

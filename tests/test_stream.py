@@ -217,7 +217,7 @@ def test_pool_size_must_be_the_datasets(tmp_path: Path) -> None:
 
 def test_a_stream_smaller_than_a_pool_is_an_error(tmp_path: Path) -> None:
     stream = dataset(pairs(tmp_path / "mds", 3), 4)
-    with pytest.raises(ValueError, match=r"3 samples per rank, one pool needs 4; lower stream\.(global_)?pool_size"):
+    with pytest.raises(ValueError, match=r"3 samples per rank, one pool needs 4; lower stream\.\w+ to 3 or less"):
         pool_loader(stream, 4)
     assert [len(pool["id"]) for pool in pool_loader(stream, 4, drop_last=False)] == [3]
 

@@ -14,7 +14,7 @@ from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
 
 from clipcov_stream.config import load_config
-from clipcov_stream.train import build_trainer
+from clipcov_stream.train import build_trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = f"model.config={json.dumps(TINY_MODEL)}"
@@ -91,10 +91,20 @@ def test_without_data_the_error_says_how_to_get_it(tmp_path: Path) -> None:
     assert "Traceback" not in said.split("error:")[-1]
 
 
+def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, stream={"how_to_get": "Draw it first."}, selection={"embed": "columns"})
+    with pytest.raises(ValueError, match=r"embed_mds\.py") as caught:
+        build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", tree))))
+    assert "Draw it first" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"stream": {"global_pool_size": 30}}, r"pool_size=30 \* \(1 - filter_ratio=0.75\) = 7.5 survivors"),
+        (
+            {"stream": {"global_pool_size": 30}},
+            r"pool_size=30 \* .*ratio=0.75\) = 7.5 survivors; .* pool of 28 or 32 per",
+        ),
         ({"selection": {"filter_ratio": 1.5}}, r"selection.filter_ratio=1.5 must be in \[0, 1\)"),
         ({"selection": {"filter_ratio": 0.96875}}, "= 1 survivors per rank; a contrastive loss needs at least 2"),
         ({"device_train_microbatch_size": 4}, "device_train_microbatch_size=4 must be the survivors per rank, 8"),
@@ -136,18 +146,22 @@ def test_retrieval_over_empty_captions_is_refused(tmp_path: Path, corpus: Path) 
         build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, eval={"x": split})))))
 
 
-def test_autoresume_goes_on_from_the_newest_checkpoint(tmp_path: Path, corpus: Path) -> None:
+def test_autoresume_goes_on_from_the_newest_checkpoint(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = recipe(
         corpus, run_name="again", autoresume=True, save_interval="2ba", save_folder=str(tmp_path / "checkpoints")
     )
     path = str(write_recipe(tmp_path / "recipe.yaml", tree))
     first = build_trainer(load_config(path, ["max_duration=2ba", "selection.warmup=1ba"]))
-    first.fit()
+    train(first)
     first.close()
+    assert "goes on" not in capsys.readouterr().out
     second = build_trainer(load_config(path, ["max_duration=5ba", "selection.warmup=1ba"]))
     assert int(second.state.timestamp.batch) == 2
-    second.fit()
+    train(second)
     assert int(second.state.timestamp.batch) == 5
+    assert "again: goes on from step 2\n" in capsys.readouterr().out
 
 
 def test_a_short_epoch_is_an_error(tmp_path: Path, corpus: Path) -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from clipcov_stream.ledger import Record
 
 OWN = ("seed", "selection.seed", "selection.selector", "stream.shuffle_seed", "run_name", "metrics_file", "ledger")
-OWN += ("gallery", "gallery_interval", "save_folder", "progress_bar", "log_to_console", "console_log_interval")
+OWN += ("selection.run_ahead", "gallery", "gallery_interval", "save_folder", "progress_bar", "log_to_console")
+OWN += ("console_log_interval",)
 """Keys of a recipe that may differ between runs of one kind."""
 
 
