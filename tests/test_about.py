@@ -11,12 +11,12 @@ import pytest
 import torch
 from corpora import draw_corpus, recipe, write_recipe
 from run_files import find_runs, grouped, random_twins, read_run
+from runs import Interrupt
 
 from clipcov_stream.about import plain
 from clipcov_stream.config import load_config
 from clipcov_stream.records import about_path
 from clipcov_stream.train import build_trainer
-from runs import Interrupt
 
 
 def test_the_recipe_and_versions_stand_beside_the_metrics(tmp_path: Path) -> None:
