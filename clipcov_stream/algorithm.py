@@ -96,7 +96,7 @@ class ClipCov(Algorithm):
             "global": embeddings are gathered (as bfloat16) for one choice from the pools of all ranks, of which each
             trains an equal share; survivors and, up to the order of sums, weights are then the same on any number of
             ranks (but for an online proxy's batch norm, whose statistics are a rank's own). It needs the samples' `id`,
-            and reads the survivors' numbers back from the device once a step.
+            and reads the survivors' numbers back from the device once a step, with an online proxy the pool's too.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
             whatever weights it has, "online".
         proxy_lr: learning rate of an online proxy.

@@ -235,6 +235,9 @@ def build_proxy(
 ) -> Proxy:
     """An embedder that takes the learner's images and tokens, frozen or, if it is `online`, to be trained.
 
+    An online one that is not described is the narrowest of `online.default_towers`; recipes describe theirs beforehand
+    (`with_online_proxy`).
+
     Raises:
         ValueError: a model that cannot be built, a frozen one whose weights nobody gave, or one that reads other
             tokens.

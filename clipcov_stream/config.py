@@ -39,7 +39,7 @@ class ModelConfig:
 class ProxyConfig:
     """An open_clip model that embeds pools, frozen or, with `embed: online`, in training; see `model.build_towers`.
 
-    Of an online one neither name nor config is needed: `build.affordable_towers`.
+    Of an online one a recipe needs neither name nor config: `build.affordable_towers`.
     """
 
     name: str | None = None

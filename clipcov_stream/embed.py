@@ -111,8 +111,12 @@ def check_embedder(
     if not (proxy_lr > 0 and math.isfinite(proxy_lr)):
         raise ValueError(f"selection.proxy_lr={proxy_lr} must be a finite number above 0")
     if (embed in ("proxy", "online")) != (proxy is not None):
-        said = "needs proxy model, ClipCov(proxy=MODEL)" if proxy is None else "takes no proxy model"
-        raise ValueError(f"embed={embed!r} {said}")
+        if proxy is not None:
+            raise ValueError(f"embed={embed!r} takes no proxy model")
+        raise ValueError(
+            f"embed={embed!r} needs a proxy model: selection.proxy.name and .pretrained in a recipe, proxy=MODEL of "
+            "ClipCov"
+        )
     if proxy is not None:
         check_towers(proxy, "proxy")
     if not (logit_scale > 0 and math.isfinite(logit_scale)):

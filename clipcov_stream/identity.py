@@ -24,10 +24,17 @@ LATER: dict[str, Any] = {
 """Arguments that checkpoints of before they existed lack, and what those runs did."""
 
 
+PROXIES = " (numbers that stand for the model; a run's about file, beside its metrics, has a default one's config)"
+
+
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, naming every difference, unless a checkpoint's arguments are this run's."""
     saved = {**LATER, **saved}
-    other = [f"{name}={saved.get(name)!r}, not {now[name]!r}" for name in now if saved.get(name) != now[name]]
+    other = [
+        f"{name}={saved.get(name)!r}, not {now[name]!r}{PROXIES * (name == 'proxy')}"
+        for name in now
+        if saved.get(name) != now[name]
+    ]
     if other:
         raise ValueError(
             f"the checkpoint's run began with selection.{'; selection.'.join(other)}. To go on, use its settings; to "

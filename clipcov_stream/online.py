@@ -54,7 +54,7 @@ SHARPEST = 3.0
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "the more sharply, the more passes"
+VERSION = "all ranks are negatives"
 """In a state: how its proxy learned, which is also from small images."""
 
 COUNTS = ("updates", "samples_streamed", "dataset_size")
@@ -307,8 +307,8 @@ class OnlineProxy:
         if VERSION not in state:
             raise ValueError(
                 "the checkpoint's online proxy is of an older version, which learned from other images of the "
-                "candidates, or weighted them otherwise, and cannot be gone on with. Take the model's weights alone: "
-                "load_path=... and load_weights_only=true"
+                "candidates, weighted them otherwise or had other negatives, and cannot be gone on with. Take the "
+                "model's weights alone: load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed, self.dataset_size = (int(state[name]) for name in COUNTS)
         for kind, model in (("trained", self.trained), ("average", self.model)):

@@ -69,7 +69,7 @@ def check_pair(image: Tensor, text: Tensor, what: str) -> None:
     """Raise ValueError unless image and text are (n, dim) of one shape, TypeError unless they are tensors."""
     for rows in (image, text):
         if not isinstance(rows, Tensor):
-            raise TypeError(f"{what} must be torch tensors, not {type(rows).__name__}; torch.from_numpy makes them")
+            raise TypeError(f"{what} must be torch tensors, not {type(rows).__name__}; torch.as_tensor makes them")
     if image.ndim != 2 or text.ndim != 2 or len(image) != len(text):
         raise ValueError(f"{what} must be (pool, dim) each; got {tuple(image.shape)} and {tuple(text.shape)}")
     if image.shape[1] != text.shape[1]:

@@ -360,7 +360,7 @@ class Preparation:
             # At random: the order of ids may be that of subjects.
             generator = torch.Generator().manual_seed(mix(self.settings.seed, online.updates))
             order = torch.randperm(len(placement.origin), generator=generator)
-            parts = [Part(*placement.own_of(part)) for part in order.split(rows * dist.get_world_size())]
+            parts = [Part(*own) for own in placement.own_of(order.split(rows * dist.get_world_size()))]
             weights = placement.own_rows(weights)
         precision = nullcontext if half else self._precision
         width = pool.image.shape[1]

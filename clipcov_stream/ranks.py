@@ -8,7 +8,7 @@ is some 5% of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -143,12 +143,15 @@ class Placement:
         at = dist.get_global_rank() * self.pool_size
         return rows.index_select(0, self.origin.argsort()[at : at + self.pool_size])
 
-    def own_of(self, places: Tensor) -> tuple[Tensor, int]:
-        """Of places in the global pool, on the CPU, those that are this rank's, as places in its own pool, and how many
-        of them any rank has. Reads `origin` from the device."""
-        at = self.origin.cpu()[places]
-        rank, own = at // self.pool_size, at % self.pool_size
-        return own[rank == dist.get_global_rank()], int(rank.bincount().max())
+    def own_of(self, parts: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+        """For each of several parts of the global pool, on the CPU: which of it are this rank's, as places in its own
+        pool, and how many of it any rank has. Reads `origin` from the device, once."""
+        origin = self.origin.cpu()
+        found = []
+        for part in parts:
+            rank, own = origin[part] // self.pool_size, origin[part] % self.pool_size
+            found.append((own[rank == dist.get_global_rank()], int(rank.bincount().max())))
+        return found
 
     def whole_pool(self, pool: Pool, image: Gathering | None = None) -> Pool:
         """The global pool. Embeddings travel as bfloat16, and are rounded to it on a single rank too.

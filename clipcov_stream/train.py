@@ -237,14 +237,14 @@ def train(trainer: Trainer, eval_first: bool = False) -> None:
     evaluation: Composer's `fit` would raise, and a job that is started again until it succeeds never would.
     """
     state = trainer.state
-    step = int(state.timestamp.batch)
-    if step and dist.get_global_rank() == 0:
-        print(f"{state.run_name}: goes on from step {step:,}", flush=True)
     if state.max_duration is not None and state.timestamp >= state.max_duration:
         log.warning("nothing is left to train: the checkpoint is of max_duration=%s", state.max_duration)
         state.previous_timestamp = state.timestamp  # None would be that of a run which has not begun: no evaluation
         trainer._train_loop()  # what fit does once it has checked its arguments
         return
+    step = int(state.timestamp.batch)
+    if step and dist.get_global_rank() == 0:
+        print(f"{state.run_name}: goes on from step {step:,}", flush=True)
     # A resumed run has been evaluated at its start.
     if eval_first and not step:
         trainer.eval()

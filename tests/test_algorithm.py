@@ -168,7 +168,7 @@ def test_patches_of_a_tower_without_any_cannot_be_left_out(tmp_path: Path, corpu
         ({"filter_ratio": -0.1}, r"selection.filter_ratio=-0.1 must be in \[0, 1\)"),
         ({"filter_ratio": float("nan")}, r"selection.filter_ratio=nan"),
         ({"embed": "magic"}, r"selection.embed='magic' is not one of \['teacher', 'proxy', 'online', 'columns'\]"),
-        ({"embed": "proxy"}, "embed='proxy' needs proxy model"),
+        ({"embed": "proxy"}, "embed='proxy' needs a proxy model"),
         ({"selector": "best"}, r"selection.selector='best' is not one of \['c_rho', .*'vas'\]"),
         ({"warmup": "soon"}, "selection.warmup='soon' is not a Composer time"),
         ({"warmup": "10sp"}, "must be in batches"),

@@ -490,7 +490,8 @@ from clipcov_stream.online import OnlineProxy, Part
 dist.initialize_dist(get_device("cpu"))
 rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
 group = torch.distributed.new_group(backend="gloo") if sys.argv[3] == "own" else None
-online = OnlineProxy(Linear(seed=rank), lr=1e-2, momentum=0.9)  # rank 0's weights are what counts
+norm = sys.argv[4] == "norm"
+online = OnlineProxy(Linear(rank, norm), lr=1e-2, momentum=0.9)  # rank 0's weights are what counts
 for image, text, valid, weights, parts in shared_pool(num_ranks):
     own = slice(8 * rank, 8 * rank + 8)
     most = [max(int((part // 8 == of).sum()) for of in range(num_ranks)) for part in parts]
@@ -502,7 +503,7 @@ torch.save(online.state_dict(), f"{sys.argv[1]}/rank{rank}.pt")
 
 def shared_pool(num_ranks: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
     """Three pools of 8 candidates a rank, in parts of which ranks have unlike shares: of one a rank has none, of one
-    it has none that is valid, and one part has none at all."""
+    it has none that is valid, of one there is none at all, and of one two ranks have one each."""
     size, generator = 8 * num_ranks, torch.Generator().manual_seed(5)
     pools = []
     for _ in range(3):
@@ -511,8 +512,9 @@ def shared_pool(num_ranks: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, li
         valid = torch.ones(size, dtype=torch.bool)
         valid[[1, 6, 7]] = False
         others = torch.cat([torch.tensor([0, 2]), 8 + torch.randperm(size - 8, generator=generator)])
-        left = torch.tensor([3, 4, 5])
-        parts = [others[: size - 10], torch.cat([torch.tensor([6, 7]), others[size - 10 :]]), torch.tensor([1]), left]
+        most, one, rest = others.split([size - 11, 1, 4])
+        parts = [most, torch.cat([torch.tensor([6, 7]), rest]), torch.tensor([1]), torch.tensor([3, 4])]
+        parts.append(torch.cat([torch.tensor([5]), one]))
         pools.append((image, text, valid, 2 * torch.rand(size, generator=generator), parts))
     return pools
 
@@ -522,15 +524,30 @@ def test_ranks_learn_together_what_one_learns_from_all(tmp_path: Path, num_ranks
     """All candidates of a part are one another's negatives, whichever rank has them."""
     script = tmp_path / "learns.py"
     script.write_text(LEARNS, encoding="utf-8")
-    launch([*composer(), "-n", str(num_ranks), str(script), str(tmp_path), os.pathsep.join(sys.path), group])
+    paths = os.pathsep.join(sys.path)
+    launch([*composer(), "-n", str(num_ranks), str(script), str(tmp_path), paths, group, "plain"])
     alone = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     for image, text, valid, weights, parts in shared_pool(num_ranks):
         alone.learn(image, text, valid, weights, [Part(part, len(part)) for part in parts], 4, nullcontext)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
-    assert alone.updates == 12 and not torch.equal(alone.trained.image.weight, Linear().image.weight)
+    assert alone.updates == 15 and not torch.equal(alone.trained.image.weight, Linear().image.weight)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(ranks[0][name], value, msg=name)
-    assert_same(*ranks[:2])
+    for rank in ranks[1:]:
+        assert_same(rank, ranks[0])
+
+
+def test_ranks_learn_together_with_batch_norm_too(tmp_path: Path) -> None:
+    """Of a part of which a rank has one row it takes none: batch norm would have no statistics."""
+    script = tmp_path / "learns.py"
+    script.write_text(LEARNS, encoding="utf-8")
+    launch([*composer(), "-n", "2", str(script), str(tmp_path), os.pathsep.join(sys.path), "default", "norm"])
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*ranks)
+    assert int(ranks[0]["updates"]) == 15 and all(value.isfinite().all() for value in ranks[0].values())
+    assert ranks[0]["average.norm.running_mean"].any()
+    before = OnlineProxy(Linear(norm=True), lr=1e-2, momentum=0.9).state_dict()
+    assert not torch.equal(ranks[0]["trained.image.weight"], before["trained.image.weight"])
 
 
 def test_the_default_proxy_reads_what_the_learner_reads() -> None:
@@ -586,7 +603,7 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "embed='online' needs proxy model"),
+        ({}, "embed='online' needs a proxy model"),
         ({"proxy": Linear(), "proxy_lr": 0.0}, "selection.proxy_lr=0.0 must be a finite number above 0"),
         (
             {"proxy": Linear(), "embed_resolution": 16},
