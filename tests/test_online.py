@@ -422,7 +422,10 @@ def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: P
     again = {**tree, "load_path": str(tmp_path / "saved" / "latest-rank0.pt"), "save_folder": None}
     for section, message in (
         ({"proxy_lr": 1e-3}, "selection.proxy_lr=0.01, not 0.001"),
-        ({"proxy": {"config": {**SMALL, "embed_dim": 4}}}, "selection.proxy="),
+        (
+            {"proxy": {"config": {**SMALL, "embed_dim": 4}}},
+            r"selection\.proxy=\d+, not \d+ \(numbers that stand for the model",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "second", {**again, "selection": {**tree["selection"], **section}})

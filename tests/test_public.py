@@ -41,6 +41,19 @@ print(*[name for name in clipcov_stream.__all__ if getattr(clipcov_stream, name,
     assert set(clipcov_stream.__all__) <= set(run_python(code))
 
 
+def test_a_pool_of_arrays_says_what_it_needs():
+    # In a process of its own: here the shape checks would refuse them first.
+    code = """
+import numpy
+from clipcov_stream import Pool
+try:
+    Pool(image=numpy.ones((4, 2)), text=numpy.ones((4, 2)))
+except TypeError as error:
+    print(error)
+"""
+    assert " ".join(run_python(code)) == "embeddings must be torch tensors, not ndarray; torch.as_tensor makes them"
+
+
 def test_the_maths_needs_torch_alone():
     code = """
 import sys
