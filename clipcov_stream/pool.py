@@ -43,8 +43,8 @@ class Pool:
     learner_image: Float[Tensor, "_ _"] | None = None
     learner_text: Float[Tensor, "_ _"] | None = None
     learner_logit_scale: float | Tensor | None = None
-    valid: Bool[Tensor, "_"] | None = None
-    ids: Integer[Tensor, "_"] | None = None
+    valid: Bool[Tensor, " _"] | None = None
+    ids: Integer[Tensor, " _"] | None = None
     concepts: Int64[Tensor, "_ _"] | None = None
 
     def __post_init__(self) -> None:

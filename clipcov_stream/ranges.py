@@ -39,6 +39,8 @@ from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 CONNECTIONS = 16
 ATTEMPTS = 6
 """With pauses of at most 8 s in all."""
+MISSING_ATTEMPTS = 4
+"""Of an object that the store says it does not have: a copy of it may be behind for a moment."""
 MAX_GAP = 1 << 18
 """Bytes: about what a connection brings in the time that a request of its own would wait for its answer."""
 MAX_WASTE = 0.25
@@ -337,7 +339,7 @@ class Ranges:
                 error = OSError(f"{len(data)} bytes came instead of {wrong}")
             except Exception as raised:  # every back end has kinds of its own
                 error = raised
-            is_last = attempt == ATTEMPTS or self.reader is None or is_missing(error)
+            is_last = attempt >= (MISSING_ATTEMPTS if is_missing(error) else ATTEMPTS) or self.reader is None
             is_last |= self.patience > 0 and time.monotonic() >= until
             # Spread out, lest all connections come back at once to a store that asked for less.
             pause = FIRST_PAUSE * 2 ** (attempt - 1) * self._pauses.uniform(0.5, 1)

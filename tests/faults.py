@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from s3 import NO_SUCH_KEY
+
 FAULTS = {
     "error": "a status of 500",
     "throttle": "a status of 503, SlowDown",
@@ -137,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     def stale(self, status: int, headers: Any, data: bytes, size: Any, drawn: bytes) -> None:
         earlier = self.faults.earlier.get(self.key)
         if earlier is None or self.headers.get("Range"):
-            self.send(404, [("Content-Type", "application/xml")], MISSING, len(MISSING))
+            self.send(404, [("Content-Type", "application/xml")], NO_SUCH_KEY, len(NO_SUCH_KEY))
         else:
             self.send(status, headers, earlier, len(earlier))
 

@@ -25,7 +25,8 @@ class Request(NamedTuple):
 
 Fault = Callable[[str, str, str], "str | None"]
 """Method, path and byte range of a request -> what goes wrong with it: `error`, a status of 500; `short`, half of the
-range; `cut`, half of the answer's body; None if nothing."""
+range; `cut`, half of the answer's body; `missing`, a status of 404; None if nothing."""
+NO_SUCH_KEY = b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code><Message>The key does not exist.</Message></Error>"
 
 
 class Counted:
@@ -49,6 +50,9 @@ class Counted:
         if fault == "error":
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             body = []
+        elif fault == "missing":
+            body = [NO_SUCH_KEY]
+            start_response("404 Not Found", [("Content-Type", "application/xml")])
         else:
             body = self.app(environ, start_response)
         num_bytes = 0

@@ -164,14 +164,14 @@ def test_a_store_that_fails_now_and_then_is_asked_again(folder: Path, bucket: Bu
     ranges = Ranges(source_of(folder, bucket.upload(folder, "mds")), connections=4)
 
     def fault(method: str, path: str, byte_range: str) -> str | None:
-        kinds = ["error", "short", "cut"]
+        kinds = ["error", "short", "cut", "missing"]
         plan = planned.setdefault((path, byte_range), [rng.choice(kinds) for _ in range(rng.randrange(4))])
         met.append(plan.pop() if plan else None)
         return met[-1]
 
     with bucket.server.failing(fault):
         assert fetched(ranges, spans[::3]) == images[::3]
-    assert {"error", "short", "cut"} <= set(met)
+    assert {"error", "short", "cut", "missing"} <= set(met)
     assert met.count(None) == len(coalesce(spans[::3]))
     ranges.close()
 
@@ -230,14 +230,15 @@ def test_a_range_that_cannot_be_had_names_shard_offset_and_url(
     ranges.close()
 
 
-def test_what_the_store_does_not_have_is_not_asked_for_again(folder: Path, bucket: Bucket, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_what_the_store_does_not_have_is_given_up_sooner(folder: Path, bucket: Bucket, tmp_path: Path) -> None:
     spans, _ = spans_of(folder)
     with (
         bucket.server.asked() as asked,
-        pytest.raises(OSError, match=r"shard 0, .*/gone/shard\.00000\.mds, after 1 attempts: NoSuchKey"),
+        pytest.raises(OSError, match=r"shard 0, .*/gone/shard\.00000\.mds, after 4 attempts: NoSuchKey"),
     ):
         fetched(Ranges(source_of(folder, f"{bucket.url}/gone")), spans[:1])
-    assert len(asked) == 1
+    assert len(asked) == 4
     shutil.copytree(folder, tmp_path / "mds")
     shard = tmp_path / "mds" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[: spans[0].offset + 5])
