@@ -13,6 +13,7 @@ from clipcov_stream.caption_sets import CaptionedImages
 from clipcov_stream.image_sets import LabelledImages
 from clipcov_stream.materialize import ImageTransform, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.stream import PoolCollate
+from clipcov_stream.workers import begin_worker
 
 
 class ImagesDataset(Dataset[dict[str, Any]]):
@@ -91,6 +92,7 @@ def image_loader(
         batch_size=batch_size,
         sampler=dist.get_sampler(dataset, shuffle=False, drop_last=False),
         num_workers=num_workers,
+        worker_init_fn=begin_worker,
         collate_fn=PoolCollate(transform),
         drop_last=False,
     )

@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import threading
 import time
 import uuid
 import weakref
@@ -146,22 +145,6 @@ def clean_dead() -> list[str]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return removed
-
-
-def end_with_parent(worker: int = 0) -> None:
-    """Have a loader's worker end with the process that started it, whatever it is doing; a `worker_init_fn`.
-
-    PyTorch's looks for its parent between two pools alone, and one that waits in Streaming for others that are dead too
-    would stay for ever.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name=f"parent of worker {worker}").start()
 
 
 def removed_of(found: dict[Path, dict[str, Any]]) -> list[str]:

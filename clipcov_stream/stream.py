@@ -41,8 +41,9 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead, end_with_parent, opening, turn
+from clipcov_stream.shared_memory import claim, clean_dead, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
+from clipcov_stream.workers import begin_worker
 
 OPEN_ATTEMPTS = 5
 STUCK = 2
@@ -564,7 +565,7 @@ def pool_loader(
         # A worker itself says what it waits for, once the data set's time is up; this is for one that cannot.
         patience = STUCK * dataset.timeout
         workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": patience}
-        workers["worker_init_fn"] = end_with_parent
+        workers["worker_init_fn"] = begin_worker
     transform, tokenizer, source = dataset.transform, dataset.tokenizer, dataset.source
     if range_cache is not None and source is None:
         raise ValueError(f"stream.range_cache={range_cache!r} needs stream.range_reads=true")

@@ -31,6 +31,7 @@ from clipcov_stream.ledger import Ledger
 from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.patches import towers_with_patches
+from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
@@ -170,6 +171,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
             callbacks=[
                 ClampLogitScale(),
                 EndThreads(alone),
+                SaveOnSignal(),
                 SkippedShards(),
                 ZeroShotHead(prompts),
                 RecordedRecipe(config),
@@ -215,6 +217,8 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     # Remarks on odd files; what cannot be decoded is counted.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer asks for as
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     try:
         config = load_config(find_recipe(path), arguments)
         trainer = build_trainer(config)

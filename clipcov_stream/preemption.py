@@ -1,0 +1,101 @@
+"""A run that is told to end saves where it stands, so that a preempted machine costs no step.
+
+SIGTERM is what Slurm, Kubernetes and a machine that shuts down send some seconds before they kill; SIGINT is Ctrl-C.
+By itself Composer exits on both at once, and what was trained since the last checkpoint is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class SaveOnSignal(Callback):
+    """On SIGTERM or Ctrl-C ends the step, has every CheckpointSaver save and exits with status 128 + signal.
+
+    For any Trainer: `callbacks=[SaveOnSignal()]`. Ranks agree after every step, so a signal to one of them ends all
+    after the same; an evaluation that has begun is finished first. A second Ctrl-C ends at once, without saving; of
+    SIGTERM a second one changes nothing, because Composer's launcher sends one to ranks that are about to end. Signals
+    are caught while `fit` runs in the main thread.
+
+    Costs: over ranks an all-reduce of one number a step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        """The signal that this rank got; 0 is none."""
+        self._before: dict[int, Any] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.asked = 0
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._before = {each: signal.signal(each, self._ask) for each in SIGNALS}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            self._release()
+            raise SystemExit(128 + number)
+        if not self.asked and dist.get_global_rank() == 0:
+            again = "; again: at once, unsaved" if number == signal.SIGINT else ""
+            # Not print: the signal may have come in the midst of one.
+            os.write(2, f"\n{signal.Signals(number).name}: ends after this step{again}\n".encode())
+        self.asked = self.asked or number
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        timestamp, epoch = state.timestamp, state.dataloader_len
+        is_last = state.max_duration is not None and timestamp >= state.max_duration
+        # Of an epoch's last step epoch_checkpoint comes next: one who goes on from there finds no epoch without steps.
+        if not is_last and (epoch is None or timestamp.batch_in_epoch < epoch):
+            self._end_if_asked(state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if state.max_duration is None or state.timestamp < state.max_duration:
+            self._end_if_asked(state, logger)
+
+    def _end_if_asked(self, state: State, logger: Logger) -> None:
+        """Save and exit, on all ranks, if any of them got a signal."""
+        number = asked_of_any(self.asked, state)
+        if not number:
+            return
+        savers = [each for each in state.callbacks if isinstance(each, CheckpointSaver)]
+        for saver in savers:
+            if saver.last_checkpoint_batch != state.timestamp.batch:
+                saver._save_checkpoint(state, logger)
+            saver.fit_end(state, logger)  # which waits until it is uploaded
+        dist.barrier()  # a rank that is gone has the launcher end the others, the one that writes among them
+        self._release()
+        if dist.get_global_rank() == 0:
+            saved = "saved, to go on from with the same settings" if savers else "nothing is saved: no save_folder"
+            name, step = signal.Signals(number).name, int(state.timestamp.batch)
+            print(f"{state.run_name}: {name}, ends after step {step:,}; {saved}", flush=True)
+        raise SystemExit(128 + number)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._release()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def asked_of_any(number: int, state: State) -> int:
+    """The largest of all ranks' numbers."""
+    if dist.get_world_size() == 1:
+        return number
+    asked = state.device.tensor_to_device(torch.tensor([number]))
+    dist.all_reduce(asked, reduce_operation="MAX")
+    return int(asked)

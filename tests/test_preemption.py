@@ -1,0 +1,250 @@
+"""Runs that are told to end save where they stand, and go on as if they had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback
+from corpora import draw_corpus, recipe, write_recipe
+from runs import assert_same_run, columns_recipe, composer, run, run_ranks, trainer_of, write_columns
+
+from clipcov_stream.checkpoints import checkpoints_in
+from clipcov_stream.preemption import SaveOnSignal
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as other tests' processes: sums have one order
+AHEAD = {"run_ahead": 2, "lag_delay": 2}
+
+
+class Tell(Callback):
+    """Sends this process a signal as step number `step` begins."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        if int(state.timestamp.batch) == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_columns(tmp_path_factory.mktemp("columns") / "mds", 160)
+
+
+def tree_of(folder: Path, saved: Path | None = None, **stream: Any) -> dict[str, Any]:
+    """Eight steps, in epochs of five; a checkpoint by the clock only at the end."""
+    tree = {**columns_recipe(folder, **AHEAD), "max_duration": "8ba", "run_name": "told"}
+    tree["stream"] |= {"shuffle": True, **stream}
+    saving = {"save_folder": str(saved), "save_interval": "100ba", "autoresume": True}
+    return tree if saved is None else {**tree, **saving}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("step", "numbers"),
+    [
+        (0, (signal.SIGTERM,)),
+        (3, (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)),  # as from a terminal and then from a launcher
+        (4, (signal.SIGTERM,)),  # the last of an epoch
+        (6, (signal.SIGINT,)),
+    ],
+)
+def test_a_run_that_was_told_to_end_loses_no_step(
+    tmp_path: Path,
+    folder: Path,
+    num_workers: int,
+    step: int,
+    numbers: tuple[int, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    straight = run(tmp_path / "straight", tree_of(folder))
+    tree = tree_of(folder, tmp_path / "saved", num_workers=num_workers)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    trainer, recorder, _ = trainer_of(tmp_path, tree)
+    trainer.state.callbacks.append(Tell(step, *numbers))
+    with pytest.raises(SystemExit) as told:
+        trainer.fit()
+    assert told.value.code == 128 + numbers[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    trainer.close()
+    name = signal.Signals(numbers[0]).name
+    said = capfd.readouterr()
+    assert f"{name}: ends after this step" in said.err
+    assert f"told: {name}, ends after step {step + 1}; saved" in said.out
+    (checkpoint,) = checkpoints_in(tmp_path / "saved")
+    assert checkpoint.name.endswith(f"-ba{step + 1}-rank0.pt")
+    assert len(recorder.batches) == step + 1
+    resumed = run(tmp_path, tree)
+    assert_same_run(resumed, straight, skipped=step + 1)
+
+
+def test_what_is_never_saved_still_ends_in_order(
+    tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer, recorder, _ = trainer_of(tmp_path, tree_of(folder))
+    trainer.state.callbacks.append(Tell(2, signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert len(recorder.batches) == 3 and "nothing is saved: no save_folder" in capfd.readouterr().out
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path, folder: Path) -> None:
+    trainer, _, _ = trainer_of(tmp_path, tree_of(folder, tmp_path / "saved"))
+    trainer.state.callbacks.append(Tell(2, signal.SIGINT, signal.SIGINT))
+    with pytest.raises(SystemExit) as told:
+        trainer.fit()
+    trainer.close()
+    assert told.value.code == 128 + signal.SIGINT
+    assert checkpoints_in(tmp_path / "saved") == []
+
+
+def test_a_checkpoint_that_is_due_is_written_once(tmp_path: Path, folder: Path) -> None:
+    """Its saver may come before or after."""
+    for first in (True, False):
+        tree = tree_of(folder, tmp_path / f"saved{first}") | {"save_interval": "3ba"}
+        trainer, _, _ = trainer_of(tmp_path / f"{first}", tree)
+        callbacks = trainer.state.callbacks
+        callbacks.sort(key=lambda each: isinstance(each, SaveOnSignal) != first)
+        callbacks.append(Tell(2, signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            trainer.fit()
+        trainer.close()
+        assert [path.name for path in checkpoints_in(tmp_path / f"saved{first}")] == ["ep0-ba3-rank0.pt"]
+
+
+def test_a_run_whose_last_step_it_is_ends_as_ever(tmp_path: Path, folder: Path) -> None:
+    trainer, recorder, _ = trainer_of(tmp_path, tree_of(folder, tmp_path / "saved"))
+    trainer.state.callbacks.append(Tell(7, signal.SIGTERM))
+    trainer.fit()
+    assert len(recorder.batches) == 8 and checkpoints_in(tmp_path / "saved")[0].name == "ep1-ba8-rank0.pt"
+
+
+def test_an_evaluation_is_finished_first(tmp_path: Path) -> None:
+    corpus = draw_corpus(tmp_path / "corpus")
+    tree = recipe(corpus, max_duration="4ba", save_folder=str(tmp_path / "saved"), save_interval="100ba")
+    tree |= {"eval": {"shapes": {"local": str(corpus / "eval"), "batch_size": 6}}, "eval_interval": "2ba"}
+
+    class TellInEvaluation(Callback):
+        ended = 0
+
+        def eval_batch_start(self, state: Any, logger: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def eval_end(self, state: Any, logger: Any) -> None:
+            self.ended += 1
+
+    trainer, recorder, _ = trainer_of(tmp_path, tree)
+    trainer.state.callbacks.append(teller := TellInEvaluation())
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    trainer.close()
+    assert teller.ended == 1 and len(recorder.batches) == 2
+    assert [path.name for path in checkpoints_in(tmp_path / "saved")] == ["ep0-ba2-rank0.pt"]
+
+
+TOLD = """
+import os, signal, sys
+from composer import Callback
+from composer.utils import dist
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+class Tell(Callback):
+    def before_train_batch(self, state, logger):
+        if int(state.timestamp.batch) == 2 and dist.get_global_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+trainer = build_trainer(load_config(sys.argv[1]))
+trainer.state.callbacks.append(Tell())
+trainer.fit()
+"""
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, folder: Path) -> None:
+    tree = tree_of(folder, tmp_path / "saved")
+    straight = run_ranks(tmp_path / "straight", write_recipe(tmp_path / "straight.yaml", tree_of(folder)), 2)
+    path, script = write_recipe(tmp_path / "told.yaml", tree), tmp_path / "told.py"
+    script.write_text(TOLD, encoding="utf-8")
+    command = [*composer(), "-n", "2", str(script), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
+    assert done.returncode != 0 and "exited with code 143" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    (checkpoint,) = checkpoints_in(tmp_path / "saved")
+    assert checkpoint.name == "ep0-ba3-rank0.pt"
+    resumed = run_ranks(tmp_path / "resumed", path, 2)
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert len(ours["batches"]) == 5
+        for mine, other in zip(ours["batches"], theirs["batches"][3:], strict=True):
+            assert torch.equal(mine["image"], other["image"]) and torch.equal(mine["text"], other["text"])
+        assert all(torch.equal(weight, theirs["model"][name]) for name, weight in ours["model"].items())
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("launcher", "number", "to_all"),
+    [
+        ("composer", signal.SIGINT, True),  # Ctrl-C in a terminal
+        ("composer", signal.SIGTERM, True),  # Slurm, a machine that shuts down
+        ("composer", signal.SIGTERM, False),  # a container's first process
+        ("torchrun", signal.SIGTERM, False),
+    ],
+)
+def test_real_launchers_real_signals(tmp_path: Path, folder: Path, launcher: str, number: int, to_all: bool) -> None:
+    """With workers in the same process group; nothing is left running, and what was trained is there."""
+    metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "saved"
+    tree = tree_of(folder, saved, num_workers=2) | {"max_duration": "100000ba", "metrics_file": str(metrics)}
+    path = write_recipe(tmp_path / "recipe.yaml", tree)
+    command = {
+        "composer": [*composer(), "-n", "2", "-m", "clipcov_stream", str(path)],
+        "torchrun": [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node=2", "-m", "clipcov_stream"],
+    }[launcher]
+    command = command if launcher == "composer" else [*command, str(path)]
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=ONE_THREAD,
+        )
+        try:
+            until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 5))
+            (os.killpg if to_all else os.kill)(process.pid, number)
+            assert process.wait(60) != 0
+            until(lambda: not alive(process.pid), 30)
+        finally:
+            if alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    (checkpoint,) = checkpoints_in(saved)
+    step = int(checkpoint.name.split("-ba")[1].split("-")[0])
+    assert f"ends after step {step:,}; saved" in said
+    assert said.count("Traceback") <= 1, said  # the launcher's, which tells of its own end by one
+    command = [*command, f"max_duration={step + 1}ba"]
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
+    assert f"told: goes on from step {step:,}" in resumed.stdout, resumed.stderr
+
+
+def alive(group: int) -> bool:
+    """Whether a process group has any process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
