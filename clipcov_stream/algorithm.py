@@ -12,12 +12,12 @@ import copy
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
@@ -35,6 +35,7 @@ from clipcov_stream.embed import (
     check_precision,
     check_towers,
     embed_with_towers,
+    scale_in,
     scale_of,
 )
 from clipcov_stream.graphed import GraphedSelect
@@ -53,10 +54,10 @@ from clipcov_stream.ranks import (
     on_every_rank,
     own_group,
     share_buffers,
-    sum_over_ranks,
 )
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
+from clipcov_stream.tally import Tally
 
 SOFT_START = 0.5
 """Of `ClipCov`, with the teacher; measured in tools/LOG.md."""
@@ -131,7 +132,7 @@ class ClipCov(Algorithm):
             ranks' data sets that differ in it the sum. Where all ranks have data sets of their own and of one size,
             give it their sum.
         image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
-            mask, `valid` are read where they exist; see `Pool`.
+            mask, `valid` are read where they exist, and not passed on to the model; see `Pool`.
 
     Raises:
         ValueError: a value outside its range, here or at the start of training.
@@ -245,8 +246,9 @@ class ClipCov(Algorithm):
         """State of an online proxy that is ahead of `teacher`, and of the step."""
         self._group: Group = None
         self._asked, self._begun = 0.0, False
-        self.samples_seen = 0
-        self.num_invalid = 0
+        self.tally = Tally()
+        self._run: weakref.ref[State] | None = None
+        """The Trainer's state that all of this is of, while it lives."""
         self.global_pool_size: int | None = None
         self._scored_at: list[int | None] | None = None
         """Side in pixels of the images that the proxy gets of the stream, [None] if the learner's; None: not known."""
@@ -281,6 +283,16 @@ class ClipCov(Algorithm):
     def _own_warmup(self) -> str:
         softly = plain(self.function) is clipcov and self.settings.starts_softly
         return HARD_WARMUP if self.uses_embeddings and self.embed in IN_TRAINING and not softly else "0ba"
+
+    @property
+    def samples_seen(self) -> int:
+        """Survivors so far, over all ranks."""
+        return self.tally.samples_seen
+
+    @property
+    def num_invalid(self) -> int:
+        """Candidates so far that could not be used, over all ranks."""
+        return self.tally.num_invalid
 
     @property
     def uses_embeddings(self) -> bool:
@@ -364,8 +376,7 @@ class ClipCov(Algorithm):
         return {
             **super().state_dict(),
             "arguments": {**self._identity, "global_pool_size": self.global_pool_size, "scored_at": self._scored_at},
-            "samples_seen": self.samples_seen,
-            "num_invalid": self.num_invalid,
+            **vars(self.tally),
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
             "lags": self._lags.waiting(),
             "teacher": self._pending.get("teacher", {}) if self.teacher is None else self._teacher_state(),
@@ -387,7 +398,10 @@ class ClipCov(Algorithm):
         check_same_run(state["arguments"], self._identity)
         self.global_pool_size = state["arguments"]["global_pool_size"]
         self._scored_at = state["arguments"].get("scored_at")
-        self.samples_seen, self.num_invalid = int(state["samples_seen"]), int(state["num_invalid"])
+        # Before it had a count of its own, the clock's was as good.
+        streamed = int(state.get("samples_streamed", -1))
+        self.tally = Tally(streamed, int(state["samples_seen"]), int(state["num_invalid"]))
+        self._run = None
         self._pending = copy.deepcopy({"selection": state["selection"], "teacher": state["teacher"]})
         self.selection, self.teacher, self._survivors, self._newest = None, None, None, None
         selection = self._pending["selection"] if self.uses_lag else {}
@@ -398,9 +412,12 @@ class ClipCov(Algorithm):
         """Check what can be checked before the first step, and make the embedder.
 
         Raises:
-            ValueError: training goes on from a step before which there was no ClipCov.
+            ValueError: training goes on from a step before which there was no ClipCov, or this one is another run's.
         """
+        self._belong_to(state)
         step = int(state.timestamp.batch)
+        if self.tally.samples_streamed < 0:
+            self.tally.samples_streamed = int(state.timestamp.sample)
         if step and not self.samples_seen:
             raise ValueError(
                 f"training goes on from step {step} of a run without ClipCov: its checkpoint has no state of it. To "
@@ -418,6 +435,8 @@ class ClipCov(Algorithm):
         self.dataset_size, size_of_pass = self._sizes(state)
         if plain(self.function) is not clipcov:
             self.dataset_size = 0  # rivals do not count
+        if self.selection is not None:
+            self.selection = self.selection.counting(self.dataset_size)
         self._checked = False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
@@ -456,6 +475,18 @@ class ClipCov(Algorithm):
             self.teacher.load_state_dict(self._pending.pop("teacher"))
         if isinstance(self.teacher, OnlineProxy):
             self.teacher.begin(size_of_pass)
+
+    def _belong_to(self, state: State) -> None:
+        """Raise ValueError if this is another Trainer's, of which all that is remembered would be."""
+        run = None if self._run is None else self._run()
+        if run is not None and run is not state:
+            if self.samples_seen:
+                raise ValueError(
+                    "this ClipCov has selected for another Trainer, and its teacher, sketch and counts are that run's: "
+                    "give each Trainer a ClipCov of its own"
+                )
+            self.teacher = None  # of a start that came to nothing
+        self._run = weakref.ref(state)
 
     def _sizes(self, state: State) -> tuple[int, int]:
         """Samples of the data set that ids number, and of a pass over all that ranks read; 0 for what is not known."""
@@ -541,6 +572,11 @@ class ClipCov(Algorithm):
             )
         if not self._checked:
             streamed = pool_size * dist.get_world_size()
+            known, states_size = self.global_pool_size, getattr(state.dataloader, "batch_size", None) is not None
+            if known is not None and streamed < known and not (known % dist.get_world_size() or states_size):
+                # The first pool after a checkpoint may be an epoch's last, and short.
+                self._check_pool(state, known // dist.get_world_size())
+                return self._check_pool(state, pool_size)
             if self.global_pool_size is not None:
                 check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
             self.global_pool_size, self._checked = streamed, True
@@ -565,7 +601,8 @@ class ClipCov(Algorithm):
         self.pool_ids = state.batch.get("id") if isinstance(state.batch, Mapping) else None
         prepared = self._prepared(state)
         self.alignment = prepared.alignment
-        self._count(state, prepared.pool_size, len(prepared), prepared.num_invalid)
+        counts = (prepared.pool_size, len(prepared), prepared.num_invalid)
+        self.tally.count(state, self.scope, *counts, self.max_invalid_ratio)
         if prepared.selection is not None:
             self.selection = prepared.selection
             if self.uses_lag:
@@ -581,10 +618,8 @@ class ClipCov(Algorithm):
         figures = {
             **prepared.figures,
             "wait_ms": 1e3 * (time.perf_counter() - self._asked),
-            "samples_streamed": int(state.timestamp.sample) + prepared.pool_size * dist.get_world_size(),
-            "samples_seen": self.samples_seen,
             "filter_ratio": 1 - len(prepared) / prepared.pool_size,
-            "num_invalid": self.num_invalid,
+            **vars(self.tally),
         }
         logger.log_metrics({f"selection/{name}": value for name, value in figures.items()})
 
@@ -638,7 +673,7 @@ class ClipCov(Algorithm):
             if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
                 image, text = outputs["image_features"], outputs["text_features"]
                 # Not the parameter, if it can be helped: FSDP leaves some ranks without it.
-                scale = outputs["logit_scale"].reshape(()) if "logit_scale" in outputs else scale_of(model)
+                scale = scale_in(outputs) if "logit_scale" in outputs else scale_of(model)
             else:
                 check_towers(model, "learnability above 0 (selection.learnability): the Trainer's model")
                 inputs = (state.batch[self.image_key], state.batch[self.text_key])
@@ -652,33 +687,3 @@ class ClipCov(Algorithm):
             self.selection = learn(self.selection, seen, all_reduce_of(self.scope))
         self._survivors = None
         logger.log_metrics({"selection/learn_ms": watch.milliseconds()})
-
-    def _count(self, state: State, pool_size: int, num_survivors: int, num_invalid: int) -> None:
-        """Count what was seen and what could not be used, of this rank's pool or, with scope="global", of all ranks'.
-
-        Raises:
-            RuntimeError: too many unusable samples, or too few left in a pool; on every rank alike, so none waits.
-        """
-        world_size = dist.get_world_size()
-        pools = world_size if self.scope == "global" else 1
-        short = pools * pool_size - num_invalid < pools * num_survivors
-        counts = torch.tensor([num_invalid, short, num_invalid * short], dtype=torch.int64)
-        if world_size > pools:
-            counts = state.device.tensor_to_device(counts)
-            sum_over_ranks(counts)
-        self.samples_seen += num_survivors * world_size
-        self.num_invalid += int(counts[0])
-        streamed = int(state.timestamp.sample) + pool_size * world_size
-        if int(counts[1]):
-            raise RuntimeError(
-                f"step {int(state.timestamp.batch)}: {pools * num_survivors} survivors are needed, but "
-                f"{int(counts[2]) // int(counts[1])} of the pool's {pools * pool_size} samples cannot be used "
-                f"(undecodable image, NaN or inf embedding, a shard that is skipped: stream.on_bad_shard), on "
-                f"{int(counts[1]) * pools} of {world_size} ranks"
-            )
-        ratio = self.max_invalid_ratio
-        if self.num_invalid > ratio * streamed + 3 * math.sqrt(ratio * (1 - ratio) * streamed):
-            raise RuntimeError(
-                f"{self.num_invalid} of {streamed} samples streamed cannot be used (undecodable image, NaN or inf "
-                f"embedding), more than selection.max_invalid_ratio={self.max_invalid_ratio}"
-            )

@@ -381,16 +381,23 @@ def build_selection(
     return selection
 
 
+UNUSED = {"adamw": ("momentum",), "decoupled_adamw": ("momentum",), "sgd": ("betas", "eps")}
+"""Keys of `optimizer` that one of a name does not read."""
+
+
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over the two weight-decay groups.
 
     Raises:
-        ValueError: an unknown name, or a number out of range.
+        ValueError: an unknown name, a number out of range, or one that this optimizer has no use for.
     """
     for name in ("lr", "weight_decay"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"optimizer.{name}={value} must be a finite number, at least 0")
+    for name in UNUSED.get(config.name, ()):
+        if getattr(config, name) != getattr(OptimizerConfig(), name):
+            raise ValueError(f"optimizer.{name}={getattr(config, name)} has no effect with name={config.name!r}")
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
@@ -405,7 +412,8 @@ def build_scheduler(config: SchedulerConfig, max_duration: str) -> ComposerSched
     """A learning-rate schedule with linear warm-up.
 
     Raises:
-        ValueError: an unknown name, or a warm-up that is not a Composer time in units of the run's or `dur`.
+        ValueError: an unknown name, a warm-up that is not a Composer time in units of the run's or `dur`, or an end for
+            a constant rate.
     """
     if config.name not in SCHEDULERS:
         raise ValueError(f"scheduler.name={config.name!r} is not one of {sorted(SCHEDULERS)}")
@@ -415,6 +423,8 @@ def build_scheduler(config: SchedulerConfig, max_duration: str) -> ComposerSched
         raise ValueError(f"scheduler.t_warmup={config.t_warmup!r} is not a Composer time such as '0.05dur'") from error
     if unit not in (TimeUnit.DURATION, Time.from_timestring(max_duration).unit):
         raise ValueError(f"scheduler.t_warmup={config.t_warmup!r} must be in 'dur' or as max_duration={max_duration!r}")
+    if config.name == "constant" and config.alpha_f:
+        raise ValueError(f"scheduler.alpha_f={config.alpha_f} has no effect with name='constant'")
     end = {"alpha_f": config.alpha_f} if config.name != "constant" else {}
     return SCHEDULERS[config.name](t_warmup=config.t_warmup, **end)  # pyright: ignore[reportCallIssue]
 

@@ -13,11 +13,11 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ IN_TRAINING = ("teacher", "online")
 
 EMBED_PRECISIONS = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 """Composer's names."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Embeddings = tuple[Tensor, Tensor, float | Tensor]
 """(pool, dim) image, (pool, dim) text, logit scale (exponentiated)."""
@@ -290,21 +292,41 @@ def positions_at(model: nn.Module, resolution: int) -> dict[str, Tensor]:
     return tensors
 
 
-def reads_to_end(model: nn.Module) -> tuple[str, nn.Module] | None:
+def reads_to_end(model: Any) -> tuple[str, nn.Module] | None:
     """Name and module of an open_clip text tower in which what follows a caption's end token changes nothing.
 
-    That is a causal one, read at the end token.
+    That is a causal one, read at the end token, and the model reads captions by it and by nothing else: an own
+    `encode_text` may do anything.
     """
-    for name, part in model.named_modules():
-        if isinstance(part, CLIP):
-            pooled_at = part.text_pool_type
-        elif isinstance(part, TextTransformer) and part.cls_emb is None:
-            pooled_at = part.pool_type
-        else:
-            continue
-        causal = isinstance(getattr(part, "attn_mask", None), Tensor)
-        return (name, part) if causal and pooled_at in ("argmax", "eos") else None
-    return None
+    path = []
+    while part := getattr(getattr(type(model), "encode_text", None), PASSES_ON, None):
+        path.append(part)
+        model = getattr(model, part)
+    if isinstance(model, CLIP) and type(model).encode_text is CLIP.encode_text:
+        pooled_at = model.text_pool_type
+    elif isinstance(model, CustomTextCLIP) and type(model).encode_text is CustomTextCLIP.encode_text:
+        path.append("text")
+        model = model.text
+        if type(model) is not TextTransformer or model.cls_emb is not None:
+            return None
+        pooled_at = model.pool_type
+    else:
+        return None
+    causal = isinstance(getattr(model, "attn_mask", None), Tensor)
+    return (".".join(path), model) if causal and pooled_at in ("argmax", "eos") else None
+
+
+PASSES_ON = "passes_on_to"
+
+
+def passes_on(part: str) -> Callable[[Function], Function]:
+    """Says of a method `encode_text` that it is that of a part of its object, by name: `reads_to_end` looks there."""
+
+    def told(method: Function) -> Function:
+        setattr(method, PASSES_ON, part)
+        return method
+
+    return told
 
 
 def encoded_captions(model: nn.Module, text: Tensor, chunk: int, name: str, tower: Any, device: torch.device) -> Tensor:
@@ -336,6 +358,21 @@ def scale_of(model: Any) -> float | Tensor:
     return scale.detach().float().exp().reshape(()) if isinstance(scale, Tensor) else 100.0
 
 
+def scale_in(outputs: Mapping[str, Any]) -> float | Tensor:
+    """The `logit_scale` that a model's outputs hold, exponentiated.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    scale = outputs["logit_scale"]
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        return scale.reshape(())
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+        found = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise ValueError(f"the model's output logit_scale must be one number, exponentiated, not {found}")
+    return float(scale)
+
+
 def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, logit_scale: float) -> Embeddings:
     """Embeddings that came with the pool, of the type they came in.
 
@@ -351,6 +388,11 @@ def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, 
     return batch[image_key], batch[text_key], logit_scale
 
 
+HALVES = (torch.bfloat16, torch.float16)
+EXACT = "float32."
+"""What a Teacher's state has before the names of averages of half-precision weights."""
+
+
 class Teacher:
     """Moving average of the learner's weights: an embedder that needs no reference model.
 
@@ -362,26 +404,50 @@ class Teacher:
         momentum: weight of the old average per step. It warms up as (1 + t) / (10 + t), so that the random initial
             weights are forgotten at once.
 
-    Costs: a second copy of the weights; one multiply-add per weight and step.
+    Raises:
+        ValueError: a learner that cannot be copied.
+
+    Costs: a second copy of the weights, of those in half precision one in float32 too; one multiply-add per weight and
+        step.
     """
 
     def __init__(self, learner: nn.Module, momentum: float) -> None:
-        self.model = copy.deepcopy(learner).eval().requires_grad_(False)
+        try:
+            self.model = copy.deepcopy(learner).eval().requires_grad_(False)
+        except RuntimeError as error:  # of tensors that a hook computes, as torch.nn.utils.weight_norm's
+            raise ValueError(
+                f"embed='teacher' cannot copy {type(learner).__name__}: {error}. Use embed='online', 'proxy' or "
+                "'columns'"
+            ) from error
         self.momentum = momentum
+        self.exact = {name: p.float() for name, p in self.model.named_parameters() if p.dtype in HALVES}
+        """The average of half-precision weights: there a step of it would be rounded to none."""
 
     @torch.no_grad()
     def update(self, learner: nn.Module, step: int) -> None:
         """Move towards the learner, after optimizer step number `step`."""
         weight = 1 - min(self.momentum, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in learner.parameters()], weight)
+        average = [self.exact.get(name, p) for name, p in self.model.named_parameters()]
+        now = [p.detach().to(a.dtype) for a, p in zip(average, learner.parameters(), strict=True)]
+        torch._foreach_lerp_(average, now, weight)
+        self._round()
         for mine, theirs in zip(self.model.buffers(), learner.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+    def _round(self) -> None:
+        for name, value in self.exact.items():
+            self.model.get_parameter(name).copy_(value)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        named = {**self.model.state_dict(), **{f"{EXACT}{name}": value for name, value in self.exact.items()}}
+        return {name: value.clone() for name, value in named.items()}
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict(state)
+        self.model.load_state_dict({name: value for name, value in state.items() if not name.startswith(EXACT)})
+        for name, value in self.exact.items():
+            value.copy_(state.get(f"{EXACT}{name}", self.model.get_parameter(name)))
+        self._round()
 
 
 class Proxy(nn.Module):
@@ -439,6 +505,7 @@ class Proxy(nn.Module):
             image = F.interpolate(image, size=(self.image_size,) * 2, mode="bicubic", antialias=True)
         return self.towers.encode_image(image * self.gain + self.shift)  # pyright: ignore
 
+    @passes_on("towers")
     def encode_text(self, text: Tensor) -> Tensor:
         """Raises ValueError for captions cut longer or shorter than the proxy's context can take."""
         if self.context_length is not None and text.shape[1] != self.context_length:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
+from clipcov_stream.embed import passes_on
 from clipcov_stream.weights import load_inert
 
 MAX_LOG_SCALE = math.log(100)
@@ -212,6 +213,7 @@ class ClipModel(ComposerModel):
         # Through forward, not through towers.encode_image: FSDP gathers weights in forward hooks.
         return self.towers(image=image)["image_features"]
 
+    @passes_on("towers")
     def encode_text(self, text: Tensor) -> Tensor:
         """(n, dim) unit-norm caption embeddings."""
         return self.towers(text=text)["text_features"]

@@ -207,6 +207,19 @@ class SelectionState:
             ),
         )
 
+    def counting(self, dataset_size: int) -> SelectionState:
+        """This state for a data set of that many samples: one of another size is another's, whose counts begin at 0."""
+        fresh = self.times.new_zeros(min(dataset_size, MOST_COUNTS) if self.settings.repeats < math.inf else 0)
+        if len(fresh) == len(self.times):
+            return self
+        if bool(self.times.any()):
+            warnings.warn(
+                f"the data set has {dataset_size} samples now, and had {len(self.times)}: how often each was trained "
+                "on is counted anew",
+                stacklevel=2,
+            )
+        return replace(self, times=fresh)
+
     @property
     def counts_times(self) -> bool:
         """Whether `times` are counted, of samples whose ids are known; on all ranks alike."""

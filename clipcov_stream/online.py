@@ -22,6 +22,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.collectives import summed
+from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import Group, gathered, sum_over_ranks
@@ -142,9 +143,13 @@ class OnlineProxy:
 
     Args:
         proxy: the model, with `encode_image`, `encode_text` and, to be learned, `logit_scale` as a logarithm. Its
-            parameters are trained in place.
+            parameters are trained in place: all of them if it is a `Proxy` or wholly frozen, else those that require
+            gradients.
         lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
+
+    Raises:
+        ValueError: a proxy of other weights than float32.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks, per update, a gathering of embeddings, all ranks' squared logits and a sum (by gloo
@@ -156,7 +161,16 @@ class OnlineProxy:
         for tensor in (*proxy.parameters(), *proxy.buffers()):
             if tensor.ndim == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-        self.trained: Any = proxy.requires_grad_(True).train()
+        kinds = {str(p.dtype) for p in proxy.parameters() if p.dtype != torch.float32}
+        if kinds:
+            raise ValueError(
+                f"an online proxy is trained in float32, this one has {sorted(kinds)}: proxy.float() makes it so; "
+                "selection.embed_precision says what its passes are in"
+            )
+        if isinstance(proxy, Proxy) or not any(p.requires_grad for p in proxy.parameters()):
+            proxy.requires_grad_(True)  # frozen as a whole, as what is only to embed is; parts are its owner's matter
+        self.trained: Any = proxy.train()
+        self.learned = [p for p in proxy.parameters() if p.requires_grad]
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
@@ -165,8 +179,8 @@ class OnlineProxy:
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in proxy.modules())
         self.fewest = 2 if batch_norm else 1
         """Rows of a part that a rank can learn from."""
-        matrices = [p for p in proxy.parameters() if p.ndim >= 2]
-        others = [p for p in proxy.parameters() if p.ndim < 2]
+        matrices = [p for p in self.learned if p.ndim >= 2]
+        others = [p for p in self.learned if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         # Fused: beside a small model's passes an update of many small operations takes half of the time.
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
@@ -250,10 +264,10 @@ class OnlineProxy:
     def _update(self, group: Group = None) -> None:
         """A step of AdamW on all ranks' gradients, and one of the moving average."""
         self.updates += 1
-        for parameter in self.trained.parameters():
+        for parameter in self.learned:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = average_over_ranks([p.grad for p in self.trained.parameters()], group)
+        gradients = average_over_ranks([p.grad for p in self.learned if p.grad is not None], group)
         norm = torch.nn.utils.get_total_norm(gradients).float()
         # What a gradient scaler tells a fused optimizer: to divide by so much, and whether to leave the step out. Of a
         # part whose gradient is not finite nothing is learned: one NaN would stay for good.

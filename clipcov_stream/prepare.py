@@ -174,8 +174,11 @@ class Preparation:
         valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
         placement = None
         if self.scope == "global":
-            if "id" not in batch:
-                raise ValueError(f"selection.scope='global' needs 'id' in the batch, which has {sorted(batch)}")
+            if self._ids(batch) is None:
+                raise ValueError(
+                    "selection.scope='global' needs 'id' in the batch, a tensor of whole numbers; it has "
+                    f"{sorted(batch)}"
+                )
             placement = Placement.of(device.tensor_to_device(batch["id"]), self.group)
             num_chosen *= dist.get_world_size()
         pool, embed_ms, alignment = None, None, None
@@ -294,7 +297,7 @@ class Preparation:
             sending.append(Gathering(travelling(images), self.group))
 
         def towers(model: nn.Module, learner: bool = False) -> Embeddings:
-            (image, normalize), text = pixels(), batch[self.text_key]
+            (image, normalize), text = pixels(), self._tokens(batch)
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True, normalize=normalize)
@@ -324,7 +327,7 @@ class Preparation:
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
             if self.online is not None:
-                self._teach(self.online, *pixels(), batch[self.text_key], valid, pool, placement)
+                self._teach(self.online, *pixels(), self._tokens(batch), valid, pool, placement)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
     def _pixels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Normalize | None]:
@@ -365,6 +368,15 @@ class Preparation:
         precision = nullcontext if half else self._precision
         width = pool.image.shape[1]
         online.learn(image, text, valid.cpu(), weights, parts, width, precision, normalize, self.group)
+
+    def _tokens(self, batch: Mapping[str, Any]) -> Tensor:
+        text = batch.get(self.text_key)
+        if not isinstance(text, Tensor):
+            raise ValueError(
+                f"selection.embed={self.embed!r} reads the batch's {self.text_key!r} (text_key) as a tensor of tokens, "
+                f"not {type(text).__name__}"
+            )
+        return text
 
     def _ids(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The samples' numbers in the data set; None where the pool has none, or keys of another kind."""

@@ -114,12 +114,14 @@ def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None, positive:
 
 
 def in_full(function: Function) -> Function:
-    """`function`, in which autocast is off: its products are those of its numbers, whatever it is called inside of.
+    """`function`, in which autocast is off and nothing is noted for gradients: its products are those of its numbers,
+    whatever it is called inside of.
 
     Its first argument has a tensor `lag`, on the device that all others are on.
     """
 
     @functools.wraps(function)
+    @torch.no_grad()
     def call(state: Any, *rest: Any, **named: Any) -> Any:
         kind = state.lag.device.type
         if not torch.is_autocast_enabled(kind):

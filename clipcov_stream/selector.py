@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
+from clipcov_stream.sketch import sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -65,24 +67,32 @@ class Selector:
         self.report: dict[str, Tensor] = {}
         self.gain: Tensor | None = None
         self._select = GraphedSelect()
+        self._warned = False
         self._survivors: Pool | None = None
         self._pending: dict[str, Any] | None = None
 
+    @torch.no_grad()
     def __call__(self, pool: Pool, num_survivors: int) -> Int64[Tensor, " survivors"]:
         """Indices of the survivors, in the order chosen; `report` then holds the step's figures, `gain` what each
         survivor gained when it was picked (`selection.Selected`).
 
         Raises:
             ValueError: as `select`; with `all_reduce`, ranks that share a number, or differ in dataset_size.
-            RuntimeError: fewer valid candidates than survivors.
+            RuntimeError: fewer valid candidates than survivors, on all ranks if on one; the state is as it was.
         """
         before = self._state_for(pool)
+        self._check_ids(pool)
         state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
-        if num_valid < num_survivors:
+        num_short = int(num_valid < num_survivors)
+        if self.all_reduce is not None:
+            self.all_reduce(short := torch.tensor([float(num_short)], device=pool.image.device))
+            num_short = int(short)
+        if num_short:
+            others = f"; on this rank, {num_short} ranks have too few" if self.all_reduce is not None else ""
             raise RuntimeError(
                 f"only {num_valid} of the pool's {len(pool)} samples can be used, {num_survivors} are needed: "
-                f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding"
+                f"{int(report['num_invalid'])} are undecodable or have a NaN or inf embedding{others}"
             )
         self.state, self.report, self.gain = state, report, gain
         self._survivors = survivors_of(pool, survivors) if reads_lag(self.function, self.settings) else None
@@ -103,8 +113,23 @@ class Selector:
             seen = with_learner(self._survivors, image, text, logit_scale)
             self.state, self._survivors = learn(self._state_for(seen), seen, self.all_reduce), None
 
+    def _check_ids(self, pool: Pool) -> None:
+        """Warn, once, of ids that several samples share; on a GPU, where asking would stall it, do not ask."""
+        if self.dataset_size and not self._warned and pool.ids is not None and sync_is_free(pool.ids) and len(pool):
+            largest = int(pool.ids.max())
+            if largest >= self.dataset_size:
+                self._warned = True
+                warnings.warn(
+                    f"Pool.ids has {largest}, dataset_size={self.dataset_size} numbers samples from 0: ids that are "
+                    "alike modulo dataset_size share one count of repeats",
+                    stacklevel=3,
+                )
+
     def _state_for(self, pool: Pool) -> SelectionState:
-        """The state; if there is none yet, the one that was loaded, or a fresh one of the pool's width."""
+        """The state, where the pool is; if there is none yet, the one that was loaded, or a fresh one of the pool's
+        width."""
+        if self.state is not None and self.state.lag.device != pool.image.device:
+            self.state, self._pending = None, self.state.state_dict()
         if self.state is None:
             device = pool.image.device
             if self.all_reduce is not None:  # what draws would draw alike on ranks of one number, and say nothing
@@ -126,10 +151,22 @@ class Selector:
             return dict(self._pending or {})
         rows = self._survivors
         waiting = {} if rows is None else {"image": rows.image, "text": rows.text, "logit_scale": rows.logit_scale}
-        return {**self.state.state_dict(), "survivors": waiting}
+        return {**self.state.state_dict(), "survivors": waiting, "made_by": self._made_by()}
+
+    def _made_by(self) -> dict[str, Any]:
+        function = plain(self.function)
+        return {"selector": getattr(function, "__name__", type(function).__name__), "seed": self.settings.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned. Errors about widths come with the next pool if this is the first."""
+        """Go on from what `state_dict` returned. Errors about widths come with the next pool if this is the first.
+
+        Raises:
+            ValueError: the state of another selector, or of one with another seed.
+        """
+        for name, own in self._made_by().items():
+            theirs = state.get("made_by", {}).get(name, own)  # older states do not say
+            if theirs != own:
+                raise ValueError(f"the state is of a Selector with {name}={theirs!r}, this one has {name}={own!r}")
         waiting = state.get("survivors") if state else None
         self._survivors = Pool(**waiting) if waiting else None
         if not state:

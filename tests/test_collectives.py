@@ -190,3 +190,25 @@ def test_ranks_share_sketches_and_lag_but_not_survivors():
     rows = [draw(16, 4, seed) for seed in range(4)]
     expected = oracle.moments(*(oracle.unit(torch.cat([getattr(p, f) for p in rows])) for f in ("image", "text")))
     close(first.stream.cross_cov, expected.cross_cov)
+
+
+@pytest.mark.parametrize("name", ["clipcov", "sem_dedup"])
+def test_too_few_on_one_rank_are_too_few_on_all(name):
+    def work(rank, all_reduce):
+        selector = Selector(name, rank=rank, all_reduce=all_reduce)
+        pools = [draw(16, 4, 10 * rank + step) for step in range(3)]
+        if rank:
+            pools[1].image[:14] = torch.nan
+        errors = []
+        for pool in pools:
+            try:
+                selector(pool, 4)
+            except RuntimeError as error:
+                errors.append(str(error))
+        return errors, selector.state
+
+    (_, state), (said, other) = on_ranks(2, work)
+    assert len(said) == 1 and said[0].startswith("only 2 of the pool's 16 samples can be used, 4 are needed")
+    assert state.step == other.step == 2
+    close(state.stream.cross_scatter, other.stream.cross_scatter)
+    assert int(state.stream.num_samples) == 4 * 16

@@ -259,6 +259,76 @@ def test_captions_that_fit_a_proxys_context_need_not_be_padded_to_it():
         embed_with_towers(proxy, image, longer, 4, contextlib.nullcontext())
 
 
+class MeanPooled(open_clip.CLIP):
+    """An own `encode_text`, which reads all that follows the end token."""
+
+    def encode_text(self, text, normalize=False):
+        return self.token_embedding(text).mean(1) @ self.text_projection
+
+
+class OwnText(nn.Module):
+    """open_clip's image tower beside a text tower whose largest token is not the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip, self.words = tiny_clip(), nn.Embedding(49408, 16)
+
+    def encode_image(self, image):
+        return self.clip.encode_image(image)
+
+    def encode_text(self, text):
+        return self.words(text).sum(1)
+
+
+def mean_pooled():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MeanPooled(embed_dim=16, output_dict=True, **TINY)
+
+
+@pytest.mark.parametrize("make", [mean_pooled, OwnText, lambda: Proxy(OwnText()), lambda: ClipModel(mean_pooled())])
+def test_captions_are_not_cut_for_a_model_that_reads_them_its_own_way(make):
+    model, (image, _), text = make(), inputs(9), uneven_captions(9)
+    text[:, 1] = 49407  # the largest, long before the end
+    assert reads_to_end(model) is None
+    with torch.no_grad():
+        want = model.eval().encode_text(text)
+    got = embed_with_towers(model, image, text, 4, contextlib.nullcontext())[1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_teacher_of_half_precision_weights_follows_as_one_of_float32(dtype, tmp_path):
+    def layers(kind):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).to(kind)
+
+    half, full = layers(dtype), layers(dtype).float()
+    teacher, exact = Teacher(half, 0.99), Teacher(full, 0.99)
+    with torch.no_grad():
+        half[0].weight.add_(0.125)
+        full[0].weight.copy_(half[0].weight)
+    for step in range(1, 400):
+        teacher.update(half, step)
+        exact.update(full, step)
+        if step == 200:
+            torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+            restored = Teacher(half, 0.99)
+            restored.load_state_dict(torch.load(tmp_path / "teacher.pt", weights_only=True))
+            teacher = restored
+    for mine, theirs in zip(teacher.model.parameters(), exact.model.parameters(), strict=True):
+        assert mine.dtype == dtype and torch.equal(mine, theirs.to(dtype))
+
+
+def test_teacher_of_half_precision_reads_a_state_without_float32():
+    half = nn.Linear(5, 5).to(torch.bfloat16)
+    teacher = Teacher(half, 0.99)
+    teacher.load_state_dict({name: value + 1 for name, value in half.state_dict().items()})
+    assert torch.equal(teacher.model.weight, half.weight + 1)
+    assert torch.equal(teacher.exact["weight"], (half.weight + 1).float())
+
+
 def bidirectional_text_tower():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.online import OnlineProxy, default_towers, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.selection import learn, select
+from clipcov_stream.selector import Selector
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,3 +169,18 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     restored.learn(image.cuda(), text, valid, weights.cuda(), parts_in_turn(48, 16), 64, contextlib.nullcontext)
     steps = {int(value) for name, value in restored.state_dict().items() if name.startswith("step.")}
     assert steps == {9}
+
+
+def test_a_selector_follows_its_pools_to_another_device() -> None:
+    """Midway, and from a checkpoint that was loaded onto the CPU between a choice and what the learner made of it."""
+    saved = Selector("clipcov", seed=0)
+    saved(pool_of(64, 16, 0, "cpu"), 16)
+    loaded = Selector("clipcov", seed=0)
+    loaded.load_state_dict(saved.state_dict())
+    for selector in (saved, loaded):
+        rows = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+        selector.learned(rows.cuda(), rows.cuda(), 10.0)
+        assert len(set(selector(pool_of(64, 16, 1, "cuda"), 16).tolist())) == 16
+        assert selector.state is not None and selector.state.lag.is_cuda and selector.state.step == 2
+    assert saved.state is not None and loaded.state is not None
+    assert torch.equal(saved.state.lag, loaded.state.lag)

@@ -625,3 +625,40 @@ def test_a_frozen_proxy_still_needs_weights(tmp_path: Path, corpus: Path) -> Non
     tree = online_recipe(corpus, selection={"embed": "proxy", "proxy": {"config": TINY_MODEL}})
     with pytest.raises(ValueError, match=r"proxy.pretrained is missing.*selection.embed=online"):
         run(tmp_path, tree)
+
+
+class Halves(Linear):
+    """A frozen back and a trainable head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image.requires_grad_(False)
+
+
+def test_what_its_owner_froze_stays_as_it_is() -> None:
+    model, (image, text, valid) = Halves(), drawn_pool()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    online = OnlineProxy(model, lr=1e-2, momentum=0.9)
+    online.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not any(name.startswith("image.") for name in changed)
+    assert not model.image.weight.requires_grad
+    fresh = OnlineProxy(Halves(), lr=1e-2, momentum=0.9)
+    fresh.load_state_dict(online.state_dict())
+    online.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
+    fresh.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
+    assert_same(fresh.state_dict(), online.state_dict())
+
+
+def test_one_that_is_wholly_frozen_is_trained() -> None:
+    model, (image, text, valid) = Linear(), drawn_pool()
+    model.requires_grad_(False)
+    before = model.image.weight.clone()
+    online = OnlineProxy(model, lr=1e-2, momentum=0.9)
+    online.learn(image, text, valid, EQUAL, parts_in_turn(40, 16), 4, nullcontext)
+    assert not torch.equal(model.image.weight, before)
+
+
+def test_one_in_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"is trained in float32, this one has \['torch.bfloat16'\]: proxy.float"):
+        OnlineProxy(Linear().to(torch.bfloat16), lr=1e-2, momentum=0.9)

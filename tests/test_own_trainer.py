@@ -11,10 +11,12 @@ import torch
 from composer import Trainer
 from composer.core import Algorithm
 from composer.models import ComposerModel
+from runs import MemoryLog
 from torch.utils.data import BatchSampler, DataLoader
 
 from clipcov_stream import ClipCov
 from clipcov_stream.batch import check_batch
+from clipcov_stream.embed import Teacher
 
 
 class OwnModel(ComposerModel):
@@ -57,6 +59,14 @@ def own_trainer(
         progress_bar=False,
         **{"max_duration": "4ba", **kwargs},
     )
+
+
+def numbered(samples: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"pixels": torch.randn(6, generator=generator), "words": torch.randn(5, generator=generator), "id": i}
+        for i in range(samples)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:No optimizer was specified")
@@ -203,3 +213,105 @@ class TestOwnTrainer:
     def test_wrong_key_names_what_is_there(self) -> None:
         with pytest.raises(ValueError, match=r"key 'image' \(image_key\); the batch is \['pixels', 'words'\]"):
             own_trainer([ClipCov(0.75, warmup=0)]).fit()
+
+    def test_a_second_data_set_has_counts_of_its_own(self) -> None:
+        clipcov = ClipCov(0.75, warmup=0, soft_start=0.0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov], loader=DataLoader(numbered(64), 32, drop_last=True), max_duration="6ba")
+        trainer.fit()
+        assert clipcov.selection is not None and clipcov.selection.times.sum() == 6 * 8
+        with pytest.warns(UserWarning, match="has 96 samples now, and had 64: .* counted anew"):
+            trainer.fit(train_dataloader=DataLoader(numbered(96), 32, drop_last=True), duration="3ba")
+        assert len(clipcov.selection.times) == 96 and clipcov.selection.times.sum() == 3 * 8
+
+    def test_a_clipcov_is_of_one_trainer(self) -> None:
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        first = own_trainer([clipcov])
+        first.fit()
+        with pytest.raises(ValueError, match="has selected for another Trainer"):
+            own_trainer([clipcov]).fit()
+        assert first.state.timestamp.batch == 4
+        # One whose first Trainer came to nothing is as new.
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        with pytest.raises(ValueError, match="must be the survivors"):
+            own_trainer([clipcov], device_train_microbatch_size=4).fit()
+        again = own_trainer([clipcov])
+        again.fit()
+        assert isinstance(clipcov.teacher, Teacher)
+        assert torch.equal(clipcov.teacher.model.image_tower.weight, again.state.model.image_tower.weight) is False
+        assert clipcov.samples_seen == 32
+
+    def test_a_clock_that_is_reset_changes_no_count(self) -> None:
+        memory = MemoryLog()
+        data: Any = [{**sample, "valid": torch.tensor(i % 32 > 0)} for i, sample in enumerate(numbered(64))]
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words", max_invalid_ratio=0.05)
+        trainer = own_trainer([clipcov], loader=DataLoader(data, 32), loggers=memory, max_duration="20ba")
+        trainer.fit()
+        trainer.fit(reset_time=True, duration="20ba")
+        assert clipcov.num_invalid == 40 and clipcov.tally.samples_streamed == 40 * 32
+        streamed, seen = (memory.data[f"selection/samples_{name}"] for name in ("streamed", "seen"))
+        assert [int(a) == 4 * int(b) for a, b in zip(streamed, seen, strict=True)] == [True] * 40
+
+    @pytest.mark.filterwarnings("ignore:Cannot split tensor")
+    def test_a_run_resumes_at_a_short_pool_of_a_loader_that_states_no_size(self, tmp_path: Path) -> None:
+        class Batches:
+            def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+                generator = torch.Generator().manual_seed(0)
+                for rows in (32, 32, 16):
+                    pixels = torch.randn(rows, 6, generator=generator)
+                    yield {"pixels": pixels, "words": torch.randn(rows, 5, generator=generator)}
+
+            def __len__(self) -> int:
+                return 3
+
+        def trainer(**kwargs: Any) -> Trainer:
+            clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+            return own_trainer([clipcov], loader=Batches(), run_name="own", device_train_microbatch_size=8, **kwargs)
+
+        whole = trainer(save_folder=str(tmp_path), save_interval="2ba")
+        whole.fit()
+        resumed = trainer(load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
+        resumed.fit()
+        assert resumed.state.model.rows == [4, 8] and whole.state.model.rows == [8, 8, 4, 8]
+        mine, theirs = resumed.state.model.state_dict(), whole.state.model.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    @pytest.mark.parametrize(
+        ("outputs", "message"),
+        [
+            ({"logit_scale": 20.0}, None),
+            ({"logit_scale": torch.tensor([20.0])}, None),
+            ({"logit_scale": torch.ones(8)}, r"output logit_scale must be one number, exponentiated, not shape \(8,\)"),
+            ({"logit_scale": "20"}, "not '20'"),
+        ],
+    )
+    def test_a_scale_in_the_outputs_is_one_number(self, outputs: dict[str, Any], message: str | None) -> None:
+        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        forward = trainer.state.model.forward
+
+        def with_features(batch: Any) -> Any:
+            model = trainer.state.model
+            image, text = model.encode_image(batch["pixels"]), model.encode_text(batch["words"])
+            return {"image_features": image, "text_features": text, "logits": forward(batch), **outputs}
+
+        trainer.state.model.forward = with_features
+        trainer.state.model.loss = lambda found, batch: torch.nn.functional.cross_entropy(
+            found["logits"], torch.arange(len(found["logits"]))
+        )
+        if message is None:
+            trainer.fit()
+        else:
+            with pytest.raises(ValueError, match=message):
+                trainer.fit()
+
+    def test_captions_that_are_no_tokens_are_a_clear_error(self) -> None:
+        data: Any = [{"pixels": torch.randn(6), "words": "a caption"} for _ in range(64)]
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        with pytest.raises(ValueError, match=r"'words' \(text_key\) as a tensor of tokens, not list"):
+            own_trainer([clipcov], loader=DataLoader(data, 32)).fit()
+
+    def test_a_model_that_cannot_be_copied_has_no_teacher(self) -> None:
+        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        tower = trainer.state.model.image_tower
+        tower.register_buffer("computed", tower.weight * 2)
+        with pytest.raises(ValueError, match=r"embed='teacher' cannot copy OwnModel: .*embed='online', 'proxy'"):
+            trainer.fit()

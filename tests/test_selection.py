@@ -38,6 +38,7 @@ from clipcov_stream.objective import (
     standardize,
 )
 from clipcov_stream.pool import Pool, prepared
+from clipcov_stream.rivals import NEEDS_LEARNER
 from clipcov_stream.selection import SELECTORS, check_survivors, learn, resolve, select
 from clipcov_stream.selector import Selector
 
@@ -578,3 +579,55 @@ def test_numbers_read_for_nothing_change_no_survivor(num, dim, num_survivors, ha
         for name, value in left.items():
             assert value.dtype == right[name].dtype
             close(value, right[name], 1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"concept_balance"}))
+def test_nothing_is_remembered_for_gradients(name):
+    """Embeddings fresh from a model, as a plain loop has them: the same survivors, and no graph is kept."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower, scale = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.tensor(3.0))
+    found, states = [], []
+    for detach in (False, True):
+        selector = Selector(name, seed=0)
+        for step in range(3):
+            pool = draw(48, 8, step)
+            image, text, s = tower(pool.image), tower(pool.text), scale.exp()
+            if detach:
+                image, text, s = image.detach(), text.detach(), s.detach()
+            needs = {"learner_image": text, "learner_text": image, "learner_logit_scale": s}
+            own = Pool(image, text, s, **(needs if SELECTORS[name] in NEEDS_LEARNER else {}))
+            chosen = selector(own, 12)
+            selector.learned(image[chosen], text[chosen], s)
+            found.append(chosen)
+        states.append(selector.state_dict())
+        kept = [selector.report, selector.state.state_dict(), {"gain": selector.gain}]
+        assert not any(tensor.requires_grad for tensor in tensors_in(kept))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return [tensor for each in values for tensor in tensors_in(each)]
+
+
+def test_a_selector_refuses_the_state_of_another():
+    saved = Selector("clipcov", seed=0)
+    saved(draw(32, 8, 0), 8)
+    state = saved.state_dict()
+    with pytest.raises(ValueError, match="is of a Selector with selector='clipcov', this one has selector='sem_dedup'"):
+        Selector("sem_dedup", seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match="with seed=0, this one has seed=3"):
+        Selector("clipcov", seed=3).load_state_dict(state)
+    older = {key: value for key, value in state.items() if key != "made_by"}
+    Selector("clipcov", seed=3).load_state_dict(older)
+
+
+def test_ids_beyond_the_data_set_are_warned_of_once():
+    selector, pool = Selector("clipcov", dataset_size=100), draw(16, 8, 0)
+    pool = replace(pool, ids=1000 * torch.arange(16) + 99)
+    with pytest.warns(UserWarning, match="Pool.ids has 15099, dataset_size=100 numbers samples from 0"):
+        selector(pool, 4)
+    selector(pool, 4)  # a second warning would be an error
