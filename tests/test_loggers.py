@@ -140,6 +140,6 @@ def first_columns(path: Path, title: str) -> set[str]:
 def test_the_tables_name_what_a_run_logs(tmp_path: Path) -> None:
     ours = train(tmp_path, {})
     logged = {name.removeprefix("selection/") for name in ours if name.startswith("selection/")}
-    assert logged == first_columns(ROOT / "README.md", "selection/")
+    assert logged == first_columns(ROOT / "clipcov_stream" / "README.md", "selection/")
     evaluated = {name.removeprefix("metrics/shapes/") for name in ours if name.startswith("metrics/shapes/")}
     assert evaluated == first_columns(ROOT / "clipcov_stream" / "README.md", "metrics/NAME/")
