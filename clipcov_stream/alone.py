@@ -57,6 +57,8 @@ class Alone:
         self.places = {Path(place).resolve() / ".clipcov.lock": place for place in folders}
         self.places |= {(path := Path(place).resolve()).with_name(f".{path.name}.lock"): place for place in files}
         self._held: list[Path] = []
+        self._made: list[Path] = []
+        """Folders that were not there before, the innermost last."""
 
     def take(self) -> None:
         """Take all locks; every rank must ask.
@@ -74,6 +76,7 @@ class Alone:
     def _taken(self) -> str | None:
         """Take all locks; what to say if another process has one."""
         for path, place in self.places.items():
+            self._made += [folder for folder in reversed(path.parents) if not folder.exists()]
             try:
                 other = take(path)
             except OSError as error:
@@ -94,11 +97,15 @@ class Alone:
 
     @contextmanager
     def released_on_error(self) -> Iterator[None]:
-        """Give them back if the block, in which the trainer is made, raises."""
+        """Give them back if the block, in which the trainer is made, raises, and leave no folder that was made for
+        them alone."""
         try:
             yield
         except BaseException:
             self.release()
+            for folder in reversed(self._made):
+                with suppress(OSError):  # something was written there
+                    folder.rmdir()
             raise
 
 

@@ -68,7 +68,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, corpu
         beside = {**tree, "ledger": None}
         with pytest.raises(ValueError, match=rf"live run writes to '.*/r\.jsonl': process {pid} on"):
             trainer_of(tmp_path, beside)
-        (runs / "saved").rmdir()  # empty: its lock was given back
+        assert not (runs / "saved").exists()  # made for its lock alone
         assert sorted(path for path in runs.rglob("*") if path.is_file()) == locks
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -161,3 +161,18 @@ def test_a_forked_process_gives_nothing_back(tmp_path: Path) -> None:
     assert (tmp_path / ".clipcov.lock").exists()
     locks.release()
     assert not (tmp_path / ".clipcov.lock").exists()
+
+
+def test_a_start_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    places = {name: str(tmp_path / "runs" / "new" / name) for name in ("ledger", "gallery")}
+    places["metrics_file"] = str(tmp_path / "runs" / "new" / "metrics.jsonl")
+    tree = recipe(corpus, **places, stream={"local": str(tmp_path / "missing")})
+    with pytest.raises(ValueError, match="missing"):
+        trainer_of(tmp_path, tree)
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "runs" / "new" / "ledger").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "mine.txt").write_text("to be kept")
+    with pytest.raises(ValueError, match="missing"):
+        trainer_of(tmp_path, tree)
+    assert sorted(path.name for path in (tmp_path / "runs" / "new").iterdir()) == ["ledger", "mine.txt"]

@@ -1,4 +1,4 @@
-"""Kill runs at seeded moments, resume them, and compare what comes out with a run that was never killed.
+"""Kill runs, or tell them to end, at seeded moments, resume them, and compare with a run that was let be.
 
     python tools/kills.py --kills 200 --out tools/results
 
@@ -7,8 +7,9 @@ SIGKILL up to `--per-run` times, resumed by the same command each time, and then
 random moment from the process's start on), at a random event of a random step, within the write of a checkpoint after
 a random share of its bytes, or by the clock with the newest checkpoint then cut short, as a machine that lost power may
 leave it. It hits one rank, and the others a moment later, as a launcher would; half of the time a rank's whole process
-group with it, so that nothing cleans up shared memory. Seeds decide all of this but how far a process is when the clock
-strikes.
+group with it, so that nothing cleans up shared memory. In place of a kill a rank, or its group, may be told to end, by
+SIGTERM: all ranks must do so of themselves, and no step that was trained may be lost. Seeds decide all of this but how
+far a process is when the clock strikes.
 
 At the end weights, optimizer, selection's state, random number generators, place in the stream and clock in the last
 checkpoint, the ledger's bytes and the metrics file (but for milliseconds) must equal those of the same run undisturbed.
@@ -48,11 +49,13 @@ from composer.loggers import Logger
 from composer.utils import checkpoint
 from streaming import MDSWriter
 
-from clipcov_stream.checkpoints import checkpoints_in
+from clipcov_stream.checkpoints import checkpoints_in, step_of
 from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer, leave_group, train
 
 STEPS, POOL, SAMPLES = 12, 32, 160
+EVERY = 2
+"""Steps from checkpoint to checkpoint."""
 MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
@@ -73,6 +76,11 @@ EVENTS = (
     *(Event.AFTER_BACKWARD, Event.BATCH_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END),
 )
 PHASES = ("starting", "between steps", "loading", "training", "writing a checkpoint", "ending")
+IN_TRAINING = ("between steps", "loading", "training", "writing a checkpoint")
+TOLD = 128 + signal.SIGTERM
+"""The exit status of a run that was told to end."""
+PATIENCE = 30
+"""Seconds that ranks have to end once one was told to, as of Composer's launcher."""
 NOW = struct.Struct("<BI")
 
 
@@ -81,8 +89,8 @@ class Kill:
     """What an attempt dies of.
 
     Args:
-        kind: clock, event, write or torn.
-        delay: seconds after the process's start or, if `training`, after that of training, for clock and torn.
+        kind: clock, event, write, torn or told.
+        delay: seconds after the process's start or, if `training`, after that of training, for clock, torn and told.
         event, step: where, for event.
         write, share: number of the checkpoint of this attempt, and share of its bytes, for write; of the newest
             checkpoint's bytes, for torn.
@@ -104,7 +112,7 @@ class Kill:
 
     @classmethod
     def drawn(cls, rng: random.Random, ranks: int, seconds: float) -> Kill:
-        kind = rng.choices(("clock", "event", "write", "torn"), (0.5, 0.25, 0.15, 0.1))[0]
+        kind = rng.choices(("clock", "event", "write", "torn", "told"), (0.35, 0.2, 0.15, 0.1, 0.2))[0]
         training = rng.random() < 0.7
         return cls(
             kind,
@@ -231,7 +239,7 @@ def recipe_of(work: Path, name: str, folder: Path) -> Path:
         "optimizer": {"lr": 1e-2},
         "scheduler": {"t_warmup": "2ba"},
         "save_folder": str(folder / "saved"),
-        "save_interval": "2ba",
+        "save_interval": f"{EVERY}ba",
         "autoresume": True,
         "metrics_file": str(folder / "metrics.jsonl"),
         "ledger": str(folder / "ledger"),
@@ -272,10 +280,19 @@ def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[st
         if kill is not None and kill.kind == "torn":
             said["torn"] = tear(folder / "saved", kill.share)
         done.kills.append(said)
+        if said["kind"] == "told" and said["phase"] in IN_TRAINING and newest_step(folder / "saved") < said["at_step"]:
+            done.faults.append(f"told to end after step {said['at_step']}, it saved none after {said['at_step'] - 1}")
+            return done
     found = left_by(folder)
     done.faults = [key for key in expected if not same(expected[key], found.get(key))]
     shutil.rmtree(folder)
     return done
+
+
+def newest_step(saved: Path) -> int:
+    """Steps done at the newest checkpoint; 0 without one."""
+    found = checkpoints_in(saved)
+    return step_of(found[0]) if found else 0
 
 
 def tear(saved: Path, share: float) -> str | None:
@@ -297,7 +314,7 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
     began = trains = time.time()
     processes = [forked(path, rank, ranks, port, num_workers, board, kill) for rank in range(ranks)]
     ended: dict[int, int] = {}
-    struck, elapsed = None, 0.0
+    struck, elapsed, told = None, 0.0, 0.0
     while len(ended) < ranks:
         elapsed = time.time() - began
         for rank, pid in enumerate(processes):
@@ -307,12 +324,19 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
             trains = time.time()
         by_clock = (
             kill is not None
-            and kill.kind in ("clock", "torn")
+            and kill.kind in ("clock", "torn", "told")
             and time.time() - (trains if kill.training else began) >= kill.delay
         )
         if kill is not None and struck is None and kill.rank not in ended and by_clock:
             struck = seen(board, kill.rank)
-            strike(processes[kill.rank], kill.group)
+            strike(processes[kill.rank], kill.group, signal.SIGTERM if kill.kind == "told" else signal.SIGKILL)
+        if kill is not None and kill.kind == "told" and TOLD in ended.values() and not told:
+            told = time.time()
+            for rank in set(range(ranks)) - set(ended):
+                strike(processes[rank], False, signal.SIGTERM)
+        if told and time.time() - told > PATIENCE:
+            for rank in set(range(ranks)) - set(ended):
+                strike(processes[rank], True)
         died = [rank for rank, code in ended.items() if code == -signal.SIGKILL]
         if died or elapsed > 240:
             if kill is not None:
@@ -322,7 +346,9 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
                 strike(processes[rank], kill is None or kill.group)
                 ended[rank] = os.waitstatus_to_exitcode(os.waitpid(processes[rank], 0)[1])
         time.sleep(0.002)
-    if -signal.SIGKILL in ended.values() and kill is not None and struck is not None and elapsed <= 240:
+    told_to = told and set(ended.values()) == {TOLD}
+    is_killed = kill is not None and kill.kind != "told" and -signal.SIGKILL in ended.values()
+    if kill is not None and struck is not None and (told_to or is_killed) and elapsed <= 240:
         return {**{key: value for key, value in asdict(kill).items() if key != "lag"}, **struck, "workers": num_workers}
     if any(ended.values()):
         log = path.with_name("failed.txt")
@@ -330,12 +356,12 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
     return None
 
 
-def strike(pid: int, group: bool) -> None:
+def strike(pid: int, group: bool, number: int = signal.SIGKILL) -> None:
     try:
-        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+        (os.killpg if group else os.kill)(pid, number)
     except ProcessLookupError:
         # Between its fork and its own process group.
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def seen(board: mmap.mmap, rank: int) -> dict[str, Any]:
@@ -346,12 +372,15 @@ def seen(board: mmap.mmap, rank: int) -> dict[str, Any]:
 
 def forked(path: Path, rank: int, ranks: int, port: int, num_workers: int, board: mmap.mmap, kill: Kill | None) -> int:
     """A child that runs the recipe as one of several ranks; its number."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of a child that has not begun
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return pid
     status = 1
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if ranks > 1:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0}
             os.environ |= {key: str(value) for key, value in world.items()}
@@ -371,6 +400,8 @@ def forked(path: Path, rank: int, ranks: int, port: int, num_workers: int, board
         trainer.close()
         leave_group()
         status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
         path.with_name("failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
     finally:
@@ -388,7 +419,8 @@ def left_by(folder: Path) -> dict[str, Any]:
     clock = {key: value for key, value in state["timestamp"]["Timestamp"].items() if "wct" not in key}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
-        "checkpoints": [path.name for path in checkpoints_in(folder / "saved")],
+        # But for those of runs that were told to end, which come at any step.
+        "checkpoints": [path.name for path in checkpoints_in(folder / "saved") if step_of(path) % EVERY == 0],
         **{key: state[key] for key in ("model", "optimizers", "schedulers", "algorithms", "dataset_state")},
         "timestamp": clock,
         "generators": saved["rng"],
@@ -456,8 +488,9 @@ def report(result: dict[str, Any]) -> str:
     return (
         f"# Runs killed and resumed\n\n`{result['command']}` ({result['minutes']} minutes, torch {result['torch']}); "
         f"seeds {result['seeds'][0]} to {result['seeds'][1]}, one per run.\n\n"
-        f"{result['kills']} kills by SIGKILL over {result['runs']} runs of {STEPS} steps ({POOL} candidates, a "
-        f"checkpoint every 2 steps). {equal} of {result['runs']} runs resumed after every kill and ended with the "
+        f"{result['kills']} kills over {result['runs']} runs of {STEPS} steps ({POOL} candidates, a checkpoint every "
+        f"{EVERY} steps), by SIGKILL but for those `told` to end by SIGTERM, which must lose no step. "
+        f"{equal} of {result['runs']} runs resumed after every kill and ended with the "
         "weights, optimizer, selection's state, generators, place in the stream, ledger and metrics (but for "
         f"milliseconds) of the same run undisturbed, bit for bit. {result['whole_group']} kills took the process "
         f"group, {result['with_workers']} hit a run with a worker, "
