@@ -17,13 +17,14 @@ import mmap
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import cramjam
 import numpy as np
 from streaming import Stream
-from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash
 
 from clipcov_stream.redact import redacted
@@ -37,6 +38,14 @@ LONGEST_PAUSE = 8.0
 """Seconds between two attempts."""
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 """Errors that are no shard's: another attempt will not help, and to skip the shard would be wrong."""
+DECOMPRESSORS: dict[str, Callable[[bytes, bytearray], int]] = {
+    "br": cramjam.brotli.decompress_into,
+    "bz2": cramjam.bzip2.decompress_into,
+    "gz": cramjam.gzip.decompress_into,
+    "snappy": cramjam.snappy.decompress_raw_into,
+    "zstd": cramjam.zstd.decompress_into,
+}
+"""Streaming's algorithms, into a buffer that does not grow; number of bytes."""
 
 
 class BadShard(RuntimeError):
@@ -75,6 +84,32 @@ def check_header(path: Path, num_samples: int) -> None:
         raise OSError(f"it says it has {head[0] if len(head) else 'no'} samples, the index says {num_samples}")
     if head[1] < head.nbytes // 2 or head[-1] != size or (np.diff(head[1:]) < 0).any():
         raise OSError("its table of offsets is damaged")
+
+
+def decompressed(compression: str, data: bytes, num_bytes: int) -> memoryview:
+    """What a shard's compressed form holds, as long as that is no more than the index promises.
+
+    A few kilobytes may be the compressed form of terabytes. So it is written into a buffer of the promised size, and
+    ended where that is full, whichever algorithm it is; memory is that buffer and at most the algorithm's window.
+
+    Args:
+        compression: one of Streaming's, with or without a level (`zstd:7`).
+        data: the compressed form.
+        num_bytes: the uncompressed file's, `raw_data.bytes` of the index.
+
+    Returns: the bytes; fewer than `num_bytes` if there were fewer.
+
+    Raises:
+        OSError: it holds more, or is damaged.
+    """
+    found = bytearray(num_bytes)
+    try:
+        size = DECOMPRESSORS[compression.partition(":")[0]](data, found)
+    except cramjam.DecompressionError as error:
+        raise OSError(
+            f"it cannot be decompressed ({compression}) to the {num_bytes} bytes that the index says: {error}"
+        ) from error
+    return memoryview(found)[:size]
 
 
 class CheckedStream(Stream):
@@ -207,7 +242,7 @@ class CheckedStream(Stream):
                     self._download(packed.basename, zip_part, until)
                     os.replace(zip_part, zipped)
                 check_file(zipped, packed, self.validate_hash if self.validate_hash in packed.hashes else None)
-                part.write_bytes(decompress(shard.compression, zipped.read_bytes()))
+                part.write_bytes(decompressed(shard.compression, zipped.read_bytes(), raw.bytes))
             self._check(part, shard)
             os.replace(part, path)
         finally:

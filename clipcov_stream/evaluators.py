@@ -120,7 +120,7 @@ def streamed_split(
 def split_dataset(
     config: EvalConfig, transform: ImageTransform, tokenizer: Tokenizer, zeroshot: bool, retrieval: bool
 ) -> PairDataset:
-    """The samples of an MDS folder, with the columns that its tasks need."""
+    """The samples of an MDS folder, with the columns that its tasks need; whatever else it has stays encoded."""
     return PairDataset(
         local=config.local,
         remote=config.remote,
@@ -134,6 +134,7 @@ def split_dataset(
         tokenizer=tokenizer if retrieval else None,
         batch_size=config.batch_size,
         identify=retrieval,
+        allow_pickle=None,
     )
 
 

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 
 from clipcov_stream.checked import BadShard, CheckedStream
+from clipcov_stream.shared_memory import claim
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class GuardedDataset(StreamingDataset):
         self._sound: set[int] = set()
         """Shards that this process knows to be in order."""
         self._unseen: Iterator[int] = iter(range(self.num_shards))
-        stream.notes = Path(self._filelock_root, f"{self._shm_prefix_int:06}_bad_shards")
+        stream.notes = claim(self)
         if self._unique_rank_world.is_local_leader:
-            if stream.notes.exists():  # a killed run's
+            if stream.notes.exists():  # an earlier run's, where there is no /dev/shm
                 shutil.rmtree(stream.notes)
             # What lies in the cache is looked at like what comes from the store, before anything reads it.
             states = self._shard_states.numpy()
@@ -237,7 +237,7 @@ class GuardedDataset(StreamingDataset):
         """
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
-            state["epoch"] = self.next_epoch
+            state["epoch"] = max(state["epoch"], self.next_epoch)  # loaded and not iterated since: the epoch loaded
         return {**state, "bad_shards": self.bad_shards()} if self.on_bad_shard == "skip" else state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:

@@ -79,13 +79,19 @@ class RangeCache:
         return self._transaction(read, {})
 
     def put(self, images: Mapping[Key, bytes]) -> None:
-        """Keep images, but for any that is larger than the limit; room is made first."""
+        """Keep images, but for any that is larger than the limit; room is made first.
+
+        One that is kept already with other bytes is replaced: it was damaged, or it would not have been fetched.
+        """
 
         def write(file: sqlite3.Connection) -> None:
             file.execute("BEGIN IMMEDIATE")
             for key, data in images.items():
-                if len(data) > self.limit or file.execute(FIND, key).fetchone() is not None:
+                kept = file.execute(FIND, key).fetchone()
+                if len(data) > self.limit or (kept is not None and kept[1] == data):
                     continue
+                if kept is not None:
+                    file.execute("DELETE FROM entries WHERE id = ?", kept[:1])
                 make_room(file, self.limit - len(data))
                 added = file.execute(
                     "INSERT INTO entries (shard, offset, length, used) VALUES (?, ?, ?, ?)", (*key, time.time_ns())

@@ -141,7 +141,7 @@ class Source:
         remote: str | None,
         split: str | None,
         image: str,
-        allow_pickle: Collection[str] = (),
+        allow_pickle: Collection[str] | None = (),
     ) -> Source:
         """From what a stream's section says. Of pickled columns nothing is ever loaded here.
 
@@ -233,8 +233,8 @@ class Ranges:
     """Images by their spans, fetched by threads.
 
     A shard that lies in the source's local folder as a whole is read there. All others are asked for by requests, each
-    tried ATTEMPTS times: after an error of the store, and after an answer of another length. What the store says it
-    does not have is not asked for again.
+    tried ATTEMPTS times: after an error of the store, and after an answer of another length or checksum. What the store
+    says it does not have is asked for MISSING_ATTEMPTS times.
 
     Args:
         source: where the spans lie.

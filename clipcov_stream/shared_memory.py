@@ -4,7 +4,8 @@ Streaming keeps its state in shared memory under a number, its prefix. After SIG
 same remote folder is refused ("Reused local directory") until it is removed; Streaming's own
 `clean_stale_shared_memory` removes that of live runs too. Here every process that opens a dataset says so in a file in
 /dev/shm, on which it holds a lock that ends with it, or with the last of its workers, however they end. What such files
-name whose locks are free has no owner; what no such file names may be another program's and is let be.
+name whose locks are free has no owner; what no such file names may be another program's and is let be. A run's notes of
+bad shards lie beside them, and go with the last of its processes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 import weakref
@@ -30,6 +32,7 @@ from streaming.base.shared.prefix import _unpack_locals
 
 MEMORY = Path("/dev/shm")
 CLAIM = "clipcov_"
+NOTES = "bad_shards"
 PATIENCE = 10.0
 """Seconds to wait for the workers of a dead process, which look for their parent every five; ours every second."""
 TURN_PATIENCE = 60.0
@@ -98,13 +101,34 @@ def opening(local: str | None, split: str | None) -> Iterator[None]:
             release(*written, os.getpid())
 
 
-def claim(dataset: Any) -> None:
-    """Note that this process, and those it forks, use a StreamingDataset's shared memory, until it is collected."""
-    if not MEMORY.is_dir():
-        return
+def claim(dataset: Any) -> Path:
+    """Note that this process, and those it forks, use a StreamingDataset's shared memory, until it is collected.
+
+    Returns: the folder in which all processes of this machine that use it note bad shards; it is not made yet. Where
+        there is no /dev/shm nobody removes it but the next to use the number.
+    """
     prefix = f"{dataset._shm_prefix_int:06}_"
+    if not MEMORY.is_dir():
+        return Path(dataset._filelock_root, f"{prefix}{NOTES}")
     said = {"prefix": prefix, "inode": inode_of(MEMORY / f"{prefix}{LOCALS}"), "root": dataset._filelock_root}
     weakref.finalize(dataset, release, *write_claim(said), os.getpid())
+    return notes_of(said)
+
+
+def notes_of(said: dict[str, Any]) -> Path:
+    """Where the processes of one claim's run note bad shards: by number and inode, which no other run has as well."""
+    return MEMORY / f"{said.get('prefix')}{said.get('inode')}_{NOTES}"
+
+
+def clean_notes() -> list[str]:
+    """Remove the notes of this user's runs of which no process is left; returns the folders' names."""
+    # Listed before the claims are: a run has its claim before it has notes.
+    noted = [place for place in MEMORY.glob(f"*_{NOTES}") if is_own(place)]
+    live = {notes_of(said) for said in claims().values() if said["held"]} if noted else set()
+    over = [place for place in noted if place not in live]
+    for place in over:
+        shutil.rmtree(place, ignore_errors=True)  # another process may be doing the same
+    return [place.name for place in over]
 
 
 def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
@@ -122,14 +146,15 @@ def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
 
 
 def release(file: Any, path: Path, pid: int) -> None:
-    """End a claim; a worker that was forked with it only lets go of its copy."""
+    """End a claim, and its notes if it was the run's last; a worker that was forked with it only drops its copy."""
     file.close()
     if os.getpid() == pid:
         path.unlink(missing_ok=True)
+        clean_notes()
 
 
 def clean_dead() -> list[str]:
-    """Remove the shared memory and lock files that killed runs of this user have left; returns their names.
+    """Remove the shared memory, lock files and notes that killed runs of this user have left; returns their names.
 
     The first process of a node does it, and the others wait. A process that is dead but whose workers are not is
     waited for, at most `PATIENCE` seconds.
@@ -141,7 +166,7 @@ def clean_dead() -> list[str]:
             time.sleep(0.05)
             dying = dying_claims()
         WAITED_FOR.update(dying)
-        removed = removed_of(claims())
+        removed = removed_of(claims()) + clean_notes()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return removed
@@ -189,21 +214,43 @@ def is_of(place: Path, dirs: list[str], claim: Path) -> bool:
 
 
 def claims() -> dict[Path, dict[str, Any]]:
-    """This user's claims, and whether they are `held`."""
+    """This user's claims, and whether they are `held`. Anyone may put a file here: what is no claim is let be."""
     found = {}
     for path in MEMORY.glob(f"{CLAIM}{os.getuid()}_*"):
+        if not is_own(path):
+            continue
         try:
             with path.open(encoding="utf-8") as file:
                 said = json.loads(file.read())
+                if not is_claim(said):
+                    continue
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look at the same time
                     said["held"] = False
                 except BlockingIOError:
                     said["held"] = True
-        except (OSError, ValueError):  # another process has just removed it
+        except (OSError, ValueError, RecursionError):  # another process has just removed it
             continue
         found[path] = said
     return found
+
+
+def is_claim(said: Any) -> bool:
+    """Whether this is what `write_claim` writes."""
+    if not isinstance(said, dict) or not {"pid", "namespace", "tracker"} <= said.keys():
+        return False
+    if "dirs" in said:
+        return isinstance(said["dirs"], list)
+    names, inode = [said.get("prefix"), said.get("root")], said.get("inode")
+    return all(isinstance(name, str) for name in names) and (inode is None or isinstance(inode, int))
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file or folder is there and this user's."""
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def dying_claims() -> set[Path]:

@@ -17,6 +17,7 @@ import random
 import struct
 import time
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,9 @@ class Sidecar:
 
     def _make_sound(self, shard: Any, path: Path) -> None:
         """Raise OSError unless a shard's file is what the index promises; a store's is fetched, again if need be."""
-        if self.is_remote and path.is_file():
-            try:
-                return check_file(path, shard.raw_data)
-            except OSError:
-                path.unlink(missing_ok=True)  # another process may have just done so
         if self.is_remote:
+            with suppress(OSError):
+                return check_file(path, shard.raw_data)
             self._fetch(shard, path)
         try:
             check_file(path, shard.raw_data)
@@ -153,8 +151,9 @@ class Sidecar:
         """Download a shard once for all processes of this machine; under its name it is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.is_file():
-                return
+            # Looked at anew: another process may have fetched it since. A damaged one is replaced, never deleted.
+            with suppress(OSError):
+                return check_file(path, shard.raw_data)
             part = path.with_name(f"{path.name}.part")
             for attempt in range(DOWNLOAD_ATTEMPTS):
                 try:

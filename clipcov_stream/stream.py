@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from streaming import StreamingDataLoader
 from streaming.base.distributed import get_world_size
-from streaming.base.format.mds.encodings import mds_decode
+from streaming.base.format.mds.encodings import is_mds_encoding_safe, mds_decode
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -41,7 +41,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import claim, clean_dead, opening, turn
+from clipcov_stream.shared_memory import clean_dead, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 from clipcov_stream.workers import begin_worker
 
@@ -113,7 +113,7 @@ class PairDataset(GuardedDataset):
             loader to fetch survivors' alone; implies `deferred`. See `ranges`.
         identify: add `image_id`, a number that is the same for two samples if their images are the same bytes.
         allow_pickle: names of pickled columns (`pkl`) that the folder may have. One that is read runs code of whoever
-            wrote the shard; all others stay bytes.
+            wrote the shard; all others stay bytes. None is any column that is not read.
         max_pixels: an image of more counts as undecodable.
         timeout, on_bad_shard, max_bad_shards: as GuardedDataset's. A skipped sample is blank and not valid.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
@@ -144,7 +144,7 @@ class PairDataset(GuardedDataset):
         scoring_size: int | None = None,
         range_reads: bool = False,
         identify: bool = False,
-        allow_pickle: Collection[str] = (),
+        allow_pickle: Collection[str] | None = (),
         max_pixels: int = MAX_PIXELS,
         timeout: float = 600,
         on_bad_shard: str = "raise",
@@ -157,7 +157,7 @@ class PairDataset(GuardedDataset):
         cache = Path(local, split or "") if local and remote else None
         pickled = pickled_columns(checked_index(index, repr(remote or local), allow_pickle, cache))
         where: dict[str, Any] = {"local": local, "remote": remote, "split": split, "index": index}
-        self.source = None
+        self.source, self.allow_pickle = None, allow_pickle
         if range_reads:
             self.source = Source.of(index, local, remote, split, columns.image, allow_pickle)
             where = sidecar_of(self.source, sidecar, local, columns.image)
@@ -170,7 +170,6 @@ class PairDataset(GuardedDataset):
         try:
             with opening(where.get("local"), where.get("split")), turn():
                 opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
-                claim(self)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
@@ -232,12 +231,19 @@ class PairDataset(GuardedDataset):
         not UTF-8 would be an error of the whole epoch, and a pickled column that nobody asked for would run its code.
 
         Raises:
-            ValueError: a shard whose columns are not the first one's.
+            ValueError: a shard whose columns are not the first one's; a pickled column that would be read, where none
+                is allowed by name.
         """
         first: Any = self.shards[0]
         names, kinds = list(first.column_names), list(first.column_encodings)
         read = {getattr(self.columns, role) for role in ("image_embedding", "text_embedding", "label", "concepts")}
         read.add(SPAN_COLUMN)
+        for name, kind in zip(names, kinds, strict=True):
+            if self.allow_pickle is None and name in read and not is_mds_encoding_safe(kind):
+                raise ValueError(
+                    f"column {name!r} of {where!r} is pickled ({kind}): to load it runs code of whoever wrote the "
+                    "folder, so none that is read may be; write it in another encoding (a label as int)"
+                )
         encodings = [kind if name in read else "bytes" for name, kind in zip(names, kinds, strict=True)]
         shards: list[Any] = self.shards
         for number, shard in enumerate(shards):

@@ -233,7 +233,16 @@ def test_the_recipes_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ValueError, match=r"stream\.decode_device='gpu' needs a CUDA device"):
             run(tmp_path, tree)
     monkeypatch.setattr(build, "decode_device_of", lambda name, deferred: torch.device("cpu"))
+    decode, given = device_decode.decode, []
+
+    def counted(device: torch.device, encoded: Any) -> list[torch.Tensor]:
+        given.extend(encoded)
+        return decode(device, encoded)
+
+    monkeypatch.setattr(device_decode, "decode", counted)
     trained = run(tmp_path, tree)
+    # Every survivor came through the device's decoder.
+    assert len(given) == sum(len(images) for images in trained[1].images) > 0
     for ours, theirs in zip(trained[1].batches, wanted[1].batches, strict=True):
         assert torch.equal(ours, theirs)  # the same survivors
     gaps = [float((a - b).abs().max()) for a, b in zip(trained[1].images, wanted[1].images, strict=True)]

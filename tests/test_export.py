@@ -16,7 +16,10 @@ import pytest
 import select_offline
 from corpora import draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
+from streaming.base.compression import compress
 from streaming.base.format import reader_from_json
+from subset_folder import PairFolder
+from test_guard import damage
 from test_ledger import gain_of, written
 
 from clipcov_stream.config import load_config
@@ -252,6 +255,75 @@ def test_from_the_store_to_the_store(tmp_path: Path, bucket: Bucket, capsys: pyt
     bucket.client.delete_object(Bucket=bucket.name, Key=bucket.keys("mds/shard")[0])
     said = fails(capsys, "mds", ledger, url, tmp_path / "x")
     assert f"{url}/shard.00000.mds cannot be read" in said and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_damaged_shard_is_named_and_not_exported_as_a_sound_one(
+    tmp_path: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str], compression: str | None, remote: bool
+) -> None:
+    folder = folder_of(tmp_path / "mds", compression=compression, hashes=["sha1"])
+    ledger = ledger_for(tmp_path / "ledger", folder)
+    (path,) = folder.glob("shard.00001.*")
+    damage(path)
+    where = bucket.upload(folder, "mds") if remote else str(folder)
+    for command, out in (("mds", "out"), ("datacomp", "subset.npy"), ("table", "table.csv")):
+        said = fails(capsys, command, ledger, where, tmp_path / out)
+        assert f"shard shard.00001.mds of {where} cannot be used: " in said
+        assert f"python tools/verify_mds.py {where} " in said and "its sha1 is" in said
+        assert not (tmp_path / out).exists()
+
+
+def test_without_hashes_what_is_no_shard_is_named(
+    tmp_path: Path, folder: Path, ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "shard.00001.mds"
+    path.write_bytes(path.read_bytes()[::-1])
+    said = fails(capsys, "mds", ledger, folder, tmp_path / "out")
+    assert "shard.00001.mds of" in said and "samples, the index says" in said
+
+
+def test_a_shard_is_checked_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path / "mds", hashes=["sha1"])
+    checked = []
+    monkeypatch.setattr("subset_folder.check_file", lambda path, info: checked.append(info.basename))
+    pairs = PairFolder(str(folder))
+    for _ in range(2):
+        assert len(list(pairs.samples(range(NUM_SAMPLES)))) == NUM_SAMPLES
+        pairs.spans_of(0, "image")
+    assert sorted(checked) == sorted(path.name for path in folder.glob("shard.*"))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_shards_in_subfolders_are_found(
+    tmp_path: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str], compression: str | None, remote: bool
+) -> None:
+    folder, shards = tmp_path / "mds", []
+    for part in (0, 1):  # and what Streaming's merge_index makes of the two
+        folder_of(folder / str(part), [uid_of(i) for i in range(20 * part, 20 * part + 20)], compression=compression)
+        for shard in json.loads((folder / str(part) / "index.json").read_text())["shards"]:
+            for info in filter(None, (shard["raw_data"], shard["zip_data"])):
+                info["basename"] = f"{part}/{info['basename']}"
+            shards.append(shard)
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    ledger = ledger_for(tmp_path / "ledger", folder)
+    run(capsys, "mds", ledger, bucket.upload(folder, "b/c") if remote else folder, tmp_path / "out")
+    assert [sample["uid"] for sample in stored(tmp_path / "out")] == [uid_of(i) for i in sorted(oracle()[0])]
+
+
+def test_a_shard_is_unpacked_to_the_size_that_the_index_says_and_no_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path / "mds", compression="zstd")
+    index = json.loads((folder / "index.json").read_text())
+    packed = index["shards"][1]["zip_data"]
+    bomb = compress("zstd", bytes(1 << 24))
+    (folder / packed["basename"]).write_bytes(bomb)
+    packed["bytes"] = len(bomb)
+    (folder / "index.json").write_text(json.dumps(index))
+    said = fails(capsys, "mds", ledger_for(tmp_path / "ledger", folder), folder, tmp_path / "out")
+    assert "shard.00001.mds of" in said and f"to the {index['shards'][1]['raw_data']['bytes']} bytes" in said
 
 
 @pytest.mark.parametrize(

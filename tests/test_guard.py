@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,10 +23,10 @@ import torch
 from corpora import write_recipe
 from runs import Interrupt, assert_same_run, columns_recipe, composer, run, run_ranks, synthetic_bytes, trainer_of
 from streaming import MDSWriter, StreamingDataset
-from streaming.base.compression import decompress
+from streaming.base.compression import compress, decompress, get_compressions
 
 from clipcov_stream import checked, remote
-from clipcov_stream.checked import BadShard, CheckedStream, check_file, check_header
+from clipcov_stream.checked import BadShard, CheckedStream, check_file, check_header, decompressed
 from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.remote import read_agreed, within
 
@@ -151,6 +153,88 @@ def unpacked(store: Path, cache: Path) -> Path:
         data = decompress(shard["compression"], (store / shard["zip_data"]["basename"]).read_bytes())
         (cache / shard["raw_data"]["basename"]).write_bytes(data)
     return cache
+
+
+def test_notes_in_a_shared_folder_for_temporary_files_are_not_this_runs(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Containers may share TMPDIR and not /dev/shm, and then number their runs alike.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name = shard_of(folder, 0).name
+    dataset = GuardedDataset(CheckedStream(local=str(folder)), batch_size=1)
+    theirs = tmp_path / f"{dataset._shm_prefix_int:06}_bad_shards" / name
+    theirs.parent.mkdir()
+    theirs.write_text(json.dumps({"shard": name, "error": "theirs", "is_fatal": True}), encoding="utf-8")
+    assert dataset[0]["caption"] == "0" and dataset.bad_shards() == {}
+
+
+def test_a_state_that_was_loaded_is_said_again_until_it_is_iterated(folder: Path) -> None:
+    dataset = GuardedDataset(CheckedStream(local=str(folder)), batch_size=1)
+    assert dataset.state_dict(0, True)["epoch"] == 0
+    state = {**dataset.state_dict(0, True), "epoch": 3}
+    dataset.load_state_dict(state)
+    assert dataset.state_dict(0, True) == state
+    assert len(list(dataset)) == ROWS
+    assert dataset.state_dict(0, True) == {**state, "epoch": 4}
+
+
+BOMBS = """
+import sys
+from pathlib import Path
+from clipcov_stream.checked import decompressed
+
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+
+before = peak()
+for path in map(Path, sys.argv[1:]):
+    try:
+        decompressed(path.name, path.read_bytes(), 1000)
+    except OSError as error:
+        assert "to the 1000 bytes that the index says" in str(error), error
+    else:
+        raise AssertionError(path)
+print(peak() - before)
+"""
+
+
+def test_what_is_decompressed_takes_no_more_memory_than_the_index_promises(tmp_path: Path) -> None:
+    size = 1 << 29
+    names = ("br:1", "bz2:1", "gz:1", "snappy", "zstd:1")
+    for name in names:
+        (tmp_path / name).write_bytes(compress(name, bytes(size)))
+    command = [sys.executable, "-c", BOMBS, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
+
+
+@pytest.mark.parametrize("compression", sorted(get_compressions()))
+def test_what_is_decompressed_is_what_was_compressed(compression: str) -> None:
+    data = b"".join(synthetic_bytes(8))
+    packed = compress(compression, data)
+    assert decompressed(compression, packed, len(data)) == data
+    assert len(decompressed(compression, packed, len(data) + 1)) == len(data)  # which the check of its size finds
+    assert decompressed(compression, compress(compression, b""), 0) == b""
+    for promised, given in ((len(data) - 1, packed), (len(data), packed[:-1])):
+        with pytest.raises(OSError, match=rf"cannot be decompressed \({compression}\) to the {promised} bytes that"):
+            decompressed(compression, given, promised)
+
+
+def test_a_shard_that_unpacks_to_more_than_its_index_says_is_bad(tmp_path: Path) -> None:
+    own = write_shards(tmp_path / "own", hashes=(), compression="zstd")
+    index = json.loads((own / "index.json").read_bytes())
+    bomb = compress("zstd", bytes(1 << 26))
+    packed = index["shards"][0]["zip_data"]
+    (own / packed["basename"]).write_bytes(bomb)
+    packed["bytes"] = len(bomb)
+    (own / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    promised = index["shards"][0]["raw_data"]["bytes"]
+    dataset = GuardedDataset(CheckedStream(local=str(own)), batch_size=1)
+    with pytest.raises(BadShard, match=rf"cannot be decompressed \(zstd\) to the {promised} bytes that the index says"):
+        dataset[0]
+    assert dataset[max(rows_in(own))]
 
 
 @pytest.mark.parametrize("number", [None, errno.EIO, errno.EMFILE, errno.EACCES])

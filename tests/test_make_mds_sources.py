@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import classes
 import pairs
+import parallel
 import pytest
 import tar_source
+from corpora import draw_corpus
 from mds_folder import Rejection, check_image, mds_folder, mds_split
 from PIL import Image
 from staged_folder import staged_folder
@@ -196,6 +199,42 @@ def test_overwrite_replaces_only_once_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_overwrite_deletes_nothing_that_the_tools_did_not_write(tmp_path):
+    thesis = {"thesis.txt": b"years of work"}
+    cases = {
+        "site": ({"site/index.json": b"{}"}, "no MDS index.json"),
+        "page": ({"index.json": b"{}"}, "no list of shards"),
+        "torn": ({"train/index.json": b'{"version": 2, '}, "not JSON"),
+        "beside": ({}, "it holds 'thesis.txt'"),
+        "below": ({"notes/a.txt": b"a"}, "it holds '"),
+    }
+    for name, (files, message) in cases.items():
+        out = tmp_path / name
+        if name in ("beside", "below"):
+            write_numbers(out, range(3))
+        write_files(out, {**files, **thesis})
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=f"{message}.*--overwrite will not delete it"):
+            write_numbers(out, range(1), overwrite=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(cases)
+
+
+def test_overwrite_replaces_what_the_tools_and_training_leave_in_a_folder(tmp_path):
+    out = tmp_path / "out"
+    for files in (
+        {f"{name}.json": b"{}" for name in ("source", "classes", "embedder")} | {"rejected.jsonl": b""},
+        {".sidecar-1f/shard.00000.mds": b"", ".ranges-1f.sqlite.lock": b""},
+    ):
+        write_numbers(out, range(3), compression="zstd", overwrite=True)
+        write_files(out, {"shard.00000.mds": b"unpacked", **files})
+    write_numbers(out, range(3), overwrite=True)
+    corpus = draw_corpus(tmp_path / "shapes")  # train/ and eval/
+    write_numbers(corpus, range(3), overwrite=True)
+    for folder in (out, corpus):
+        assert {path.name for path in folder.iterdir()} == {"index.json", "shard.00000.mds"}
+
+
 def test_out_must_be_free(tmp_path):
     (tmp_path / "file").write_text("x")
     write_files(tmp_path / "home", {"thesis.txt": b"years of work"})
@@ -282,6 +321,13 @@ def test_several_captions_of_an_image_are_several_samples(tmp_path):
     assert samples == [("000.jpg#1", "x"), ("000.jpg#2", "z"), ("001.jpg", "y")]
     make("pairs", tmp_path / "x.tar", tmp_path / "2", "--uid-column", "id", "--caption-column", "id")
     assert [(s["uid"], s["caption"]) for s in read(tmp_path / "2")] == [("p#1", "p"), ("p#2", "p"), ("q", "q")]
+
+
+def test_the_number_of_a_repeated_uid_is_no_other_rows_uid(tmp_path):
+    rows = [("000.jpg", "x", "p"), ("001.jpg", "y", "p"), ("002.jpg", "z", "p#1"), ("003.jpg", "w", "p#1#1")]
+    write_files(tmp_path / "in", {"t.csv": table("csv", [*rows, rows[2]], ("file", "caption", "uid")), **IMAGES})
+    make("pairs", tmp_path / "in", tmp_path / "out")
+    assert [s["uid"] for s in read(tmp_path / "out")] == ["p#2", "p#3", "p#1#2", "p#1#1", "p#1#3"]
 
 
 BAD_FILES = {
@@ -484,6 +530,27 @@ def test_webdataset_tars(tmp_path):
         make("pairs", tmp_path / "in" / "00000.tar", tmp_path / "out")
     make("pairs", tmp_path / "in" / "00000.tar", tmp_path / "table", "--format", "table")
     assert [s["caption"] for s in read(tmp_path / "table")] == ["of the table"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_numbers_of_repeated_uids_never_meet(seed):
+    draw = random.Random(seed)
+    uids = draw.choices(["a", "a#2", "a#3", "a#2#2", "a#02", "", "#2", "2", "3"], k=40)
+    rows = [tar_source.Row(number, "x.jpg", "c", uid) for number, uid in enumerate(uids)]
+    list(tar_source.number_repeats([tar_source.Found("x.jpg", b"", [row]) for row in rows]))
+    names = [row.uid for row in rows]
+    assert len(set(names)) == len(names) and all(map(str.startswith, names, uids))
+    # What only comes once, and is no other's name so far, stays as it is.
+    for at, (uid, name) in enumerate(zip(uids, names, strict=True)):
+        assert name == uid or uid in uids[:at] or uid in names[:at]
+    ends = sorted(draw.choices(range(41), k=3))
+    tars = [uids[begin:end] for begin, end in zip([0, *ends], [*ends, 40], strict=True)]
+    again = parallel._repeats(tars)
+    alone = []
+    for own in tars:
+        numbers = Counter()
+        alone.append([tar_source.numbered(uid, numbers) for uid in own])
+    assert [name for at, own in enumerate(alone) for name in again.get(at, own)] == names
 
 
 def test_rows_that_img2dataset_could_not_download_are_counted(tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,6 +283,26 @@ def test_what_was_fetched_is_not_fetched_again(tmp_path: Path, folder: Path, buc
     assert cache is not None and cache.num_bytes() == sum(map(len, images[:60]))
     cache.close()
     assert {path.name for path in (tmp_path / "local").iterdir()} <= {cache.path.name, f"{cache.path.name}.lock"}
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_once_more_and_replaced(
+    tmp_path: Path, folder: Path, bucket: Bucket
+) -> None:
+    spans, images = spans_of(folder)
+    spans = [Span(*span[:3], zlib.crc32(image)) for span, image in zip(spans[:8], images[:8], strict=True)]
+    source = source_of(folder, bucket.upload(folder, "mds"), tmp_path / "local")
+    ranges = Ranges(source, cache=source.cache("1mb"))
+    assert fetched(ranges, spans) == images[:8]
+    assert ranges.cache is not None
+    with closing(sqlite3.connect(ranges.cache.path)) as file, file:
+        file.execute("UPDATE images SET data = zeroblob(length(data)) WHERE id = 3")
+    for requests in (1, 0):
+        with bucket.server.asked() as asked:
+            assert fetched(ranges, spans) == images[:8]
+            ranges.close()  # the images are kept by then
+        assert len(asked) == requests
+    assert ranges.cache.num_bytes() == sum(map(len, images[:8]))
+    ranges.close()
 
 
 @settings(max_examples=30, deadline=None)  # it writes files

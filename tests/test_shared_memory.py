@@ -32,8 +32,10 @@ dataset = PairDataset(local=sys.argv[2], remote=sys.argv[1], columns=Columns(), 
 if sys.argv[3] == "worker" and os.fork() == 0:
     time.sleep(float(sys.argv[4]))
     os._exit(0)
+if sys.argv[3] == "notes":
+    dataset.stream.note("shard.00000.mds", "damaged")
 print(dataset._shm_prefix_int, flush=True)
-time.sleep(600)
+time.sleep(float(sys.argv[4]) if sys.argv[3] == "notes" else 600)
 """
 
 
@@ -88,7 +90,9 @@ def test_what_a_killed_run_left_is_removed_and_a_live_runs_is_not(tmp_path: Path
         assert again[0]["id"] == 0
         assert live.blocks() == kept
         assert foreign.exists()
-        assert not any(said["prefix"] == dead.prefix and said["pid"] == dead.process.pid for said in claims().values())
+        assert not any(
+            said.get("prefix") == dead.prefix and said["pid"] == dead.process.pid for said in claims().values()
+        )
         with pytest.raises(ValueError, match="Reused local directory"):
             opened(corpus, tmp_path / "live")
         assert live.blocks() == kept
@@ -99,12 +103,67 @@ def test_what_a_killed_run_left_is_removed_and_a_live_runs_is_not(tmp_path: Path
     assert not live.blocks()
 
 
+def test_notes_of_bad_shards_are_of_one_run_and_go_with_it(tmp_path: Path, corpus: Path) -> None:
+    def notes() -> set[str]:
+        return {path.name for path in MEMORY.glob("*_bad_shards")}
+
+    before = notes()
+    ended = Holder(corpus, tmp_path / "ended", "notes", "0")
+    assert ended.process.communicate()[0] == "" and ended.process.returncode == 0
+    assert not notes() - before
+    live = Holder(corpus, tmp_path / "live", "notes", "600")
+    lives = notes() - before
+    try:
+        dead = Holder(corpus, tmp_path / "dead", "notes", "600")
+        dead.kill()
+        assert len(lives) == 1 and len(notes() - before - lives) == 1
+        again = opened(corpus, tmp_path / "dead")
+        assert again.bad_shards() == {} and again[0]["id"] == 0
+        assert notes() - before == lives
+        again.stream.note("shard.00001.mds", "damaged")
+        assert again.bad_shards() == {"shard.00001.mds": "damaged"}
+        assert len(notes() - before) == 2
+        del again
+        assert notes() - before == lives
+    finally:
+        live.kill()
+    assert notes() - before == lives
+    assert lives <= set(clean_dead())
+    assert not notes() - before
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "7", "[" * 100_000, '{"pid": 1, "namespace": null, "tracker": null}', ""]
+)
+def test_what_is_no_claim_is_let_be(tmp_path: Path, corpus: Path, content: str) -> None:
+    planted = MEMORY / f"{shared_memory.CLAIM}{os.getuid()}_planted"
+    planted.write_text(content, encoding="utf-8")
+    try:
+        assert opened(corpus, tmp_path / "a")[0]["id"] == 0
+        assert planted not in claims() and planted.exists()
+    finally:
+        planted.unlink()
+
+
+def test_another_users_claim_is_not_believed(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = opened(corpus, tmp_path / "a")
+    (mine,) = (path for path, said in claims().items() if said.get("prefix") == f"{held._shm_prefix_int:06}_")
+    lstat = Path.lstat
+
+    def of_another(path: Path) -> os.stat_result:
+        found = [*lstat(path)]
+        return os.stat_result([*found[:4], found[4] + (path == mine), *found[5:]])
+
+    monkeypatch.setattr(Path, "lstat", of_another)
+    assert mine not in claims()
+
+
 @pytest.mark.slow
 def test_a_dead_runs_worker_is_waited_for(tmp_path: Path, corpus: Path) -> None:
     holder = Holder(corpus, tmp_path / "a", "worker", "3")
     began = time.monotonic()
     holder.kill(group=False)
-    (said,) = (said for said in claims().values() if said["prefix"] == holder.prefix)
+    (said,) = (said for said in claims().values() if said.get("prefix") == holder.prefix)
     assert said["held"] and shared_memory.is_dying(said)
     assert opened(corpus, tmp_path / "a")[0]["id"] == 0
     assert 1 < time.monotonic() - began < shared_memory.PATIENCE
@@ -142,8 +201,8 @@ def test_a_worker_that_is_stuck_ends_with_its_parent(corpus: Path) -> None:
 
 HALFWAY = """
 import os, signal, sys
-from clipcov_stream import stream
-stream.claim = lambda dataset: os.killpg(os.getpid(), signal.SIGKILL)
+from clipcov_stream import guard
+guard.claim = lambda dataset: os.killpg(os.getpid(), signal.SIGKILL)
 """
 
 

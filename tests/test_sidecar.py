@@ -17,7 +17,9 @@ from corpora import draw_corpus, recipe, write_recipe
 from streaming import MDSWriter, StreamingDataset
 from subset_folder import PairFolder
 from test_embed_mds import in_shards, options
+from test_guard import damage
 
+from clipcov_stream import sidecar as sidecar_module
 from clipcov_stream.build import columns_embedder
 from clipcov_stream.config import StreamConfig, load_config
 from clipcov_stream.sidecar import Sidecar
@@ -93,6 +95,38 @@ def test_compressed_shards_have_no_spans_and_uids_come_along(tmp_path: Path, cor
     assert found[0]["image_embedding"].dtype == np.float16
 
 
+def test_a_sidecar_of_compressed_and_uncompressed_shards_is_refused_before_any_work(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, shards = list(PairFolder(str(corpus / "train")).samples(range(20))), []
+    for part, compression in enumerate((None, "zstd")):
+        columns = {"image": "bytes", "caption": "str"}
+        with MDSWriter(out=str(tmp_path / "mds" / str(part)), columns=columns, compression=compression) as writer:
+            for sample in rows:
+                writer.write({"image": sample["image"], "caption": sample["caption"].decode()})
+        shards += json.loads((tmp_path / "mds" / str(part) / "index.json").read_text())["shards"]
+        for info in filter(None, (shards[-1]["raw_data"], shards[-1]["zip_data"])):
+            info["basename"] = f"{part}/{info['basename']}"
+    (tmp_path / "mds" / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    arguments = options(tmp_path, tmp_path / "mds")
+    with pytest.raises(SystemExit):
+        embed_mds.main([*arguments, "--sidecar"])
+    said = capsys.readouterr().err
+    assert "--sidecar: 1/shard.00000.mds of" in said and "is compressed (zstd), and the first shard is not" in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.embedding").exists()
+    embed_mds.main(arguments)
+    assert len(PairFolder(str(tmp_path / "out"))) == 40
+
+
+def test_a_damaged_shard_is_not_embedded(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = in_shards(corpus, tmp_path / "mds", rows=20)
+    damage(folder / "shard.00001.mds")
+    for mode in ([], ["--sidecar"]):
+        with pytest.raises(SystemExit):
+            embed_mds.main([*options(tmp_path, folder), "--restart", *mode])
+        assert "shard shard.00001.mds of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_sidecar_is_read_as_streaming_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {
         "caption": "str",
@@ -163,6 +197,39 @@ def test_a_shard_missing_from_a_sidecar_ends_the_run(tmp_path: Path, corpus: Pat
     (tmp_path / "beside" / "shard.00002.mds").unlink()
     with pytest.raises(OSError, match=r"shard.00002.mds of stream.sidecar .* cannot be used"):
         trained(tmp_path, embedded / "mds", corpus, sidecar=str(tmp_path / "beside"))
+
+
+def test_what_another_process_fetched_meanwhile_is_not_fetched_again(
+    tmp_path: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Path(shutil.copytree(embedded / "beside", tmp_path / "cache"))
+    cached = beside / "shard.00002.mds"
+    whole, check = cached.read_bytes(), sidecar_module.check_file
+    cached.write_bytes(whole[:-1])
+    sidecar = Sidecar(str(beside), tmp_path)
+    sidecar.is_remote = True  # as if `beside` were its cache
+    looks = []
+
+    def check_and_then(path: Path, info: Any) -> None:
+        looks.append(path)
+        try:
+            check(path, info)
+        finally:
+            cached.write_bytes(whole)  # by another process, once this one has seen the damage
+
+    def refuse(shard: Any, part: Path) -> None:
+        raise AssertionError("it is there")
+
+    monkeypatch.setattr(sidecar_module, "check_file", check_and_then)
+    monkeypatch.setattr(sidecar, "_download", refuse)
+    sidecar._make_sound(sidecar.shards[2], cached)
+    assert cached.read_bytes() == whole and looks[0] == cached
+
+    cached.write_bytes(b"damaged")
+    monkeypatch.setattr(sidecar_module, "check_file", check)
+    monkeypatch.setattr(sidecar, "_download", lambda shard, part: part.write_bytes(whole))
+    sidecar._make_sound(sidecar.shards[2], cached)
+    assert cached.read_bytes() == whole
 
 
 def test_the_embedder_is_the_sidecars(embedded: Path) -> None:

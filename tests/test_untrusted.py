@@ -27,8 +27,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream.captions import MAX_WORDS, SHORTEST_CUT, caption_of, cut, first_of
-from clipcov_stream.config import load_config
+from clipcov_stream.config import EvalConfig, load_config
 from clipcov_stream.decode import MAX_ASPECT, UndecodableImage, decode_image, raw_image
+from clipcov_stream.evaluators import streamed_split
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.mds_index import checked_index
 from clipcov_stream.reader import bounded
@@ -111,6 +112,19 @@ def test_an_allowed_pickle_is_loaded_only_where_it_is_read(tmp_path: Path) -> No
         assert len(pool["id"]) == 4 and not mark.exists()
     pool = next(iter(pool_loader(dataset(folder, allow_pickle=["meta"], columns=Columns(concepts="meta")), 4)))
     assert pool["concepts"].tolist() == [[3]] * 4 and mark.exists()
+
+
+def test_an_evaluation_leaves_pickles_alone_and_refuses_one_that_it_would_read(tmp_path: Path) -> None:
+    folder, mark = pickled(tmp_path)
+    retrieval = EvalConfig(local=str(folder), batch_size=4)
+    loader, _ = streamed_split("pairs", retrieval, ("retrieval",), ImageTransform(8), tokenize)
+    (batch,) = loader
+    assert len(batch["text"]) == 4 and batch["valid"].all() and not mark.exists()
+    rows = [{"image": picture(), "label": Payload(mark)}]
+    classes = EvalConfig(local=str(written(tmp_path / "classes", {"image": "bytes", "label": "pkl"}, rows)))
+    with pytest.raises(ValueError, match=r"eval\.pets: column 'label' of .* is pickled \(pkl\).*\(a label as int\)"):
+        streamed_split("pets", classes, ("zeroshot",), ImageTransform(8), tokenize)
+    assert not mark.exists()
 
 
 def test_a_remote_folder_that_leaves_the_cache_is_refused_before_it_is_written(tmp_path: Path) -> None:
@@ -318,12 +332,19 @@ def test_the_bounded_reader_reads_what_streamings_reads(small: Any) -> None:
         assert all(np.array_equal(mine[name], other[name]) for name in mine)
 
 
+def unchecked(folder: Path) -> PairFolder:
+    """A folder whose shards count as looked at, so that damage gets past the checksums."""
+    pairs = PairFolder(str(folder))
+    pairs.sound.update(range(len(pairs.shard_sizes)))
+    return pairs
+
+
 def check_shard(folder: Path, shard: bytes, number: int) -> None:
     damaged = mutate.mutated(mutate.random.Random(number), shard)
     path = folder / "shard.00000.mds"
     path.write_bytes(damaged)
     try:
-        for row in PairFolder(str(folder)).samples(range(6), decode=["v"]):
+        for row in unchecked(folder).samples(range(6), decode=["v"]):
             assert sum(len(value) for name, value in row.items() if name != "v") <= len(damaged)
     except ValueError:
         pass
@@ -350,7 +371,7 @@ def test_offsets_that_promise_gigabytes_are_refused_before_memory_is_taken(small
     path.write_bytes(shard[:8] + b"\xff\xff\xff\xff" + shard[12:])
     try:
         with pytest.raises(ValueError, match=r"sample 0 of shard.00000.mds is said to lie from byte \d+ to 4294967295"):
-            list(PairFolder(str(folder)).samples([0]))
+            list(unchecked(folder).samples([0]))
     finally:
         path.write_bytes(shard)
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import verify_mds
+from PIL import Image
+from runs import synthetic_bytes
 from streaming import MDSWriter
+from streaming.base.compression import compress, decompress
 from test_guard import ROWS, copied, damage, shard_of, write_shards
 
 if TYPE_CHECKING:
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module", params=[None, "zstd"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("whole") / "mds", compression=request.param)
+
+
+def picture() -> bytes:
+    return synthetic_bytes(1)[0]
 
 
 def verified(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, dict[str, Any]]:
@@ -107,6 +114,78 @@ def test_an_index_of_many_shards_takes_little_time(folder: Path) -> None:
     begin = time.perf_counter()
     assert list(verify_mds.index_problems(shards)) == []
     assert time.perf_counter() - begin < 4  # 0.2 s; 20 s if every name is looked for among all
+
+
+def test_an_empty_shard_is_a_remark_and_the_others_are_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"columns": {"image": "bytes", "caption": "str"}, "size_limit": 100, "hashes": ["sha1"]}
+    with MDSWriter(out=str(tmp_path / "mds"), **options) as writer:  # whose first shard is empty, as a sample is larger
+        for image in (picture(), b"no image"):
+            writer.write({"image": image, "caption": "c"})
+    shards = json.loads((tmp_path / "mds" / "index.json").read_text(encoding="utf-8"))["shards"]
+    assert [shard["samples"] for shard in shards] == [0, 1, 1]
+    code, said, account = verified(capsys, tmp_path / "mds")
+    assert code == 1 and list(account["bad"]) == ["shard.00002.mds"] and account["samples_read"] == 2
+    assert "note: 1 shards have no samples (shard.00000.mds, ...)" in said
+    damage(tmp_path / "mds" / "shard.00000.mds")
+    assert list(verified(capsys, tmp_path / "mds")[2]["bad"]) == ["shard.00000.mds", "shard.00002.mds"]
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "pil"])
+def test_images_of_another_column_and_encoding_are_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    folder, columns = tmp_path / "mds", {"photo": encoding, "caption": "str"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for _ in range(3):
+            image = Image.new("RGB", (8, 8)) if encoding == "pil" else picture()
+            writer.write({"photo": image, "caption": "c"})
+    code, said, account = verified(capsys, folder, "--all")
+    assert (code, account["images_decoded"]) == (0, 0)
+    assert (
+        "note: no column is called 'image', so no image was decoded; give --image, one of ['caption', 'photo']" in said
+    )
+    code, said, account = verified(capsys, folder, "--all", "--image", "photo")
+    assert (code, account["images_decoded"], "note: no column" in said) == (0, 3, False)
+    code, _, account = verified(capsys, folder, "--all", "--image", "picture")
+    assert code == 1 and "--image 'picture' is not a column of" in account["error"] and "'photo']" in account["error"]
+    path = folder / "shard.00000.mds"
+    data = path.read_bytes()
+    at = int.from_bytes(data[4:8], "little") + 9  # the first image, behind two sizes and a caption
+    path.write_bytes(data[:at] + bytes(8) + data[at + 8 :])  # a pil image of no pixels; bytes that begin as no format
+    code, _, account = verified(capsys, folder, "--all", "--image", "photo")
+    assert (code, account["undecodable"], account["images_decoded"]) == (1, 1, 2)
+
+
+def test_a_compressed_form_is_checked_beside_the_uncompressed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write_shards(tmp_path / "own", compression="zstd")
+    shard = json.loads((own / "index.json").read_text(encoding="utf-8"))["shards"][2]
+    zipped, raw = own / shard["zip_data"]["basename"], own / shard["raw_data"]["basename"]
+    raw.write_bytes(decompress("zstd", zipped.read_bytes()))
+    assert verified(capsys, own)[0] == 0
+    zipped.write_bytes(b"x" * zipped.stat().st_size)
+    code, said, account = verified(capsys, own)
+    assert code == 1 and list(account["bad"]) == [raw.name] and f"{zipped.name}: its sha1 is not the index's" in said
+    zipped.unlink()  # as Streaming does once it is unpacked
+    assert verified(capsys, own)[0] == 0
+
+
+def test_a_shard_is_unpacked_to_the_size_that_the_index_says_and_no_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write_shards(tmp_path / "own", hashes=(), compression="zstd")
+    index = json.loads((own / "index.json").read_text(encoding="utf-8"))
+    shard = index["shards"][2]
+    bomb = compress("zstd", bytes(1 << 24))
+    (own / shard["zip_data"]["basename"]).write_bytes(bomb)
+    shard["zip_data"]["bytes"] = len(bomb)
+    (own / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, said, account = verified(capsys, own)
+    assert code == 1 and list(account["bad"]) == [shard["raw_data"]["basename"]]
+    assert f"to the {shard['raw_data']['bytes']} bytes that the index says" in said
 
 
 def test_a_pickled_column_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

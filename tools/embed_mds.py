@@ -140,6 +140,11 @@ class Kept:
             self.columns = {name: kind for name, kind in pairs.columns.items() if name in is_kept}
             self.compression = None  # of embeddings it gains little, and it would have to be undone for each sample
         if self.has_spans:
+            for name, kind in pairs.compressed.items():
+                raise ValueError(
+                    f"--sidecar: {name} of {pairs.path} is compressed ({kind}), and the first shard is not: its images "
+                    "have no place to be told. Write the folder anew in one form, or leave out --sidecar"
+                )
             self.columns[SPAN_COLUMN] = "ndarray:int64:4"
 
     def samples_of(self, number: int) -> Iterator[dict[str, bytes]]:

@@ -64,8 +64,9 @@ class Targets:
             (scratch / name / "index.json").write_bytes(self.index)
         (scratch / "sidecar" / "embedder.json").write_text('{"sidecar": true}', encoding="utf-8")
         self.pairs, self.sidecar = PairFolder(str(scratch / "pairs")), Sidecar(str(scratch / "sidecar"), scratch)
-        # As if it had been looked at, so that damage gets past the checksums.
-        self.sidecar.sound.update(range(len(self.sidecar.shards)))
+        # As if both had been looked at, so that damage gets past the checksums.
+        for folder in (self.pairs, self.sidecar):
+            folder.sound.update(range(len(self.sidecar.shards)))
 
     def make(self, seed: int, number: int) -> tuple[str, bytes, random.Random]:
         """Target, bytes and the generator that is left, of input `number`."""

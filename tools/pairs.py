@@ -16,7 +16,6 @@ import argparse
 import os
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -84,7 +83,7 @@ def _find(
     """(the source's images with their rows, how many rows there are if that is known)."""
     if source.table is None:
         found = read_webdataset(source.tars, args.caption_column, args.uid_column)
-        return number_repeats(metadata.attach(found) if metadata else found, Counter()), None
+        return number_repeats(metadata.attach(found) if metadata else found), None
     columns = {"image": args.image_column, "caption": args.caption_column, "uid": args.uid_column}
     table = source.read_table(columns, optional=("uid",))
     print(table)

@@ -25,7 +25,7 @@ from typing import Any
 from datacomp import COLUMNS as EMBEDDING_COLUMNS
 from datacomp import Metadata
 from mds_folder import Found, MdsSplit, Rejection, Row, mds_split, write_found
-from tar_source import number_repeats, read_webdataset
+from tar_source import number_repeats, numbered, read_webdataset
 from tqdm import tqdm
 
 # Of this worker process: the samples that all workers together have written. `_begin` sets it.
@@ -67,12 +67,12 @@ def convert(tars: Sequence[Path], split: MdsSplit, job: TarJob, workers: int) ->
     with ProcessPoolExecutor(min(workers, len(tars)), context, _begin, (progress, stop)) as pool:
         try:
             parts = [scratch / f"{number:06d}" for number in range(len(tars))]
-            futures = [pool.submit(convert_tar, job, *at, {}) for at in zip(tars, parts, strict=True)]
+            futures = [pool.submit(convert_tar, job, *at) for at in zip(tars, parts, strict=True)]
             done = _results(futures, progress, "convert")
             repeats = _repeats([uids for _, uids in done])
             for number in repeats:
                 shutil.rmtree(parts[number])
-            futures = [pool.submit(convert_tar, job, tars[n], parts[n], seen) for n, seen in repeats.items()]
+            futures = [pool.submit(convert_tar, job, tars[n], parts[n], names) for n, names in repeats.items()]
             _results(futures, progress, "repeated uids")
         except BrokenProcessPool as error:
             raise ValueError("a process died, perhaps of too little memory; use fewer --workers") from error
@@ -87,10 +87,10 @@ def convert(tars: Sequence[Path], split: MdsSplit, job: TarJob, workers: int) ->
     shutil.rmtree(scratch)
 
 
-def convert_tar(job: TarJob, tar: Path, part: Path, seen: Mapping[str, int]) -> tuple[int, list[str]]:
+def convert_tar(job: TarJob, tar: Path, part: Path, names: Sequence[str] | None = None) -> tuple[int, list[str]]:
     """Write one tar as the MDS folder `part`, in a worker process; returns (rows, uids of those that are samples).
 
-    Args: seen: how often earlier tars have each of its uids.
+    Args: names: what those samples are called; without, as if there were no other tar.
     """
     num_rows, uids = 0, []
 
@@ -106,6 +106,12 @@ def convert_tar(job: TarJob, tar: Path, part: Path, seen: Mapping[str, int]) -> 
             uids.extend(row.uid for row in (item.rows if isinstance(item, Found) else []))
             yield item
 
+    def named(items: Iterator[Found | Rejection], names: Iterator[str]) -> Iterator[Found | Rejection]:
+        for item in items:
+            for row in item.rows if isinstance(item, Found) else []:
+                row.uid = next(names)
+            yield item
+
     def make_sample(row: Row, data: bytes) -> dict[str, Any]:
         with _progress.get_lock():
             _progress.value += 1
@@ -114,20 +120,21 @@ def convert_tar(job: TarJob, tar: Path, part: Path, seen: Mapping[str, int]) -> 
     items = noted(read_webdataset([tar], job.caption_key, job.uid_key))
     if job.metadata is not None:
         items = Metadata.load(job.metadata).attach(items)
-    items = number_repeats(counted(items), Counter(seen))
+    items = number_repeats(counted(items)) if names is None else named(items, iter(names))
     with mds_split(part, job.columns, allow_empty=True, **job.options) as split:
         write_found(items, split, make_sample, num_threads=job.num_threads, show=False)
     return num_rows, uids
 
 
-def _repeats(uids: Sequence[Sequence[str]]) -> dict[int, dict[str, int]]:
-    """For each tar that has uids of earlier ones: how often each of these came before."""
-    seen: Counter[str] = Counter()
+def _repeats(uids: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    """For each tar whose samples are called otherwise because of earlier ones: what they are called."""
+    numbers: Counter[str] = Counter()
     found = {}
     for number, own in enumerate(uids):
-        if before := {uid: seen[uid] for uid in own if uid in seen}:
-            found[number] = before
-        seen.update(own)
+        alone: Counter[str] = Counter()
+        names = [numbered(uid, numbers) for uid in own]
+        if names != [numbered(uid, alone) for uid in own]:
+            found[number] = names
     return found
 
 

@@ -14,6 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clipcov_stream.mds_index import checked_index, names_of, read_index
+
+SPLITS = ("", "train", "eval")
+"""Where in OUT a tool writes an MDS folder: OUT itself, the splits of a drawn corpus, a subset's samples."""
+BESIDE = ("index.json", "source.json", "rejected.jsonl", "classes.json", "embedder.json", "subset.csv")
+"""What tools write beside shards."""
+CACHES = (".sidecar-", ".ranges-")
+"""Names, by their beginning, of what training keeps there of a store's sidecar and images."""
+
 
 @contextmanager
 def staged_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
@@ -22,9 +31,9 @@ def staged_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Until then `out` is untouched: an earlier one is replaced only once the new one is complete. What
     killed runs for the same `out` left on this machine is removed first.
 
-    Args: overwrite: replace an `out` that holds an MDS folder, or a folder of MDS splits.
+    Args: overwrite: replace an `out` that holds an MDS folder, or its splits, and nothing else.
     Raises: ValueError when `out` is remote, a file, a mount point, or not empty without `overwrite`
-        (with it: when what it holds is no MDS folder, which is never deleted).
+        (with it: when it holds anything that is not of an MDS folder, which is never deleted).
     """
     if "://" in str(out):
         raise ValueError(f"OUT={str(out)!r} is remote; write to a local folder, then upload the finished folder there")
@@ -85,8 +94,41 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"OUT={str(out)!r} is not empty; give another folder, or --overwrite to replace it")
-    if not any(out.glob("index.json")) and not any(out.glob("*/index.json")):
+    try:
+        known = _names_of_ours(out)
+    except ValueError as error:
+        raise ValueError(f"OUT={str(out)!r} is not empty: {error}; --overwrite will not delete it") from error
+    if not known:
         raise ValueError(f"OUT={str(out)!r} is not empty and holds no MDS index.json; --overwrite will not delete it")
+    for name in _names_in(out):
+        if name not in known and not any(part.startswith(CACHES) for part in Path(name).parts):
+            raise ValueError(
+                f"OUT={str(out)!r} is not empty: it holds {name!r}, which is no file of its MDS folder; --overwrite "
+                "will not delete it: move it away, or give another folder"
+            )
+
+
+def _names_of_ours(out: Path) -> set[str]:
+    """Files that an MDS folder at `out`, or its splits, may consist of; none if there is no index.json.
+
+    Raises: ValueError for an index.json that is not of an MDS folder.
+    """
+    indices = {split: out / split / "index.json" for split in SPLITS}
+    names: set[str] = set()
+    for split, index in indices.items():
+        if index.is_file():
+            shards = checked_index(read_index(index), repr(str(index.parent)), allow_pickle=None)
+            names |= {os.path.join(split, name) for shard in shards for name in names_of(shard)}
+            names |= {os.path.join(split, name) for name in BESIDE}
+    return names and names | set(BESIDE)
+
+
+def _names_in(out: Path) -> Iterator[str]:
+    """Every file below `out`, and every link, by its path from there."""
+    for folder, below, files in os.walk(out):
+        links = [name for name in below if os.path.islink(os.path.join(folder, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(folder, name), out)
 
 
 def _swap_in(staging: Path, out: Path) -> None:

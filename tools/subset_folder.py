@@ -27,11 +27,11 @@ import torch
 from pairs import positive
 from staged_folder import staged_folder
 from streaming import MDSWriter
-from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from torch import Tensor
 from tqdm import tqdm
 
+from clipcov_stream.checked import check_file, check_header, decompressed
 from clipcov_stream.mds_index import PICKLED, checked_index, read_index
 from clipcov_stream.reader import bounded
 from clipcov_stream.remote import is_remote
@@ -44,6 +44,10 @@ SUBSET_FILES = {"subset.csv", "source.json"}
 
 class PairFolder:
     """The samples of a local MDS folder, in order; the folder is only read.
+
+    Attributes:
+        where: what errors call the folder.
+        sound: numbers of the shards whose files were found to be what the index says; each is looked at once.
 
     Raises: ValueError for a folder without index.json, without samples, or whose shards differ in their columns.
     """
@@ -67,6 +71,7 @@ class PairFolder:
             raise ValueError(f"FOLDER={folder!r} has no samples, or shards with other columns than the first")
         self.columns: dict[str, str] = columns[0]
         self.compression: str | None = self._shards[0].compression
+        self.where, self.sound = str(self.path), set[int]()
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self._shards)
@@ -76,7 +81,7 @@ class PairFolder:
 
         So a pickled column runs no code. A compressed shard is unpacked into a scratch folder while it is read.
 
-        Raises: ValueError for a shard that is missing or broken.
+        Raises: ValueError for a shard that is missing, broken, or not what the index says.
         """
         first = 0
         for number, shard in enumerate(self._shards):
@@ -89,6 +94,11 @@ class PairFolder:
         """Samples of every shard."""
         return [len(shard) for shard in self._shards]
 
+    @property
+    def compressed(self) -> dict[str, str]:
+        """Compressed shards by name, and how they are."""
+        return {shard.raw_data.basename: shard.compression for shard in self._shards if shard.compression is not None}
+
     def samples_of(
         self, number: int, rows: Sequence[int] | None = None, decode: Iterable[str] = ()
     ) -> Iterator[dict[str, Any]]:
@@ -97,28 +107,58 @@ class PairFolder:
         if pickled := sorted(name for name in decode if self.columns[name] == PICKLED):
             raise ValueError(f"columns {pickled} of {self.path} are pickled; their bytes can be read, not their values")
         rows = range(len(shard)) if rows is None else rows
-        name, packed = shard.raw_data.basename, shard.zip_data and self.path / shard.zip_data.basename
+        if not len(rows):
+            return
         with tempfile.TemporaryDirectory() as scratch:
+            shard.dirname = str(self._sound_folder(number, Path(scratch)))
             try:
-                shard.dirname = str(self.path)
-                if len(rows) and packed and not (self.path / name).is_file():
-                    shard.dirname = scratch
-                    Path(scratch, name).write_bytes(decompress(shard.compression, packed.read_bytes()))
                 shard.column_encodings = [e if name in decode else "bytes" for name, e in self.columns.items()]
                 for row in rows:
                     yield shard[row]
             except Exception as error:  # whatever a broken file makes a decoder say
-                raise ValueError(f"{name} of {self.path} cannot be read: {error!r}") from error
+                raise ValueError(f"{shard.raw_data.basename} of {self.where} cannot be read: {error!r}") from error
+
+    def _sound_folder(self, number: int, scratch: Path) -> Path:
+        """Where a shard's uncompressed file lies: the folder itself, or `scratch`, into which it is then unpacked.
+
+        What is copied from a damaged file would get hashes of its own, which fit. So the files that are read are
+        compared with the index the first time.
+
+        Raises: ValueError for files that are missing or not what the index says.
+        """
+        shard, is_new = self._shards[number], number not in self.sound
+        raw, packed, folder = shard.raw_data, shard.zip_data, self.path
+        try:
+            if packed is not None and not (folder / raw.basename).is_file():
+                if is_new:
+                    check_file(folder / packed.basename, packed)
+                data = decompressed(shard.compression, (folder / packed.basename).read_bytes(), raw.bytes)
+                folder = scratch
+                (folder / raw.basename).parent.mkdir(parents=True, exist_ok=True)
+                (folder / raw.basename).write_bytes(data)
+            if is_new:
+                check_file(folder / raw.basename, raw)
+                if not raw.hashes:
+                    check_header(folder / raw.basename, len(shard))
+        except Exception as error:  # of the disk, the decompressor, an unknown hash
+            raise ValueError(
+                f"shard {raw.basename} of {self.where} cannot be used: {type(error).__name__}: {error}; put a good "
+                "copy in its place, or write the folder again (python tools/verify_mds.py "
+                f"{self.where} says what else is bad)"
+            ) from error
+        self.sound.add(number)
+        return folder
 
     def spans_of(self, number: int, column: str) -> np.ndarray | None:
         """(n, 3) int64 for the samples of a shard: the shard's number, and offset and length of a column's bytes in it.
 
         None for a compressed shard, in whose file the bytes do not lie as such.
-        Raises: ValueError for a shard that is missing or broken.
+        Raises: ValueError for a shard that is missing, broken, or not what the index says.
         """
         shard = self._shards[number]
         if shard.compression is not None:
             return None
+        self._sound_folder(number, self.path)  # where it lies, as it is not compressed
         try:
             data = np.memmap(self.path / shard.raw_data.basename, np.uint8, mode="r")
             begins = np.frombuffer(data[4 : 4 * (len(shard) + 1)], np.uint32).astype(np.int64)
@@ -127,7 +167,7 @@ class PairFolder:
             told = iter(np.ascontiguousarray(data[heads]).view(np.uint32).astype(np.int64).T)
             widths = {n: next(told) if s is None else s for n, s in zip(self.columns, shard.column_sizes, strict=True)}
         except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{shard.raw_data.basename} of {self.path} cannot be read: {error!r}") from error
+            raise ValueError(f"{shard.raw_data.basename} of {self.where} cannot be read: {error!r}") from error
         offsets = begins + heads.shape[1] + sum(widths[name] for name in takewhile(column.__ne__, self.columns))
         return np.stack([np.full_like(begins, number), offsets, np.broadcast_to(widths[column], begins.shape)], axis=1)
 

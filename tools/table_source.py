@@ -77,11 +77,13 @@ def read_table(
             table.rows.append(row)
         else:
             table.rejected.append(row)
-    total, so_far = Counter(row.uid for row in table.rows), Counter()
+    total, last = Counter(row.uid for row in table.rows), Counter()
     for row in table.rows:
-        if total[row.uid] > 1:
-            so_far[row.uid] += 1
-            row.uid = f"{row.uid}#{so_far[row.uid]}"
+        if total[uid := row.uid] > 1:
+            last[uid] += 1
+            while f"{uid}#{last[uid]}" in total:  # another row's own
+                last[uid] += 1
+            row.uid = f"{uid}#{last[uid]}"
     return table
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import lzma
 import posixpath
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -23,6 +24,8 @@ from table_source import DELIMITERS, Table, is_unicode, json_object
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
+NUMBERED = re.compile(r"(.*)#([2-9]|[1-9][0-9]{1,17})", re.DOTALL)
+"""What `numbered` calls a sample: uid and number."""
 
 
 class DamagedTar(ValueError):
@@ -135,13 +138,31 @@ def read_webdataset(
             yield Rejection(None, tar.name, "tar_damaged", str(error))
 
 
-def number_repeats(items: Iterable[Found | Rejection], seen: Counter[str]) -> Iterator[Found | Rejection]:
-    """The items; from the second time on a uid gets '#2', '#3'. `seen` counts the uids as they were."""
+def number_repeats(items: Iterable[Found | Rejection]) -> Iterator[Found | Rejection]:
+    """The items; from the second time on a uid gets '#2', '#3', but for what another sample is called."""
+    numbers: Counter[str] = Counter()
     for item in items:
         for row in item.rows if isinstance(item, Found) else []:
-            seen[row.uid] += 1
-            row.uid += f"#{seen[row.uid]}" * (seen[row.uid] > 1)
+            row.uid = numbered(row.uid, numbers)
         yield item
+
+
+def numbered(uid: str, numbers: Counter[str]) -> str:
+    """What a sample is called: its uid, with a number if that is taken.
+
+    Args: numbers: of each uid that came before, the last number given to it, 1 if none was; kept up to date.
+    """
+    if uid not in numbers:
+        numbers[uid] = 1
+        # '17#2' may be what a second '17' is called before it comes as a uid of its own.
+        name = NUMBERED.fullmatch(uid)
+        if name is None or int(name[2]) > numbers[name[1]]:
+            return uid
+    number = numbers[uid] + 1
+    while f"{uid}#{number}" in numbers:
+        number += 1
+    numbers[uid] = number
+    return f"{uid}#{number}"
 
 
 def count_not_downloaded(tars: Iterable[Path]) -> int:

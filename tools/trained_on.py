@@ -132,6 +132,7 @@ class RemotePairs(PairFolder):
         except OSError as error:
             raise ValueError(f"FOLDER={url!r} has no index.json that can be read: {error}") from error
         super().__init__(scratch)
+        self.where = self.url
 
     def samples_of(
         self, number: int, rows: Sequence[int] | None = None, decode: Iterable[str] = ()
@@ -140,11 +141,14 @@ class RemotePairs(PairFolder):
         rows = range(len(shard)) if rows is None else rows
         if not len(rows):
             return
-        stored = self.path / (shard.zip_data or shard.raw_data).basename
+        name = (shard.zip_data or shard.raw_data).basename
+        stored = self.path / name
+        stored.parent.mkdir(parents=True, exist_ok=True)
         try:
-            CloudDownloader.direct_download(f"{self.url}/{stored.name}", str(stored))
+            CloudDownloader.direct_download(f"{self.url}/{name}", str(stored))
         except Exception as error:  # every back end has kinds of its own
-            raise ValueError(f"{self.url}/{stored.name} cannot be read: {error!r}") from error
+            raise ValueError(f"{self.url}/{name} cannot be read: {error!r}") from error
+        self.sound.discard(number)  # these bytes are new
         yield from super().samples_of(number, rows, decode)
         stored.unlink()
 

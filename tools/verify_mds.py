@@ -5,8 +5,9 @@
 
 Of each shard: is the file there, with the bytes and the hashes of the index (of a compressed one, those of both forms);
 does its header give the index's number of samples and offsets that cover the file; has it the columns of the first
-shard. Of a sample: is every column readable, the image decodable in full, the caption text, an embedding finite; with
---all also whether uids are there and differ. Pickled columns (`pkl`) are not loaded: they would run code.
+shard. A compressed form that was unpacked and deleted is not missed. Of a sample: is every column readable, the image
+decodable in full, the caption text, an embedding finite; with --all also whether uids are there and differ. Pickled
+columns (`pkl`) are not loaded: they would run code.
 
 A store's shards are fetched one after another into TMPDIR, --threads at a time, and deleted again. Bounded by the
 disk or the network; with --all by image decoding, some 3 ms for one of 256 pixels.
@@ -24,21 +25,22 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from tqdm import tqdm
 
-from clipcov_stream.checked import check_header
-from clipcov_stream.materialize import UndecodableImage, decode_image
+from clipcov_stream.checked import check_header, decompressed
+from clipcov_stream.decode import UndecodableImage, decode_image, raw_image
 from clipcov_stream.remote import is_remote, read_agreed
 
+IMAGE = "image"
+"""The image column, unless another is named."""
 IMAGE_ENCODINGS = ("jpeg", "png", "pil")
 ATTEMPTS = 3
 
@@ -50,6 +52,7 @@ class Found:
     name: str
     problems: list[str] = field(default_factory=list)
     num_read: int = 0
+    num_decoded: int = 0
     num_undecodable: int = 0
     uids: list[str] = field(default_factory=list)
     is_whole: bool = True
@@ -62,12 +65,12 @@ class Options:
 
     Args:
         folder: path or URL.
-        image: name of the image column.
+        image: name of the image column; None is IMAGE, if there is one.
         every: all samples, or one of each shard.
     """
 
     folder: str
-    image: str
+    image: str | None
     every: bool
 
 
@@ -104,8 +107,6 @@ def index_problems(shards: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]
             yield name, "the index names it more than once"
         if columns_of(shard) != first:
             yield name, f"its columns are {columns_of(shard)}, those of {names[0]} are {first}"
-        if shard["samples"] < 1:
-            yield name, "it has no samples"
 
 
 def columns_of(shard: dict[str, Any]) -> dict[str, str]:
@@ -137,25 +138,30 @@ def verify_shard(shard: dict[str, Any], options: Options, number: int) -> Found:
             found.problems.append(f"{type(error).__name__}: {error}")
             path = None
         found.is_whole = not found.problems
-        if path is not None and found.is_whole:
+        if path is not None and found.is_whole and shard["samples"]:
             read_samples(shard, path, options, number, found)
     return found
 
 
 def unpacked(shard: dict[str, Any], folder: str, scratch: Path, found: Found) -> Path | None:
-    """The shard's uncompressed file; None if its compressed form is bad already, which is then noted."""
+    """The shard's uncompressed file, if need be unpacked into `scratch`.
+
+    A compressed form is looked at wherever there is one; if it is bad that is noted, and None is returned unless the
+    uncompressed file lies beside it.
+    """
     raw, packed = shard["raw_data"], shard["zip_data"]
-    if not is_remote(folder) and Path(folder, raw["basename"]).is_file():
+    is_here = not is_remote(folder) and Path(folder, raw["basename"]).is_file()
+    if packed is None or (is_here and not Path(folder, packed["basename"]).is_file()):
+        return fetched(folder, raw["basename"], scratch)
+    path = fetched(folder, packed["basename"], scratch)
+    problems = [f"{packed['basename']}: {problem}" for problem in checked_bytes(path, packed)]
+    found.problems += problems
+    if is_here:
         return Path(folder, raw["basename"])
-    info = packed or raw
-    path = fetched(folder, info["basename"], scratch)
-    if packed is None:
-        return path
-    if problems := [f"{info['basename']}: {problem}" for problem in checked_bytes(path, info)]:
-        found.problems += problems
+    if problems:
         return None
     out = scratch / "raw.mds"
-    out.write_bytes(decompress(shard["compression"], path.read_bytes()))
+    out.write_bytes(decompressed(shard["compression"], path.read_bytes(), raw["bytes"]))
     return out
 
 
@@ -183,7 +189,7 @@ def read_samples(shard: dict[str, Any], path: Path, options: Options, number: in
     encodings = [e if e not in (*IMAGE_ENCODINGS, "pkl") else "bytes" for e in shard["column_encodings"]]
     plain = {**shard, "column_encodings": encodings, "raw_data": {**shard["raw_data"], "basename": path.name}}
     reader = reader_from_json(str(path.parent), None, plain)
-    is_pil = columns_of(shard).get(options.image) == "pil"
+    is_pil = (options.image, "pil") in columns_of(shard).items()
     chosen = np.random.default_rng(number).integers(shard["samples"], size=1).tolist()
     for row in range(shard["samples"]) if options.every else chosen:
         try:
@@ -197,9 +203,11 @@ def read_samples(shard: dict[str, Any], path: Path, options: Options, number: in
         found.num_read += 1
         if "uid" in sample and isinstance(sample["uid"], str):
             found.uids.append(sample["uid"])
-        if options.image in sample and not is_pil:
+        if options.image in sample:
+            data = sample[options.image]
             try:
-                decode_image(sample[options.image])
+                decode_image(raw_image(data) if is_pil else data)
+                found.num_decoded += 1
             except UndecodableImage as error:
                 found.num_undecodable += 1
                 found.problems.append(f"sample {row}: its image cannot be decoded: {error}")
@@ -220,9 +228,14 @@ def remedy(found: Found, folder: str) -> str:
 def verify(options: Options, num_threads: int, show: bool = True) -> dict[str, Any]:
     """Check a folder and print what is wrong; the account, as the last line has it.
 
-    Raises: ValueError for a folder without a readable index.
+    Raises: ValueError for a folder without a readable index, or without the image column that was named.
     """
     shards = read_index(options.folder)
+    columns = list(dict.fromkeys(name for shard in shards for name in shard["column_names"]))
+    if options.image is None:
+        options = replace(options, image=IMAGE)
+    elif options.image not in columns:
+        raise ValueError(f"--image {options.image!r} is not a column of {options.folder}; those are {columns}")
     in_index = list(index_problems(shards))
     # A name that leads elsewhere is not followed.
     followed = [
@@ -252,11 +265,17 @@ def verify(options: Options, num_threads: int, show: bool = True) -> dict[str, A
             f"note: the index has no hash of {len(without)} shards ({without[0]}, ...): damage within samples cannot "
             "be seen; tools/make_mds.py writes hashes"
         )
+    empty = [shard["raw_data"]["basename"] for shard in shards if not shard["samples"]]
+    if empty:
+        print(f"note: {len(empty)} shards have no samples ({empty[0]}, ...)")
+    if options.image not in columns:
+        print(f"note: no column is called {IMAGE!r}, so no image was decoded; give --image, one of {columns}")
     return {
         "folder": options.folder,
         "shards": len(shards),
         "samples": sum(shard["samples"] for shard in shards),
         "samples_read": sum(found.num_read for found in results),
+        "images_decoded": sum(found.num_decoded for found in results),
         "undecodable": sum(found.num_undecodable for found in results),
         "repeated_uids": num_repeated,
         "without_hash": len(without),
@@ -270,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="an MDS folder, or its URL")
     parser.add_argument("--all", action="store_true", help="read every sample, not one of each shard")
-    parser.add_argument("--image", default="image", help="name of the image column")
+    parser.add_argument("--image", metavar="NAME", help=f"the image column ({IMAGE}, if there is one)")
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="shards at a time")
     args = parser.parse_args(argv)
     if args.threads < 1:
