@@ -252,7 +252,7 @@ class ClipCov(Algorithm):
         self.global_pool_size: int | None = None
         self._scored_at: list[int | None] | None = None
         """Side in pixels of the images that the proxy gets of the stream, [None] if the learner's; None: not known."""
-        self._checked = False
+        self._checked, self._was_short = False, False
         self._pending: dict[str, Any] = {}
         self._identity = {
             "selector": self.selector,
@@ -437,7 +437,7 @@ class ClipCov(Algorithm):
             self.dataset_size = 0  # rivals do not count
         if self.selection is not None:
             self.selection = self.selection.counting(self.dataset_size)
-        self._checked = False
+        self._checked, self._was_short = False, False
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_pool(state, pool_size)
@@ -478,8 +478,7 @@ class ClipCov(Algorithm):
 
     def _belong_to(self, state: State) -> None:
         """Raise ValueError if this is another Trainer's, of which all that is remembered would be."""
-        run = None if self._run is None else self._run()
-        if run is not None and run is not state:
+        if self._run is not None and self._run() is not state:
             if self.samples_seen:
                 raise ValueError(
                     "this ClipCov has selected for another Trainer, and its teacher, sketch and counts are that run's: "
@@ -573,10 +572,12 @@ class ClipCov(Algorithm):
         if not self._checked:
             streamed = pool_size * dist.get_world_size()
             known, states_size = self.global_pool_size, getattr(state.dataloader, "batch_size", None) is not None
-            if known is not None and streamed < known and not (known % dist.get_world_size() or states_size):
-                # The first pool after a checkpoint may be an epoch's last, and short.
+            may_be_short = not (self._was_short or states_size or (known or 0) % dist.get_world_size())
+            if known is not None and streamed < known and may_be_short:
+                # The first pool after a checkpoint may be an epoch's last; the one after it is whole.
                 self._check_pool(state, known // dist.get_world_size())
-                return self._check_pool(state, pool_size)
+                self._checked, self._was_short = False, True
+                return
             if self.global_pool_size is not None:
                 check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
             self.global_pool_size, self._checked = streamed, True

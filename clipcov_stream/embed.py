@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import platform
 import warnings
 from collections.abc import Callable, Mapping
@@ -367,7 +368,7 @@ def scale_in(outputs: Mapping[str, Any]) -> float | Tensor:
     scale = outputs["logit_scale"]
     if isinstance(scale, Tensor) and scale.numel() == 1:
         return scale.reshape(())
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+    if isinstance(scale, Tensor) or not isinstance(scale, numbers.Real):
         found = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
         raise ValueError(f"the model's output logit_scale must be one number, exponentiated, not {found}")
     return float(scale)
@@ -414,6 +415,8 @@ class Teacher:
     def __init__(self, learner: nn.Module, momentum: float) -> None:
         try:
             self.model = copy.deepcopy(learner).eval().requires_grad_(False)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # of tensors that a hook computes, as torch.nn.utils.weight_norm's
             raise ValueError(
                 f"embed='teacher' cannot copy {type(learner).__name__}: {error}. Use embed='online', 'proxy' or "

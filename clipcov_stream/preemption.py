@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import torch
+from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -24,7 +27,8 @@ class SaveOnSignal(Callback):
     """On SIGTERM or Ctrl-C ends the step, has every CheckpointSaver save and exits with status 128 + signal.
 
     For any Trainer: `callbacks=[SaveOnSignal()]`. Ranks agree after every step, so a signal to one of them ends all
-    after the same; an evaluation that has begun is finished first. A second Ctrl-C ends at once, without saving; of
+    after the same. An evaluation that is due after that step is run, lest it be missing later, between two checkpoints
+    of the step, of which the first is there should time run out. A second Ctrl-C ends at once, without saving; of
     SIGTERM a second one changes nothing, because Composer's launcher sends one to ranks that are about to end. Signals
     are caught while `fit` runs in the main thread.
 
@@ -34,22 +38,33 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self.asked = 0
         """The signal that this rank got; 0 is none."""
+        self._in_fit = False
+        self._saved_at = -1
+        """Step of a checkpoint that was saved before an evaluation."""
         self._before: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.asked = 0
+        self.asked, self._in_fit, self._saved_at = 0, True, -1
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {each: signal.signal(each, self._ask) for each in SIGNALS}
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not is_within_fit(frame) or (self.asked and number == signal.SIGINT):
+            # An exception has ended fit, and the Trainer is not closed yet; or somebody has no patience.
             self._release()
-            raise SystemExit(128 + number)
-        if not self.asked and dist.get_global_rank() == 0:
+            os.kill(os.getpid(), number)
+            return
+        first, self.asked = not self.asked, self.asked or number
+        if first and dist.get_global_rank() == 0:
             again = "; again: at once, unsaved" if number == signal.SIGINT else ""
-            # Not print: the signal may have come in the midst of one.
-            os.write(2, f"\n{signal.Signals(number).name}: ends after this step{again}\n".encode())
-        self.asked = self.asked or number
+            # Not print: the signal may have come in the midst of one. And who reads it may be gone by the same signal.
+            with suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: ends after this step{again}\n".encode())
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        if self._in_fit and asked_of_any(self.asked, state):
+            self._save(state, logger)
+            self._saved_at = int(state.timestamp.batch)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         timestamp, epoch = state.timestamp, state.dataloader_len
@@ -67,18 +82,24 @@ class SaveOnSignal(Callback):
         number = asked_of_any(self.asked, state)
         if not number:
             return
-        savers = [each for each in state.callbacks if isinstance(each, CheckpointSaver)]
-        for saver in savers:
-            if saver.last_checkpoint_batch != state.timestamp.batch:
-                saver._save_checkpoint(state, logger)
-            saver.fit_end(state, logger)  # which waits until it is uploaded
+        saves = self._save(state, logger)
         dist.barrier()  # a rank that is gone has the launcher end the others, the one that writes among them
         self._release()
         if dist.get_global_rank() == 0:
-            saved = "saved, to go on from with the same settings" if savers else "nothing is saved: no save_folder"
+            saved = "saved, to go on from with the same settings" if saves else "nothing is saved: no save_folder"
             name, step = signal.Signals(number).name, int(state.timestamp.batch)
-            print(f"{state.run_name}: {name}, ends after step {step:,}; {saved}", flush=True)
+            with suppress(OSError):
+                print(f"{state.run_name}: {name}, ends after step {step:,}; {saved}", flush=True)
         raise SystemExit(128 + number)
+
+    def _save(self, state: State, logger: Logger) -> bool:
+        """Have all savers save this step, unless they have, and wait until it is uploaded; whether there are any."""
+        savers = [each for each in state.callbacks if isinstance(each, CheckpointSaver)]
+        for saver in savers:
+            if saver.last_checkpoint_batch != state.timestamp.batch or self._saved_at == int(state.timestamp.batch):
+                saver._save_checkpoint(state, logger)
+            saver.fit_end(state, logger)  # which waits
+        return bool(savers)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._release()
@@ -87,9 +108,20 @@ class SaveOnSignal(Callback):
         self._release()
 
     def _release(self) -> None:
+        self._in_fit = False
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not Python's
+                signal.signal(number, handler)
         self._before = {}
+
+
+def is_within_fit(frame: FrameType | None) -> bool:
+    """Whether a frame is of a call that `Trainer.fit`, or what it consists of, has made."""
+    while frame is not None:
+        if frame.f_code in (Trainer.fit.__code__, Trainer._train_loop.__code__):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def asked_of_any(number: int, state: State) -> int:

@@ -226,7 +226,12 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPCOV_TRACEBACK"):
             raise
         raise SystemExit(f"error: {redacted(error)}") from error
-    train(trainer, config.eval_first and bool(trainer.state.evaluators))
+    try:
+        train(trainer, config.eval_first and bool(trainer.state.evaluators))
+    except SystemExit:  # of a run that was told to end
+        trainer.close()
+        leave_group()
+        raise
     text = summary(trainer, config)
     trainer.close()
     if dist.get_global_rank() == 0:

@@ -6,42 +6,32 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+
+TELLS_SENDER = hasattr(signal, "sigtimedwait")
+"""Whether this system says who sent a signal."""
 
 
 def begin_worker(worker: int = 0) -> None:
-    """A `worker_init_fn`."""
-    outlive_signals()
-    end_with_parent(worker)
+    """Have a worker end when the process that started it says so or is gone, and at no other's word; a
+    `worker_init_fn`.
 
-
-def outlive_signals() -> None:
-    """Have a worker outlive a signal to its whole process group: its run may still finish the step it is at.
-
-    The run ends its workers by other means, and those that hang by a SIGTERM of its own, of which the second is heeded.
-    """
-    told: list[int] = []
-
-    def at_second(number: int, frame: Any) -> None:
-        told.append(number)
-        if len(told) > 1:
-            raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, at_second)
-
-
-def end_with_parent(worker: int = 0) -> None:
-    """Have a worker end with the process that started it, whatever it is doing.
-
-    PyTorch's looks for its parent between two pools alone, and one that waits in Streaming for others that are dead too
-    would stay for ever.
+    A signal to a whole process group reaches workers too, while their run may still finish the step that it is at: they
+    outlive it. PyTorch's own worker looks for its parent between two pools alone, and one that waits in Streaming for
+    others that are dead too would stay for ever.
     """
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if TELLS_SENDER:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1)
+            if not TELLS_SENDER:
+                time.sleep(1)
+                continue
+            told = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if told is not None and told.si_pid == parent:
+                os._exit(0)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name=f"parent of worker {worker}").start()

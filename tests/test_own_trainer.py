@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,12 @@ class TestOwnTrainer:
         with pytest.raises(ValueError, match="has selected for another Trainer"):
             own_trainer([clipcov]).fit()
         assert first.state.timestamp.batch == 4
+        first.close()
+        atexit.unregister(first.engine._close)
+        del first
+        gc.collect()
+        with pytest.raises(ValueError, match="has selected for another Trainer"):
+            own_trainer([clipcov]).fit()
         # One whose first Trainer came to nothing is as new.
         clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
         with pytest.raises(ValueError, match="must be the survivors"):
@@ -274,6 +282,17 @@ class TestOwnTrainer:
         assert resumed.state.model.rows == [4, 8] and whole.state.model.rows == [8, 8, 4, 8]
         mine, theirs = resumed.state.model.state_dict(), whole.state.model.state_dict()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+        class Smaller(Batches):
+            def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+                for _ in range(3):
+                    yield {"pixels": torch.randn(16, 6), "words": torch.randn(16, 5)}
+
+        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        options = {"run_name": "own", "device_train_microbatch_size": 8, "max_duration": "9ba"}
+        other = own_trainer([clipcov], loader=Smaller(), load_path=str(tmp_path / "ep0-ba2-rank0.pt"), **options)
+        with pytest.raises(ValueError, match=r"selection\.global_pool_size=32, not 16"):
+            other.fit()
 
     @pytest.mark.parametrize(
         ("outputs", "message"),

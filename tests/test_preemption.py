@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -129,27 +130,144 @@ def test_a_run_whose_last_step_it_is_ends_as_ever(tmp_path: Path, folder: Path) 
     assert len(recorder.batches) == 8 and checkpoints_in(tmp_path / "saved")[0].name == "ep1-ba8-rank0.pt"
 
 
-def test_an_evaluation_is_finished_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["before_train_batch", "eval_batch_start"])
+def test_an_evaluation_that_is_due_is_run_between_two_checkpoints(tmp_path: Path, at: str) -> None:
     corpus = draw_corpus(tmp_path / "corpus")
     tree = recipe(corpus, max_duration="4ba", save_folder=str(tmp_path / "saved"), save_interval="100ba")
     tree |= {"eval": {"shapes": {"local": str(corpus / "eval"), "batch_size": 6}}, "eval_interval": "2ba"}
+    tree |= {"metrics_file": str(tmp_path / "metrics.jsonl"), "run_name": "told", "autoresume": True}
+    straight = run(tmp_path / "straight", {**tree, "save_folder": None, "metrics_file": None, "autoresume": False})
 
-    class TellInEvaluation(Callback):
-        ended = 0
+    class TellNow(Callback):
+        ended, there = 0, False
 
-        def eval_batch_start(self, state: Any, logger: Any) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        def eval_end(self, state: Any, logger: Any) -> None:
-            self.ended += 1
+        def run_event(self, event: Any, state: Any, logger: Any) -> None:
+            step = int(state.timestamp.batch)
+            if event.value == at and step == (1 if at == "before_train_batch" else 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if event.value == "eval_end":
+                self.ended += 1
+                self.there = bool(checkpoints_in(tmp_path / "saved"))
 
     trainer, recorder, _ = trainer_of(tmp_path, tree)
-    trainer.state.callbacks.append(teller := TellInEvaluation())
+    trainer.state.callbacks.append(teller := TellNow())
     with pytest.raises(SystemExit):
         trainer.fit()
     trainer.close()
     assert teller.ended == 1 and len(recorder.batches) == 2
+    assert teller.there == (at == "before_train_batch")
     assert [path.name for path in checkpoints_in(tmp_path / "saved")] == ["ep0-ba2-rank0.pt"]
+    assert_same_run(run(tmp_path, tree), straight, skipped=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if any(key.startswith("metrics/") for key in line)] == [2, 4]
+
+
+def test_where_the_reader_of_its_words_is_gone_it_saves_all_the_same(tmp_path: Path, folder: Path) -> None:
+    """As `2>&1 | tee log`, of which Ctrl-C ends both."""
+    script = tmp_path / "told.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from composer import Callback\n"
+        "import clipcov_stream.train as train\n"
+        "build = train.build_trainer\n"
+        "class Tell(Callback):\n"
+        "    def before_train_batch(self, state, logger):\n"
+        "        if int(state.timestamp.batch) == 2:\n"
+        "            read, write = os.pipe()\n"
+        "            os.close(read)\n"
+        "            os.dup2(write, 1)\n"
+        "            os.dup2(write, 2)\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "def built(config):\n"
+        "    trainer = build(config)\n"
+        "    trainer.state.callbacks.append(Tell())\n"
+        "    return trainer\n"
+        "train.build_trainer = built\n"
+        "train.main(sys.argv[1], [])\n",
+        encoding="utf-8",
+    )
+    path = write_recipe(tmp_path / "recipe.yaml", tree_of(folder, tmp_path / "saved"))
+    done = subprocess.run([sys.executable, str(script), str(path)], capture_output=True, timeout=120, check=False)
+    assert done.returncode in (130, 120)  # 120: Python itself could not flush stdout at its end
+    assert [path.name for path in checkpoints_in(tmp_path / "saved")] == ["ep0-ba3-rank0.pt"]
+
+
+def test_after_an_exception_signals_are_as_before(tmp_path: Path, folder: Path) -> None:
+    class Fail(Callback):
+        def before_train_batch(self, state: Any, logger: Any) -> None:
+            raise InterruptedError
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, _, _ = trainer_of(tmp_path, tree_of(folder))
+    trainer.state.callbacks.append(Fail())
+    with pytest.raises(InterruptedError):
+        trainer.fit()
+    with pytest.raises(SystemExit) as told:  # Composer's own handler
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert told.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    trainer.close()
+
+
+LOADER = """
+import sys, time, torch
+from clipcov_stream.workers import begin_worker
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        if index > 7 and sys.argv[1] == "stuck":
+            time.sleep(600)
+        return index
+loader = torch.utils.data.DataLoader(
+    Data(), 4, num_workers=2, worker_init_fn=begin_worker, persistent_workers=sys.argv[1] != "stuck"
+)
+batches = iter(loader)
+next(batches)
+print("read", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["idle", "stuck"])
+def test_a_process_whose_loader_is_alive_ends(tmp_path: Path, how: str) -> None:
+    """Python ends workers by one SIGTERM, and waits."""
+    script = tmp_path / "loader.py"
+    script.write_text(LOADER, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script), how], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout == "read\n", done.stderr
+
+
+def test_workers_outlive_a_signal_to_their_group(tmp_path: Path) -> None:
+    script = tmp_path / "loader.py"
+    script.write_text(
+        LOADER.replace("import sys", "import os, signal, subprocess, sys")
+        + "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        + "for _ in range(3):\n"
+        + "    order = f'import os; os.killpg({os.getpid()}, {int(signal.SIGTERM)})'\n"
+        + "    subprocess.run([sys.executable, '-c', order], start_new_session=True)\n"
+        + "    time.sleep(0.5)\n"
+        + "print(sum(len(batch) for batch in batches), flush=True)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), "idle"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.stdout == "read\n996\n", done.stderr
+
+
+def test_a_run_with_workers_for_evaluation_ends(tmp_path: Path) -> None:
+    corpus = draw_corpus(tmp_path / "corpus")
+    section = {"local": str(corpus / "eval"), "batch_size": 6, "num_workers": 1}
+    tree = recipe(corpus, max_duration="2ba", eval={"shapes": section}, eval_interval="1ba")
+    path = write_recipe(tmp_path / "recipe.yaml", tree)
+    command = [sys.executable, "-m", "clipcov_stream", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
 
 
 TOLD = """

@@ -346,7 +346,9 @@ def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[
                 strike(processes[rank], kill is None or kill.group)
                 ended[rank] = os.waitstatus_to_exitcode(os.waitpid(processes[rank], 0)[1])
         time.sleep(0.002)
-    told_to = told and set(ended.values()) == {TOLD}
+    # Before training and after it ranks may end as they like.
+    elsewhere = struck is not None and struck["phase"] not in IN_TRAINING and set(ended.values()) <= {0, 1, TOLD}
+    told_to = told and (set(ended.values()) == {TOLD} or elsewhere)
     is_killed = kill is not None and kill.kind != "told" and -signal.SIGKILL in ended.values()
     if kill is not None and struck is not None and (told_to or is_killed) and elapsed <= 240:
         return {**{key: value for key, value in asdict(kill).items() if key != "lag"}, **struck, "workers": num_workers}
