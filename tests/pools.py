@@ -48,9 +48,11 @@ def after(pools, num_survivors=3, selector="clipcov", **knobs):
 
 
 def flat(state):
-    """Every tensor of a state dict by its path."""
+    """Every tensor and number of a state dict by its path."""
     items = {}
     for name, value in state.items():
+        if isinstance(value, str):
+            continue
         nested = flat(value) if isinstance(value, dict) else {"": value}
         items |= {f"{name}.{path}": torch.as_tensor(tensor) for path, tensor in nested.items()}
     return items
