@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import bench_compute
+import bench_filters
 import bench_report
 import bench_selectors
 import classes
@@ -218,7 +219,7 @@ def test_the_residual_is_to_what_is_sound_with_classes_balanced(folder: Path) ->
     num = len(corpus.train)
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(num, 5, generator=generator), torch.randn(num, 4, generator=generator)
-    of = bench_selectors.Embeddings(image, text, 100.0).balanced_residual
+    of = bench_selectors.Embeddings(image, text, 100.0, image[:0]).balanced_residual
     without = torch.tensor([0, 1])
     sound = [i for i in range(num) if not (corpus.mismatched[i] or corpus.duplicate[i]) and i > 1]
     by_class: dict[int, list[int]] = {}
@@ -234,6 +235,36 @@ def test_the_residual_is_to_what_is_sound_with_classes_balanced(folder: Path) ->
     some = torch.arange(7)
     expected = np.linalg.norm(x[:7].T @ y[:7] / 7 - target) / np.linalg.norm(target)
     assert of(corpus, some, without) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["clip_score", "neg_clip_loss", "clipcov", "sound"])
+@pytest.mark.parametrize("distinct", ["", "-distinct"])
+def test_filters_keep_the_best_of_the_stream(folder: Path, rule: str, distinct: str) -> None:
+    corpus = load_corpus(f"shapes={folder}")
+    num, generator = len(corpus.train), torch.Generator().manual_seed(0)
+    image = torch.randn(num, 5, generator=generator)
+    text, classes = image + torch.randn(num, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    without = torch.arange(0, num, 7)
+    kept = bench_filters.rows_kept(corpus, image, text, 10.0, classes, without, rule + distinct, 0.2, 4)
+    assert len(kept) == int(0.2 * (num - len(without))) == len(kept.unique())
+    open_ = ~np.isin(np.arange(num), without.numpy())
+    if distinct:
+        open_ &= ~corpus.duplicate.numpy()
+    if rule == "sound":
+        open_ &= ~corpus.mismatched.numpy()
+    assert open_[kept.numpy()].all()
+    cosine = torch.nn.functional.cosine_similarity(image, text)
+    rows = np.flatnonzero(open_)
+    if rule == "clip_score":
+        assert set(kept.tolist()) == set(rows[cosine[rows].argsort(descending=True)[: len(kept)]].tolist())
+    elif rule != "sound":
+        assert cosine[kept].mean() > cosine[rows].mean() + 0.1
+
+
+@pytest.mark.parametrize("text", ["clip_score", "clip_score:0", "clip_score:1.1", "clip_score:x", "jest:0.5", ":0.5"])
+def test_impossible_filters_are_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not RULE"):
+        bench_filters.filter_of(text)
 
 
 def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, folder: Path) -> None:
@@ -276,6 +307,18 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
     assert "### shapes, embed: columns, 40 to 8, 8 steps" in (tmp_path / "bench_selectors.md").read_text()
     assert (tmp_path / "bench_selectors.png").stat().st_size > 5000
     assert (tmp_path / "bench_selectors_residual.png").stat().st_size > 5000
+
+    # What a filter leaves, by plain training and by selection.
+    options = ("--embed", "columns", "--selectors", "", "--size", "40:8:8", "--seeds", "1")
+    bench(*options, "--filter", "sound-distinct:0.3", "--filtered", "random,clipcov")
+    plain, selected = (json.loads(line) for line in kept.read_text().splitlines()[len(rows) :])
+    assert [plain["selector"], selected["selector"]] == [
+        f"{name} on sound-distinct 0.3" for name in ("plain", "clipcov")
+    ]
+    assert plain["samples_streamed"] == plain["samples_seen"] == selected["samples_seen"] == 8 * 8
+    assert selected["samples_streamed"] == 8 * 40 and selected["samples_scored"] == plain["samples_scored"]
+    assert plain["clean_share"] == selected["clean_share"] == 1
+    assert plain["duplicate_share"] == selected["duplicate_share"] == 0
 
     # As if run by another version of the code: they count only if asked, and the table says so.
     kept.write_text("".join(json.dumps({**row, "code": 0}) + "\n" for row in rows))

@@ -57,6 +57,35 @@ def test_clip_score_takes_the_best_aligned(folder: Path, tmp_path: Path) -> None
     assert select("clip_score", folder, tmp_path / "share", "--fraction", "0.2") == expected[:12].tolist()
 
 
+@pytest.mark.parametrize("block", [1, 100, select_rivals.BLOCK])
+@pytest.mark.parametrize("batch", [1, 16, 60, 1000])
+def test_neg_clip_loss_is_the_loop_over_batches(batch: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_rivals, "BLOCK", block)
+    image, text = draw(0)
+    cosine = image.astype(float) @ text.astype(float).T
+    # The same divisions, of batches that differ by one at most.
+    generator = torch.Generator().manual_seed(5)
+    expected = np.diag(cosine).copy()
+    for _ in range(3):
+        order = torch.randperm(NUM, generator=generator).numpy()
+        for part in np.array_split(order, -(-NUM // batch)):
+            assert len(part) <= batch
+            for i in part:
+                for logits in (cosine[i, part] / 0.07, cosine[part, i] / 0.07):
+                    expected[i] -= 0.07 / 2 * np.logaddexp.reduce(logits) / 3
+    found = select_rivals.mean_margin(torch.from_numpy(image), torch.from_numpy(text), 0.07, batch, 3, seed=5)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_neg_clip_loss_takes_the_highest_margins(folder: Path, tmp_path: Path) -> None:
+    image, text = (torch.from_numpy(rows).double() for rows in draw(0))
+    logits = image @ text.T / 0.1
+    margins = logits.diagonal() - 0.5 * (logits.logsumexp(1) + logits.logsumexp(0))
+    expected = margins.argsort(descending=True)[:9].tolist()
+    # All in one batch, so that divisions do not matter.
+    assert select("neg_clip_loss", folder, tmp_path / "out", "--num", "9", "--temperature", "0.1") == expected
+
+
 def test_c_rho_takes_what_the_reference_matches_and_the_learner_does_not(folder: Path, tmp_path: Path) -> None:
     image, text = draw(0)
     own_image, own_text = draw(1)
@@ -124,6 +153,7 @@ def test_unusable_rows_are_counted_and_samples_copied(tmp_path: Path, capsys: py
         (["clip_score", "--num", "61"], "61 samples to pick, but 60 of 60 are usable"),
         (["clip_score", "--fraction", "1.5"], "--fraction 1.5 must be above 0"),
         (["c_rho", "--num", "3"], "--learner is for c_rho"),
+        (["neg_clip_loss", "--num", "3", "--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["random", "--num", "3", "--learner", "LEARNER"], "--learner is for c_rho"),
         (["c_rho", "--num", "3", "--learner", "LEARNER"], "has 1 samples, FOLDER has 60"),
     ],

@@ -13,15 +13,17 @@ A small convolutional CLIP is trained by the real Composer Trainer with the real
 
 A proxy's embeddings never change, so they are computed once per seed and every selector reads them; what a proxy was
 trained on is left out of the stream. With the teacher or online the first --warmup of the steps train on random
-survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with
-a proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
-repeats everything at another pool size, number of survivors and of steps. --model wide trains a model of eight times
-the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies too; proxies stay small, and
-with --online-width an online one has as few channels as you like. The small model's convolutions are in bfloat16 where
-the device has instructions for it, and rows say whether they were. Finished runs are kept in OUT/NAME.jsonl and not run
-again while corpus, settings and code are the same, so a long benchmark can be interrupted; with --any-code those of
-other versions of the code count too where there is none of this version, and the table names their selectors. Writes
-OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is one JSON document.
+survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with a
+proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
+repeats everything at another pool size, number of survivors and of steps. --filter adds plain training on what a filter
+leaves of the corpus beforehand, by the cell's proxy (`bench_filters` has the rules), for as many steps. --model wide
+trains a model of eight times the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies
+too; proxies stay small, and with --online-width an online one has as few channels as you like. The small model's
+convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are
+kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
+interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
+table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bench_filters
 import bench_report
 import torch
 import torch.multiprocessing as mp
@@ -242,14 +245,24 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     pool_size, warmup = job["pool"], job["warmup"] if embed in IN_TRAINING else 0
     columns: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
+    without = proxy_rows(corpus, embed, seed)
+    scored = 0
+    if "filter" in job:
+        assert proxy is not None
+        scored = len(corpus.train) - len(without)
+        kept_rows = proxy.kept(corpus, without, job["filter"], seed)
+        without = torch.ones(len(corpus.train)).index_fill_(0, kept_rows, 0).nonzero().squeeze(1)
+        selector = job["filter"]["selector"]
     if selector == ALL_STREAMED:
         pool_size, steps = survivors, steps * pool_size // survivors
         options = {"selector": "random"}
+    elif scored and selector == "random":
+        pool_size, options = survivors, {"selector": "random"}
     else:
         options = {
             "selector": selector.partition(" ")[0],
             "embed": embed if proxy is None else "columns",
-            "dataset_size": len(corpus.train),
+            "dataset_size": len(corpus.train) if not scored else len(corpus.train) - len(without),
             **job["knobs"],
         }
     if proxy is not None:
@@ -264,7 +277,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
     clipcov = ClipCov(1 - survivors / pool_size, warmup=0 if softly else warmup, seed=seed, **options)
     kept, curve = Survivors(warmup), Curve(corpus, steps, survivors)
-    stream = Stream(corpus, pool_size, steps, seed, columns, proxy_rows(corpus, embed, seed))
+    stream = Stream(corpus, pool_size, steps, seed, columns, without)
     model, logged = train(corpus, stream, [clipcov], survivors, seed, [kept, curve], job.get("model", "tiny"))
     rows = torch.tensor(kept.rows).flatten()
     took = logged.medians()
@@ -277,6 +290,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         **evaluate(model, corpus),
         "samples_streamed": pool_size * steps,
         "samples_seen": survivors * steps,
+        **({"samples_scored": scored} if scored else {}),
         "clean_share": float((~corpus.mismatched[rows]).float().mean()),
         "duplicate_share": float(corpus.duplicate[rows].float().mean()),
         "class_entropy": float(torch.special.entr(share).sum()),
@@ -293,6 +307,15 @@ class Embeddings:
     image: Tensor
     text: Tensor
     logit_scale: float
+    classes: Tensor
+    """(classes, dim) of the evaluation's classes."""
+
+    def kept(self, corpus: Corpus, without: Tensor, of: dict[str, Any], seed: int) -> Tensor:
+        """The rows that a filter leaves of the stream."""
+        rule, fraction = of["rule"], of["fraction"]
+        return bench_filters.rows_kept(
+            corpus, self.image, self.text, self.logit_scale, self.classes, without, rule, fraction, seed
+        )
 
     def balanced_residual(self, corpus: Corpus, rows: Tensor, without: Tensor) -> float:
         """||C_S - C*|| / ||C*||: how far survivors' cross-covariance is from what the selector cannot know, that of the
@@ -311,13 +334,14 @@ class Embeddings:
         return float((image[rows].T @ text[rows] / len(rows) - target).norm() / target.norm())
 
 
-def embedded(model: ClipModel, split: Split) -> Embeddings:
+def embedded(model: ClipModel, split: Split, prompts: Tensor) -> Embeddings:
     model.eval()
     with torch.no_grad():
+        classes = class_embeddings(model, prompts)
         parts = [split.at(rows) for rows in torch.arange(len(split), device=split.label.device).split(1024)]
         image = torch.cat([model.encode_image(normalize(part.image)) for part in parts])
         text = torch.cat([model.encode_text(part.text) for part in parts])
-    return Embeddings(image.float().cpu(), text.float().cpu(), float(model.logit_scale.exp()))
+    return Embeddings(image.float().cpu(), text.float().cpu(), float(model.logit_scale.exp()), classes.cpu())
 
 
 def key_of(job: dict[str, Any], any_code: bool) -> str:
@@ -432,13 +456,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return run(placed(job["corpus"], job["device"]), None if proxy is None else PROXIES[proxy], job)
 
 
-def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float]:
+def work_proxy(proxy: tuple[str, str, int, int]) -> tuple[Any, Any, float, Any]:
     quiet()
     corpus, kind, seed, steps = proxy
     here = placed(corpus, DEVICE[0])
-    seen = embedded(trained_proxy(here, kind, seed, steps), here.train)
+    seen = embedded(trained_proxy(here, kind, seed, steps), here.train, here.prompts)
     # As arrays: tensors would be sent by file descriptors, which run out.
-    return seen.image.numpy(), seen.text.numpy(), seen.logit_scale
+    return seen.image.numpy(), seen.text.numpy(), seen.logit_scale, seen.classes.numpy()
 
 
 def in_processes(
@@ -502,6 +526,17 @@ def main() -> None:
         metavar="NAME:key=value[,key=value]",
         help="clipcov with these knobs as well as those of --knob",
     )
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        type=bench_filters.filter_of,
+        metavar=f"RULE[{bench_filters.DISTINCT}]:FRACTION",
+        help=f"also training on the share that one of {', '.join(bench_filters.RULES)} leaves beforehand",
+    )
+    parser.add_argument(
+        "--filtered", default="random", help="what trains on --filter's; random: plain training on it all"
+    )
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--model", default="tiny", choices=sorted(LEARNING_RATES))
@@ -519,9 +554,12 @@ def main() -> None:
     if args.online_width < 1:
         parser.error(f"--online-width {args.online_width} must be at least 1")
     embeds, selectors = args.embed.split(","), [name for name in args.selectors.split(",") if name]
-    unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS))]
+    filtered = args.filtered.split(",") if args.filter else []
+    unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS)), *(set(filtered) - set(SELECTORS))]
     if unknown:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
+    if filtered and (without := sorted(set(embeds).intersection(IN_TRAINING))):
+        parser.error(f"--filter needs a frozen model, which --embed {without} has not")
     if not 0 <= args.warmup < 1:
         parser.error(f"--warmup {args.warmup} must be in [0, 1), a share of the steps")
     try:
@@ -539,20 +577,27 @@ def main() -> None:
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     knobs |= variants
     names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
+    filters = {
+        bench_filters.name_of(rule, fraction, name): {"rule": rule, "fraction": fraction, "selector": name}
+        for (rule, fraction), name in itertools.product(args.filter, filtered)
+    }
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code, "model": args.model, "device": args.device, "bfloat16": bfloat16}
         | {"online_width": args.online_width}
+        | ({"filter": filters[name]} if name in filters else {})
         # Seeds outermost: what is interrupted has every selector for some seeds.
-        for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, names)
+        for seed, of, corpus, embed, name in itertools.product(seeds, sizes, CORPORA, embeds, [*names, *filters])
     ]
     kept = args.out / f"{args.name}.jsonl"
     earlier = map(json.loads, kept.read_text().splitlines() if kept.is_file() else [])
     done = {key_of(row, args.any_code): row for row in sorted(earlier, key=lambda row: row.get("code") == code)}
     todo = [job for job in jobs if key_of(job, args.any_code) not in done]
     wanted = sorted({proxy for job in todo if (proxy := proxy_of(job)) is not None})
-    for proxy, (image, text, logit_scale) in in_processes(work_proxy, wanted, args.jobs, "proxies"):
-        PROXIES[proxy] = Embeddings(torch.from_numpy(image), torch.from_numpy(text), logit_scale)
+    for proxy, (image, text, scale, of_classes) in in_processes(work_proxy, wanted, args.jobs, "proxies"):
+        PROXIES[proxy] = Embeddings(
+            torch.from_numpy(image), torch.from_numpy(text), scale, torch.from_numpy(of_classes)
+        )
     with kept.open("a") as file:
         for _, row in in_processes(work, todo, args.jobs, "runs"):
             done[key_of(row, args.any_code)] = row

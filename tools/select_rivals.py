@@ -1,17 +1,24 @@
-"""The paper's four baselines, offline: random, CLIP score, SemDeDup and C-RHO subsets of an MDS folder.
+"""Filters, offline: random, CLIP score, negCLIPLoss, SemDeDup and C-RHO subsets of an MDS folder.
 
     python tools/select_rivals.py random FOLDER OUT --fraction 0.05 --mds
     python tools/select_rivals.py clip_score FOLDER OUT --fraction 0.05 --mds
+    python tools/select_rivals.py neg_clip_loss FOLDER OUT --fraction 0.3 --mds
     python tools/select_rivals.py sem_dedup FOLDER OUT --fraction 0.05 --mds --clusters 1000
     python tools/select_rivals.py c_rho FOLDER OUT --fraction 0.05 --mds --learner LEARNERS_FOLDER
 
 FOLDER has embedding columns (tools/embed_mds.py). With x_i and y_i the unit embeddings of image and caption, the best
 n by score are taken, the lower row first where scores are equal:
 
-    random       a uniform draw
-    clip_score   <x_i, y_i>                                       (Hessel et al., EMNLP 2021)
-    sem_dedup    -max_{j before i in its cluster} <x_i, x_j>      (Abbas et al., 2303.09540)
-    c_rho        <x_i, y_i> - <u_i, v_i>                          (Maini et al., T-MARS, ICLR 2024)
+    random         a uniform draw
+    clip_score     <x_i, y_i>                                     (Hessel et al., EMNLP 2021)
+    neg_clip_loss  <x_i, y_i> - (T/2) log sum_{j in B} e^{<x_i, y_j>/T} - (T/2) log sum_{j in B} e^{<x_j, y_i>/T}
+                                                                  (Wang et al., NeurIPS 2024, 2405.19547)
+    sem_dedup      -max_{j before i in its cluster} <x_i, x_j>    (Abbas et al., 2303.09540)
+    c_rho          <x_i, y_i> - <u_i, v_i>                        (Maini et al., T-MARS, ICLR 2024)
+
+All but neg_clip_loss are the CLIPCov paper's baselines. B is a random batch that has i in it, and the score the mean
+over --repeats divisions of all samples into batches; T is --temperature, a trained CLIP's 0.01 as in the released code,
+as are batches of 32,768 and ten divisions, of which the paper finds five enough.
 
 sem_dedup orders a spherical k-means cluster by growing cosine to its centre, as the released code does by default, and
 where that code keeps what is below a threshold, takes the n least redundant: the threshold that leaves n. The first of
@@ -19,12 +26,14 @@ each cluster is redundant to nothing. In c_rho u_i and v_i are the embeddings of
 reference matches and the learner does not yet. The paper does not say which learner; give its columns as --learner.
 
 The output is that of tools/select_offline.py, and tools/export.py reads it. Costs: about 16 n dim bytes of memory,
-twice that for c_rho; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim flops, BLOCK cosines at a time.
+twice that for c_rho; for sem_dedup k-means and, per cluster of n_k, 2 n_k^2 dim flops, BLOCK cosines at a time; for
+neg_clip_loss 4 n |B| dim flops a division, BLOCK cosines at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,13 +43,13 @@ import torch
 from mds_folder import write_source_json
 from pairs import positive
 from select_offline import BLOCK, spherical_kmeans, unit_rows, usable_rows
-from subset_folder import PairFolder, add_subset_options, open_pairs, report, subset_folder, write_subset
+from subset_folder import PairFolder, add_subset_options, bar, open_pairs, report, subset_folder, write_subset
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Float, Float64, Int64
 
-METHODS = ("random", "clip_score", "sem_dedup", "c_rho")
+METHODS = ("random", "clip_score", "neg_clip_loss", "sem_dedup", "c_rho")
 COLUMNS = {"image": "image_embedding", "text": "text_embedding"}
 
 
@@ -76,6 +85,39 @@ def centers_of(image: Float[Tensor, "n dim"], labels: Int64[Tensor, " n"]) -> Fl
     return torch.nn.functional.normalize(sums)
 
 
+def mean_margin(
+    image: Float[Tensor, "n dim"],
+    text: Float[Tensor, "n dim"],
+    temperature: float = 0.01,
+    batch: int = 32768,
+    repeats: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> Float64[Tensor, " n"]:
+    """-negCLIPLoss: how much closer a caption is than any other would be, the mean over random divisions into batches.
+
+    The formula is the module's. Batches of a division differ by at most one in size.
+
+    Args:
+        image, text: unit rows.
+        batch: samples that a normalizer runs over, at most.
+        repeats: divisions, drawn from `seed`.
+        progress: show a bar on stderr.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(len(image), dtype=torch.float64)
+    for _ in bar(range(repeats), "neg_clip_loss", "divisions", progress):
+        for part in torch.randperm(len(image), generator=generator).tensor_split(-(-len(image) // batch)):
+            x, y = image[part], text[part]
+            step = max(1, BLOCK // len(part))
+            for start in range(0, len(part), step):
+                rows = slice(start, start + step)
+                for own, others in ((x, y), (y, x)):
+                    lse = (own[rows] @ others.T).div_(temperature).logsumexp(1).double()
+                    total.index_add_(0, part[rows], lse, alpha=-0.5 * temperature)
+    return (image * text).sum(1, dtype=torch.float64) + total / repeats
+
+
 def scores_of(
     method: str, image: Tensor, text: Tensor, labels: Tensor, learner: tuple[Tensor, Tensor] | None, seed: int
 ) -> Tensor:
@@ -99,6 +141,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     if (args.method == "c_rho") != (args.learner is not None):
         raise ValueError("--learner is for c_rho, which needs it: a folder with a model in training's embeddings")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature} must be above 0; a trained CLIP's is 0.01")
     pairs = open_pairs(args)
     with subset_folder(args.out, args.overwrite) as folder:
         tables = pairs.embeddings(COLUMNS)
@@ -116,7 +160,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         labels = torch.zeros(len(rows), dtype=torch.int64)
         if args.method == "sem_dedup":
             labels = spherical_kmeans(image, args.clusters, args.seed, progress=True)
-        scores = scores_of(args.method, image, text, labels, (rest[0], rest[1]) if rest else None, args.seed)
+        if args.method == "neg_clip_loss":
+            scores = mean_margin(image, text, args.temperature, args.batch, args.repeats, args.seed, progress=True)
+        else:
+            scores = scores_of(args.method, image, text, labels, (rest[0], rest[1]) if rest else None, args.seed)
         picks = torch.argsort(scores, descending=True, stable=True)[:num]
         counts = {
             "samples": len(pairs),
@@ -138,8 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("method", choices=METHODS)
     add_subset_options(parser)
     parser.add_argument("--clusters", type=positive, default=1000, metavar="K", help="of sem_dedup (1000)")
+    parser.add_argument("--temperature", type=float, default=0.01, help="of neg_clip_loss (0.01)")
+    parser.add_argument("--batch", type=positive, default=32768, help="of neg_clip_loss, in samples (32768)")
+    parser.add_argument("--repeats", type=positive, default=10, help="of neg_clip_loss: divisions into batches (10)")
     parser.add_argument("--learner", metavar="FOLDER", help="of c_rho: the same samples with another's embeddings")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw and of --clusters (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, of --clusters and of divisions (0)")
     return report(run, parser.parse_args(argv))
 
 
