@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.fused import fused
-from clipcov_stream.sketch import all_hold
+from clipcov_stream.sketch import all_hold, sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, Integer
@@ -117,6 +118,18 @@ def unit_rows(rows: Tensor, norm: Tensor, counted: Tensor | None) -> Tensor:
 def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:
     """Which samples may be chosen."""
     return torch.ones(len(pool), dtype=torch.bool, device=pool.image.device) if pool.valid is None else pool.valid
+
+
+def share_counts(ids: Tensor, dataset_size: int) -> bool:
+    """Warn, and say so, if ids reach beyond the data set; on a GPU, where asking would stall it, do not ask."""
+    if not (dataset_size and len(ids) and sync_is_free(ids)) or (largest := int(ids.max())) < dataset_size:
+        return False
+    warnings.warn(
+        f"ids of the pool reach {largest}, but dataset_size={dataset_size}: ids that are alike modulo dataset_size "
+        "share one count of how often they were trained on. dataset_size= is the number that all ids are below",
+        stacklevel=4,
+    )
+    return True
 
 
 def survivors_of(pool: Pool, survivors: Int64[Tensor, " survivors"]) -> Pool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
-from clipcov_stream.pool import Pool, survivors_of
+from clipcov_stream.pool import Pool, share_counts, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn
 
@@ -383,12 +382,7 @@ class Preparation:
         ids = batch.get("id")
         if not (isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()):
             return None
-        if self.dataset_size and not ids.is_cuda and int(ids.max()) >= self.dataset_size:
-            warnings.warn(
-                f"ids of the pool reach {int(ids.max())}, but the data set has {self.dataset_size} samples: some share "
-                "a count of how often they were trained on. Give ClipCov the number that ids are below, dataset_size=",
-                stacklevel=2,
-            )
+        share_counts(ids, self.dataset_size)
         return ids
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from torch import Tensor
 from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.pool import Pool, survivors_of, with_learner
+from clipcov_stream.pool import Pool, share_counts, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
-from clipcov_stream.sketch import sync_is_free
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -81,7 +79,8 @@ class Selector:
             RuntimeError: fewer valid candidates than survivors, on all ranks if on one; the state is as it was.
         """
         before = self._state_for(pool)
-        self._check_ids(pool)
+        if pool.ids is not None and not self._warned:
+            self._warned = share_counts(pool.ids, self.dataset_size)
         state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         num_short = int(num_valid < num_survivors)
@@ -112,18 +111,6 @@ class Selector:
         if self._survivors is not None:
             seen = with_learner(self._survivors, image, text, logit_scale)
             self.state, self._survivors = learn(self._state_for(seen), seen, self.all_reduce), None
-
-    def _check_ids(self, pool: Pool) -> None:
-        """Warn, once, of ids that several samples share; on a GPU, where asking would stall it, do not ask."""
-        if self.dataset_size and not self._warned and pool.ids is not None and sync_is_free(pool.ids) and len(pool):
-            largest = int(pool.ids.max())
-            if largest >= self.dataset_size:
-                self._warned = True
-                warnings.warn(
-                    f"Pool.ids has {largest}, dataset_size={self.dataset_size} numbers samples from 0: ids that are "
-                    "alike modulo dataset_size share one count of repeats",
-                    stacklevel=3,
-                )
 
     def _state_for(self, pool: Pool) -> SelectionState:
         """The state, where the pool is; if there is none yet, the one that was loaded, or a fresh one of the pool's

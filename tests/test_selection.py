@@ -628,6 +628,6 @@ def test_a_selector_refuses_the_state_of_another():
 def test_ids_beyond_the_data_set_are_warned_of_once():
     selector, pool = Selector("clipcov", dataset_size=100), draw(16, 8, 0)
     pool = replace(pool, ids=1000 * torch.arange(16) + 99)
-    with pytest.warns(UserWarning, match="Pool.ids has 15099, dataset_size=100 numbers samples from 0"):
+    with pytest.warns(UserWarning, match="ids of the pool reach 15099, but dataset_size=100"):
         selector(pool, 4)
     selector(pool, 4)  # a second warning would be an error
