@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -351,6 +352,13 @@ def build_selection(
                 "leave it out"
             )
         scale = own
+    elif config.embed == "columns" and scale is None and config.selector != "random":
+        scale = 100.0
+        warnings.warn(
+            f"the embedding columns have no {EMBEDDER_FILE} beside them: the logit scale of the model that made them "
+            f"is taken for a trained CLIP's, selection.logit_scale={scale:g}; set it to that model's, exponentiated",
+            stacklevel=2,
+        )
     online = config.embed == "online"
     given_proxy = ProxyConfig() if online and config.proxy is None else config.proxy
     proxy = None if given_proxy is None else build_proxy(given_proxy, learner, tokenizer, online)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import embed_mds
@@ -21,9 +22,9 @@ from ports import free_port
 from streaming import MDSWriter, StreamingDataset
 from subset_folder import PairFolder
 
-from clipcov_stream.build import columns_embedder, tokenizer_of, transform_of
-from clipcov_stream.config import ModelConfig, StreamConfig, load_config
-from clipcov_stream.materialize import decode_image
+from clipcov_stream.build import build_selection, columns_embedder, tokenizer_of, transform_of
+from clipcov_stream.config import ModelConfig, SelectionConfig, StreamConfig, load_config
+from clipcov_stream.materialize import ImageTransform, decode_image
 from clipcov_stream.model import build_towers
 from clipcov_stream.train import build_trainer
 
@@ -224,6 +225,20 @@ def test_training_on_columns_takes_the_embedders_scale_and_keeps_to_it(tmp_path:
     elsewhere = {**tree["stream"], "local": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=r"began with selection.embedder=\d+, not \d+"):
         trainer(stream=elsewhere, save_folder=None, load_path=str(tmp_path / "saved" / "latest-rank0.pt"))
+
+
+def test_columns_without_a_record_are_taken_for_a_trained_clips_and_it_is_said() -> None:
+    def built(embedder: dict[str, object] | None = None, **knobs: object) -> float:
+        config = SelectionConfig(embed="columns", **knobs)  # pyright: ignore[reportArgumentType]
+        return build_selection(config, ImageTransform(32), lambda caption: torch.zeros(4), embedder).logit_scale
+
+    with pytest.warns(UserWarning, match=r"taken for a trained CLIP's, selection\.logit_scale=100; set it"):
+        assert built() == 100.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert built(logit_scale=7.0) == 7.0
+        assert built({"logit_scale": 9.0, "fingerprint": 1}) == 9.0
+        built(selector="random")
 
 
 def test_a_broken_record_of_the_embedder_is_an_error_and_a_missing_one_is_not(tmp_path: Path) -> None:

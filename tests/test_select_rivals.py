@@ -86,6 +86,22 @@ def test_neg_clip_loss_takes_the_highest_margins(folder: Path, tmp_path: Path) -
     assert select("neg_clip_loss", folder, tmp_path / "out", "--num", "9", "--temperature", "0.1") == expected
 
 
+def test_what_made_the_embeddings_stays_beside_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.dumps({"fingerprint": 3, "logit_scale": 12.5}).encode()
+    (folder / "embedder.json").write_bytes(record)
+    image, text = (torch.from_numpy(rows) for rows in draw(0))
+    rows = select("neg_clip_loss", folder, tmp_path / "out", "--num", "9", "--mds")
+    expected = select_rivals.mean_margin(image, text, 1 / 12.5).argsort(descending=True)[:9].tolist()
+    assert rows == expected != select_rivals.mean_margin(image, text).argsort(descending=True)[:9].tolist()
+    assert (tmp_path / "out" / "train" / "embedder.json").read_bytes() == record
+    (folder / "embedder.json").write_text("[]")
+    assert select_rivals.main(["clip_score", str(folder), str(tmp_path / "bad"), "--num", "9", "--mds"]) == 2
+    assert "embedder.json does not say what made the embeddings" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
 def test_c_rho_takes_what_the_reference_matches_and_the_learner_does_not(folder: Path, tmp_path: Path) -> None:
     image, text = draw(0)
     own_image, own_text = draw(1)

@@ -17,8 +17,9 @@ n by score are taken, the lower row first where scores are equal:
     c_rho          <x_i, y_i> - <u_i, v_i>                        (Maini et al., T-MARS, ICLR 2024)
 
 All but neg_clip_loss are the CLIPCov paper's baselines. B is a random batch that has i in it, and the score the mean
-over --repeats divisions of all samples into batches; T is --temperature, a trained CLIP's 0.01 as in the released code,
-as are batches of 32,768 and ten divisions, of which the paper finds five enough.
+over --repeats divisions of all samples into batches; T is --temperature, or the embedder's own by FOLDER/embedder.json,
+or a trained CLIP's 0.01 as in the released code, as are batches of 32,768 and ten divisions, of which the paper finds
+five enough.
 
 sem_dedup orders a spherical k-means cluster by growing cosine to its centre, as the released code does by default, and
 where that code keeps what is below a threshold, takes the n least redundant: the threshold that leaves n. The first of
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     if (args.method == "c_rho") != (args.learner is not None):
         raise ValueError("--learner is for c_rho, which needs it: a folder with a model in training's embeddings")
-    if not 0 < args.temperature < math.inf:
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature} must be above 0; a trained CLIP's is 0.01")
     pairs = open_pairs(args)
     with subset_folder(args.out, args.overwrite) as folder:
@@ -161,7 +162,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.method == "sem_dedup":
             labels = spherical_kmeans(image, args.clusters, args.seed, progress=True)
         if args.method == "neg_clip_loss":
-            scores = mean_margin(image, text, args.temperature, args.batch, args.repeats, args.seed, progress=True)
+            own = 100.0 if pairs.embedder is None else float(pairs.embedder["logit_scale"])
+            temperature = args.temperature or 1 / own
+            scores = mean_margin(image, text, temperature, args.batch, args.repeats, args.seed, progress=True)
         else:
             scores = scores_of(args.method, image, text, labels, (rest[0], rest[1]) if rest else None, args.seed)
         picks = torch.argsort(scores, descending=True, stable=True)[:num]
@@ -185,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("method", choices=METHODS)
     add_subset_options(parser)
     parser.add_argument("--clusters", type=positive, default=1000, metavar="K", help="of sem_dedup (1000)")
-    parser.add_argument("--temperature", type=float, default=0.01, help="of neg_clip_loss (0.01)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of neg_clip_loss (the embedder's, or 0.01)")
     parser.add_argument("--batch", type=positive, default=32768, help="of neg_clip_loss, in samples (32768)")
     parser.add_argument("--repeats", type=positive, default=10, help="of neg_clip_loss: divisions into batches (10)")
     parser.add_argument("--learner", metavar="FOLDER", help="of c_rho: the same samples with another's embeddings")

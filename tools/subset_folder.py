@@ -35,6 +35,7 @@ from clipcov_stream.checked import check_file, check_header, decompressed
 from clipcov_stream.mds_index import PICKLED, checked_index, read_index
 from clipcov_stream.reader import bounded
 from clipcov_stream.remote import is_remote
+from clipcov_stream.sidecar import EMBEDDER_FILE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -75,6 +76,22 @@ class PairFolder:
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self._shards)
+
+    @property
+    def embedder(self) -> dict[str, Any] | None:
+        """What made the embedding columns, by embedder.json; None where there is no such file.
+
+        Raises: ValueError for a file that says something else.
+        """
+        path = self.path / EMBEDDER_FILE
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            float(record["logit_scale"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not say what made the embeddings: {error!r}") from error
+        return record
 
     def samples(self, rows: Sequence[int], decode: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
         """The samples of ascending `rows`: `decode` columns as values, all others as the bytes they are stored in.
@@ -243,6 +260,8 @@ def write_subset(
                 writer.write(sample)
         if writer:
             writer.finish()
+            if pairs.embedder is not None:  # of whose temperature training would know nothing
+                (folder / "train" / EMBEDDER_FILE).write_bytes((pairs.path / EMBEDDER_FILE).read_bytes())
     with (folder / "subset.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["row", *(["uid"] if has_uid else []), "class", "rank", "score"])
