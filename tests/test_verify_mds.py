@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,23 @@ def test_samples_that_cannot_be_used_are_found_with_all(tmp_path: Path, capsys: 
     problems = account["bad"]["shard.00000.mds"]
     assert len(problems) == 7 and "sample 3: column 'embedding' has NaN or inf" in problems
     assert "and 2 more" in said and "damage within samples cannot be seen" in said and "num_invalid" in said
+
+
+def test_a_compressed_shard_outside_of_the_folder_is_not_followed(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = copied(folder, tmp_path / "own")
+    index = json.loads((own / "index.json").read_text(encoding="utf-8"))
+    shard = index["shards"][0]
+    # Sound bytes, so that following the name would find nothing wrong.
+    data = zlib.compress(b"")
+    (tmp_path / "outside.mds.gz").write_bytes(data)
+    shard["zip_data"] = {"basename": "../outside.mds.gz", "bytes": len(data), "hashes": {}}
+    shard["compression"] = "gz"
+    (own / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, _, account = verified(capsys, own)
+    assert code == 1
+    assert account["bad"][shard["raw_data"]["basename"]] == ["../outside.mds.gz leads out of the folder"]
 
 
 def test_what_the_index_itself_gets_wrong_is_found(

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from clipcov_stream.checked import check_header, decompressed
 from clipcov_stream.decode import UndecodableImage, decode_image, raw_image
+from clipcov_stream.mds_index import names_of
 from clipcov_stream.remote import is_remote, read_agreed
 
 IMAGE = "image"
@@ -100,13 +101,18 @@ def index_problems(shards: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]
     repeats = Counter(names)
     first = columns_of(shards[0])
     for name, shard in zip(names, shards, strict=True):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            yield name, "its name leads out of the folder"
+        for file in names_of(shard):
+            if leads_out(file):
+                yield name, "its name leads out of the folder" if file == name else f"{file} leads out of the folder"
         if repeats[name] > 1:
             yield name, "the index names it more than once"
         if columns_of(shard) != first:
             yield name, f"its columns are {columns_of(shard)}, those of {names[0]} are {first}"
+
+
+def leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def columns_of(shard: dict[str, Any]) -> dict[str, str]:
@@ -238,11 +244,7 @@ def verify(options: Options, num_threads: int, show: bool = True) -> dict[str, A
         raise ValueError(f"--image {options.image!r} is not a column of {options.folder}; those are {columns}")
     in_index = list(index_problems(shards))
     # A name that leads elsewhere is not followed.
-    followed = [
-        (number, shard)
-        for number, shard in enumerate(shards)
-        if not {(shard["raw_data"]["basename"], "its name leads out of the folder")} & set(in_index)
-    ]
+    followed = [(number, shard) for number, shard in enumerate(shards) if not any(map(leads_out, names_of(shard)))]
     with ThreadPoolExecutor(num_threads) as threads:
         work = threads.map(lambda pair: verify_shard(pair[1], options, pair[0]), followed)
         results = list(tqdm(work, "verify", len(followed), unit=" shards", file=sys.stderr, disable=not show))
