@@ -21,7 +21,6 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
@@ -45,6 +44,7 @@ from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.online import OnlineProxy
 from clipcov_stream.patches import towers_with_patches
 from clipcov_stream.pool import Pool, with_learner
+from clipcov_stream.pool_sizes import PoolSizes
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
 from clipcov_stream.ranks import (
     SCOPES,
@@ -249,10 +249,9 @@ class ClipCov(Algorithm):
         self.tally = Tally()
         self._run: weakref.ref[State] | None = None
         """The Trainer's state that all of this is of, while it lives."""
-        self.global_pool_size: int | None = None
+        self._pools = PoolSizes(filter_ratio)
         self._scored_at: list[int | None] | None = None
         """Side in pixels of the images that the proxy gets of the stream, [None] if the learner's; None: not known."""
-        self._checked, self._was_short = False, False
         self._pending: dict[str, Any] = {}
         self._identity = {
             "selector": self.selector,
@@ -375,7 +374,7 @@ class ClipCov(Algorithm):
         """Tensors and primitives; the same on all ranks, because Composer saves rank 0's and gives it to all."""
         return {
             **super().state_dict(),
-            "arguments": {**self._identity, "global_pool_size": self.global_pool_size, "scored_at": self._scored_at},
+            "arguments": {**self._identity, "global_pool_size": self._pools.everywhere, "scored_at": self._scored_at},
             **vars(self.tally),
             "selection": self._pending.get("selection", {}) if self.selection is None else self.selection.state_dict(),
             "lags": self._lags.waiting(),
@@ -396,7 +395,7 @@ class ClipCov(Algorithm):
         if missing:
             raise ValueError(f"the checkpoint's ClipCov state lacks {sorted(missing)}: another version wrote it")
         check_same_run(state["arguments"], self._identity)
-        self.global_pool_size = state["arguments"]["global_pool_size"]
+        self._pools.everywhere = state["arguments"]["global_pool_size"]
         self._scored_at = state["arguments"].get("scored_at")
         # Before it had a count of its own, the clock's was as good.
         streamed = int(state.get("samples_streamed", -1))
@@ -437,7 +436,7 @@ class ClipCov(Algorithm):
             self.dataset_size = 0  # rivals do not count
         if self.selection is not None:
             self.selection = self.selection.counting(self.dataset_size)
-        self._checked, self._was_short = False, False
+        self._pools.begin()
         pool_size = getattr(state.dataloader, "batch_size", None)
         if pool_size is not None:
             self._check_pool(state, pool_size)
@@ -549,7 +548,7 @@ class ClipCov(Algorithm):
         """Of the step that comes `ahead` steps after the next one; None if training ends before."""
         then = state.timestamp
         if ahead:
-            then = steps_later(then, ahead, self.global_pool_size or 0)
+            then = steps_later(then, ahead, self._pools.everywhere or 0)
             if state.max_duration is not None and then >= state.max_duration:
                 return None
         # A share of a max_duration that was raised since would begin anew.
@@ -558,43 +557,11 @@ class ClipCov(Algorithm):
         return Ticket(int(then.batch), selects, self._lags.read_by(ahead) if self.uses_lag else None)
 
     def _check_pool(self, state: State, pool_size: int) -> None:
-        """Set Composer's microbatch to the survivors; it must hold them all, at every step.
-
-        Raises:
-            ValueError: a microbatch that splits survivors, 'auto', or pools of another size than the checkpoint's.
-        """
-        survivors, microbatch = self.num_survivors(pool_size), state.device_train_microbatch_size
-        if state.auto_microbatching:
-            raise ValueError(
-                "device_train_microbatch_size='auto' changes a contrastive loss's negatives; set it to the survivors "
-                f"per rank, {survivors}"
-            )
-        if not self._checked:
-            streamed = pool_size * dist.get_world_size()
-            known, states_size = self.global_pool_size, getattr(state.dataloader, "batch_size", None) is not None
-            may_be_short = not (self._was_short or states_size or (known or 0) % dist.get_world_size())
-            if known is not None and streamed < known and may_be_short:
-                # The first pool after a checkpoint may be an epoch's last; the one after it is whole.
-                self._check_pool(state, known // dist.get_world_size())
-                self._checked, self._was_short = False, True
-                return
-            if self.global_pool_size is not None:
-                check_same_run({"global_pool_size": self.global_pool_size}, {"global_pool_size": streamed})
-            self.global_pool_size, self._checked = streamed, True
-            if self.half_life is None and self.embed in IN_TRAINING:
-                self.settings = replace(self.settings, half_life=20.0 * streamed)
-            if microbatch in (None, pool_size):
-                # Composer's default is the loader's batch, our pool.
-                microbatch = state.device_train_microbatch_size = survivors
-            if microbatch == survivors:
-                return
-        elif microbatch is not None and survivors <= microbatch:
-            return
-        raise ValueError(
-            f"device_train_microbatch_size={microbatch} must be the survivors per rank: pool_size={pool_size} * (1 - "
-            f"filter_ratio={self.filter_ratio}) = {survivors}. A contrastive loss over parts of a batch has other "
-            "negatives; to save memory use ClipModel's activation_chunk"
-        )
+        """Raise ValueError, as `PoolSizes.check`."""
+        self._pools.check(state, pool_size)
+        if self.half_life is None and self.embed in IN_TRAINING and self.settings.half_life == math.inf:
+            assert self._pools.everywhere is not None
+            self.settings = replace(self.settings, half_life=20.0 * self._pools.everywhere)
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
