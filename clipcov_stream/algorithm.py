@@ -88,7 +88,7 @@ class ClipCov(Algorithm):
             `gate` that asks for no evidence, inf.
         half_life: of the sketch, in samples streamed over all ranks; None is inf for columns and proxy, whose
             embeddings do not change, and 20 pools for the teacher and an online proxy, whose do.
-        coverage, learnability, gate, balance, unevenness, novelty, recent, repeats, quality, overshoot, memory,
+        coverage, learnability, gate, balance, unevenness, novelty, copies, recent, repeats, quality, overshoot, memory,
             ridge, references: see `selection.Settings`. The lag behind learnability comes from the training pass: from
             the model's outputs, if they have `image_features`, `text_features` and `logit_scale` as open_clip's do, and
             else from one more forward pass over the survivors.
@@ -131,8 +131,8 @@ class ClipCov(Algorithm):
             An online proxy takes it for the length of a pass (`online.learning_weights`), with or without `id`; of
             ranks' data sets that differ in it the sum. Where all ranks have data sets of their own and of one size,
             give it their sum.
-        image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts` and, as a bool
-            mask, `valid` are read where they exist, and not passed on to the model; see `Pool`.
+        image_key, text_key: of the pool's dict. `image_embedding`, `text_embedding`, `id`, `concepts`, `thumbnail` and,
+            as a bool mask, `valid` are read where they exist, and not passed on to the model; see `Pool`.
 
     Raises:
         ValueError: a value outside its range, here or at the start of training.
@@ -155,6 +155,7 @@ class ClipCov(Algorithm):
         unevenness: float = Settings.unevenness,
         quality: float = Settings.quality,
         novelty: float = Settings.novelty,
+        copies: float = Settings.copies,
         recent: int = Settings.recent,
         repeats: float = Settings.repeats,
         overshoot: float = Settings.overshoot,
@@ -199,6 +200,7 @@ class ClipCov(Algorithm):
             learnability=learnability,
             coverage=coverage,
             novelty=novelty,
+            copies=copies,
             recent=recent,
             repeats=repeats,
             overshoot=overshoot,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset
 
-NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding")
+NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding", "thumbnail")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 

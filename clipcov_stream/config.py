@@ -137,6 +137,7 @@ class SelectionConfig:
     unevenness: float | None = None
     quality: float | None = None
     novelty: float | None = None
+    copies: float | None = None
     recent: int | None = None
     repeats: float | None = None
     overshoot: float | None = None

@@ -23,8 +23,11 @@ from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import Selected, clipcov, select
 from clipcov_stream.sketch import STATE
 
-OTHERS = ("lag", "lag_weight", *RECENT, "times")
+OTHERS = ("lag", "lag_weight", *RECENT, "looks", "times")
 """What `clipcov` remembers beside its sketches."""
+
+OF_POOL = ("ids", "valid", "thumbnail")
+"""What `clipcov` reads of a pool beside embeddings, where there is any."""
 
 WARMUP = 3
 """Pools selected from without a graph first: kernels compile and libraries make their handles, which no graph can
@@ -148,7 +151,7 @@ def inputs_of(state: SelectionState, pool: Pool) -> list[Tensor]:
     scale, device = pool.logit_scale, pool.image.device
     if not (isinstance(scale, Tensor) and scale.device == device):
         scale = torch.full((), float(scale), dtype=torch.float32, device=device)  # written without a wait
-    rest = [value.to(device) for value in (pool.ids, pool.valid) if value is not None]
+    rest = [value.to(device) for name in OF_POOL if (value := getattr(pool, name)) is not None]
     return [*of_state(state), pool.image, pool.text, scale, *rest]
 
 
@@ -156,7 +159,7 @@ def with_inputs(state: SelectionState, pool: Pool, inputs: list[Tensor]) -> tupl
     """Inverse of `inputs_of`."""
     num = len(of_state(state))
     image, text, scale, *rest = inputs[num:]
-    names = [name for name in ("ids", "valid") if getattr(pool, name) is not None]
+    names = [name for name in OF_POOL if getattr(pool, name) is not None]
     own_pool = Pool(image, text, scale, **dict(zip(names, rest, strict=True)))
     return with_values(state, inputs[:num]), own_pool
 

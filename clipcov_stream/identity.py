@@ -15,6 +15,7 @@ from clipcov_stream.objective import Settings
 LATER: dict[str, Any] = {
     "unevenness": 0.0,
     "novelty": 0.0,
+    "copies": 0.0,
     "recent": Settings.recent,
     "repeats": math.inf,
     "soft_start": 0.0,

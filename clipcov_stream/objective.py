@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.collectives import AllReduce
+from clipcov_stream.copies import MEMORY, THUMBNAIL
 from clipcov_stream.fused import fused
 from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
@@ -61,6 +62,10 @@ class Settings:
             square of their ratio, because where nothing is popular the rare are outliers. 0: always in full.
         novelty: what a pair loses per unit of log exposure, which is how often its like was among recent survivors
             (`evidence.log_exposure`); like `balance` as far as the pool is uneven.
+        copies: what a pair loses per unit of log copies, which is how often its picture, told by coarse pixels, was
+            among the last `copies.MEMORY` survivors (`copies.log_copies`); like `balance` as far as the pool is uneven,
+            and only where pools have thumbnails. 0: nobody looks. 3 for a stream with pictures that recur with their
+            faults.
         recent: survivors that stand for all of the last RECENT_STEPS steps' there, those of more steps if a batch is
             smaller than recent / RECENT_STEPS.
         repeats: how often a pair may be trained on before it wears out: once it was `repeats` + n times, its chance to
@@ -92,6 +97,7 @@ class Settings:
     balance: float = 1.0
     unevenness: float = 0.05
     novelty: float = 3.0
+    copies: float = 0.0
     recent: int = 256
     repeats: float = 2.0
     quality: float = 0.0
@@ -113,7 +119,7 @@ class Settings:
             raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
         if not self.gate > 0:
             raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
-        weights = ("balance", "unevenness", "novelty", "quality", "learnability", "coverage")
+        weights = ("balance", "unevenness", "novelty", "copies", "quality", "learnability", "coverage")
         for name in (*weights, "overshoot", "memory"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -147,6 +153,7 @@ class SelectionState:
         lag_weight: sum of the decayed weights in `lag`.
         recent_image, recent_text: embeddings of recent survivors, over all ranks, the latest last.
         recent_weight: how many survivors each of these rows stands for; 0 in a place that is not filled yet.
+        looks: thumbnails of the last survivors, over all ranks, the latest last; rows of zeros are not filled yet.
         times: how often each of the data set's samples was trained on since selection began, 255 at most, by id modulo
             its length, which must be the same on all ranks; empty where the number of samples is not known.
         own: what this selector alone remembers (`rivals.REMEMBER`).
@@ -163,6 +170,7 @@ class SelectionState:
     recent_image: Float[Tensor, "recent dim"]
     recent_text: Float[Tensor, "recent dim"]
     recent_weight: Float[Tensor, " recent"]
+    looks: Float[Tensor, "memory thumbnail"]
     times: UInt8[Tensor, " samples"]
     own: dict[str, Tensor] = field(default_factory=dict)
 
@@ -202,6 +210,7 @@ class SelectionState:
             recent_image=zeros(dim),
             recent_text=zeros(dim),
             recent_weight=zeros(),
+            looks=torch.zeros(MEMORY if settings.copies > 0 else 0, THUMBNAIL, device=device),
             times=torch.zeros(
                 min(dataset_size, MOST_COUNTS) if settings.repeats < math.inf else 0, dtype=torch.uint8, device=device
             ),
@@ -247,6 +256,7 @@ class SelectionState:
             "lag": self.lag.clone(),
             "lag_weight": self.lag_weight.clone(),
             **{name: getattr(self, name).clone() for name in RECENT},
+            "looks": self.looks.clone(),
             "times": self.times.clone(),
             "own": {name: value.clone() for name, value in self.own.items()},
         }
@@ -262,6 +272,7 @@ class SelectionState:
         # Without novelty there are none, and states from before there were any are as good.
         state = state if self.settings.novelty > 0 else {**state, **{name: getattr(self, name) for name in RECENT}}
         state = state if len(self.times) else {"times": self.times, **state}
+        state = state if len(self.looks) else {**state, "looks": self.looks}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")
@@ -269,6 +280,11 @@ class SelectionState:
             raise ValueError(
                 f"selection state holds {len(state['recent_weight'])} recent survivors, not "
                 f"selection.recent={len(self.recent_weight)}"
+            )
+        if state["looks"].shape != self.looks.shape:
+            raise ValueError(
+                f"selection state holds thumbnails of shape {tuple(state['looks'].shape)}, not "
+                f"{tuple(self.looks.shape)}: another version wrote it; selection.copies=0 goes on without"
             )
         if self.settings.repeats < math.inf and bool(state["times"][len(self.times) :].any()):
             warnings.warn(
@@ -286,6 +302,7 @@ class SelectionState:
             lag=state["lag"].to(self.lag, copy=True),
             lag_weight=state["lag_weight"].to(self.lag_weight, copy=True),
             **{name: state[name].to(self.lag, copy=True) for name in RECENT},
+            looks=state["looks"].to(self.looks, copy=True),
             times=resized(state["times"].to(self.times.device), len(self.times)),
             own={name: value.to(self.lag.device, copy=True) for name, value in state["own"].items()},
         )

@@ -29,6 +29,8 @@ class Pool:
         valid: (pool,) bool, False for samples that must not be chosen (an undecodable image, say).
         ids: (pool,) integers, the samples' numbers in the data set: `clipcov` counts by them how often it trained on
             each where it knows the data set's size, and `dissect` needs them.
+        thumbnail: (pool, `copies.THUMBNAIL`) what each image looks like from afar (`copies.thumbnails`): `clipcov` then
+            knows a picture that it trained on lately, whatever its caption and the embedder say.
         concepts: (pool, width) int64, the indices of each sample's concepts, padded with -1; only `concept_balance`
             needs them.
 
@@ -47,6 +49,7 @@ class Pool:
     valid: Bool[Tensor, " _"] | None = None
     ids: Integer[Tensor, " _"] | None = None
     concepts: Int64[Tensor, "_ _"] | None = None
+    thumbnail: Float[Tensor, "_ _"] | None = None
 
     def __post_init__(self) -> None:
         check_pair(self.image, self.text, "embeddings")
@@ -58,7 +61,7 @@ class Pool:
                 raise ValueError(f"learner embeddings of {len(self.learner_image)} samples in a pool of {len(self)}")
         if self.valid is not None and self.valid.shape != (len(self.image),):
             raise ValueError(f"valid has shape {tuple(self.valid.shape)}, the pool has {len(self)} samples")
-        for name, rows in (("ids", self.ids), ("concepts", self.concepts)):
+        for name, rows in (("ids", self.ids), ("concepts", self.concepts), ("thumbnail", self.thumbnail)):
             if rows is not None and len(rows) != len(self.image):
                 raise ValueError(f"{name} has {len(rows)} rows, the pool has {len(self)} samples")
 
@@ -95,6 +98,10 @@ def prepared(pool: Pool) -> Pool:
     counted = None if all_hold(valid) else valid
     norms = norms.clamp_min_(1e-12)
     rows = {name: unit_rows(getattr(pool, name), norm, counted) for name, norm in zip(names, norms, strict=True)}
+    if pool.thumbnail is not None:
+        # One that is not finite is taken for none, and its sample for as good as ever.
+        looks = pool.thumbnail.float().nan_to_num(0.0, 0.0, 0.0)
+        rows["thumbnail"] = unit_rows(looks, row_norms(looks).clamp_min(1e-12), valid)
     return replace(pool, **rows, valid=valid)
 
 

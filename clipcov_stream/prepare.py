@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcov_stream.batch import Normalize, check_batch, count_survivors, normalizing, rows_of, trained_on
 from clipcov_stream.clock import Stopwatch
 from clipcov_stream.collectives import AllReduce
+from clipcov_stream.copies import thumbnails
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
@@ -315,6 +316,10 @@ class Preparation:
             else:
                 image, text, scale = towers(self.embedder)
             named = {"valid": valid, "ids": self._ids(batch), "concepts": batch.get("concepts")}
+            if self.settings.copies > 0:
+                # Of what the embedder reads; with columns nothing is decoded, and a thumbnail is a column or not there.
+                reads = self.embed != "columns"
+                named["thumbnail"] = thumbnails(pixels()[0]) if reads else batch.get("thumbnail")
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None

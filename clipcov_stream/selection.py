@@ -15,8 +15,9 @@ corpus:
    new is worth more.
 2. What is common? An open pair is worth less the denser its image and its caption lie, and the more of its like were
    trained on lately, so that popular concepts and near-duplicates do not fill the batch again and again
-   (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); and more if it
-   points where the learner does not yet reproduce what it was trained on (`objective.updated_lag`).
+   (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); less again if it
+   shows a picture that was trained on lately (`copies.log_copies`); and more if it points where the learner does not
+   yet reproduce what it was trained on (`objective.updated_lag`).
 3. Survivors are picked one by one, for what they are worth and so that their whitened cross-covariance stays close to
    that of the open pairs (`herding.Herding`).
 
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.collectives import AllReduce
+from clipcov_stream.copies import log_copies
 from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
 from clipcov_stream.fused import aside
 from clipcov_stream.herding import Herding, along
@@ -67,21 +69,24 @@ def clipcov(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     If fewer are left than survivors are needed, the best matches are all that survives; with a `soft_start` some places
     are random until the embedder tells so much of the matches from chance (`start.num_places`). An open pair is worth
 
-        w_i = -u * (balance * log density_i + novelty * log exposure_i) + quality * margin_i + learnability * lag_i,
+        w_i = -u * (balance * log density_i + novelty * log exposure_i + copies * log copies_i)
+              + quality * margin_i + learnability * lag_i,
 
-    margin and lag in standard deviations over the open pairs, density that of the pool and exposure what recent steps
-    have trained on of a pair's like, u the square of the pool's unevenness over `unevenness`, at most 1, and 1 where
-    that is 0: where copies and popular concepts crowd the pool the rare outweigh them, and where nothing is popular the
-    rare are outliers, worth no more than others. Beside that, picks are herded
-    towards A = overshoot * T + memory * (T - M), with weight `coverage` (`Herding`): T is the mean whitened atom of all
-    pools' open pairs, M that of earlier survivors. Nothing is drawn: equal pools and states give equal survivors.
-    Called by itself, rather than by `select`, it takes T from the state and this pool, and exposures from survivors
-    that nobody notes: `select` notes those of clipcov alone.
+    margin and lag in standard deviations over the open pairs, density that of the pool and exposure what recent
+    steps have trained on of a pair's like, u the square of the pool's unevenness over `unevenness`, at most 1, and
+    1 where that is 0: where copies and popular concepts crowd the pool the rare outweigh them, and where nothing is
+    popular the rare are outliers, worth no more than others; copies are recent survivors of whose image it is a
+    copy, where the pool has thumbnails. Beside that, picks are herded towards A = overshoot * T + memory * (T - M),
+    with weight `coverage` (`Herding`): T is the mean whitened atom of all pools' open pairs, M that of earlier
+    survivors. Nothing is drawn: equal pools and states give equal survivors. Called by itself, rather than by
+    `select`, it takes T from the state and this pool, and exposures from survivors that nobody notes: `select`
+    notes those of clipcov alone.
 
-    Costs, in flops: 8 * pool * references * dim for margins and densities, 4 * pool * recent * dim for exposures,
-    6 * pool * dim^2 for sketches, 8 * pool * dim^2 for whitening and what points along the aim and the lag, 4 * pool *
-    survivors * dim for the picks; on a CPU all but the margins and the stream's sketch on the open candidates alone.
-    Where repeats are counted, a copy of the data set's counts, a byte each: 5 ms for 12.8 million on a CPU.
+    Costs, in flops: 8 * pool * references * dim for margins and densities, 4 * pool * recent * dim for exposures, 2
+    * pool * memory * thumbnail for copies, 6 * pool * dim^2 for sketches, 8 * pool * dim^2 for whitening and what
+    points along the aim and the lag, 4 * pool * survivors * dim for the picks; on a CPU all but the margins and the
+    stream's sketch on the open candidates alone. Where repeats are counted, a copy of the data set's counts, a byte
+    each: 5 ms for 12.8 million on a CPU.
     """
     return choose(pool, num_survivors, state).survivors
 
@@ -108,6 +113,7 @@ def choose(
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
         unevenness, of those, where the settings ask for it (`evidence.unevenness`);
         random_share, of survivors, of a soft start (`start.num_places`), where the settings ask for one;
+        copies, how many recent survivors show what a survivor does, in the mean, where pools have thumbnails;
         repeats, how often survivors were trained on before, in the mean, where it is counted;
         aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`),
             both of those survivors that are not random.
@@ -123,6 +129,8 @@ def choose(
         "aim_residual": (image.T @ text / places - herding.aim).norm() / aimed.size,
         "aim_residual_bound": herding.bound(picks.slack, places) / aimed.size,
     }
+    if aimed.copies is not None:
+        figures["copies"] = aimed.copies.index_select(0, picks.index).expm1().mean()
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
     survivors, gain = with_random(survivors, picks.gain, places, valid_of(pool), num_survivors)
     if aimed.times is not None:
@@ -141,6 +149,8 @@ class Aimed:
         size: 0-dim, norm of the whitened target.
         places: how many survivors the herding has the choice of; the others are random.
         times: (pool,) how often each candidate was trained on; None where that is not counted.
+        copies: of the herding's samples, log of one more than recent survivors that show the same; None where pools
+            have no thumbnails.
         figures: of the gate, 0-dim.
     """
 
@@ -150,6 +160,7 @@ class Aimed:
     size: Tensor
     places: Tensor | float
     times: Tensor | None
+    copies: Tensor | None
     figures: dict[str, Tensor]
 
 
@@ -179,6 +190,10 @@ def aim_of(
     if settings.novelty > 0:
         recent = (state.recent_image, state.recent_text, state.recent_weight)
         common = common + settings.novelty * log_exposure(image, text, *centres, *recent)
+    copies = None
+    if settings.copies > 0 and pool.thumbnail is not None:
+        copies = log_copies(pool.thumbnail if rows is None else pool.thumbnail.index_select(0, rows), state.looks)
+        common = common + settings.copies * copies
     frame = framed()
     whitened = frame.rows(image, text, in_place=rows is not None)  # then they are our own copies, and needed no more
     target = frame.matrix(opened.cross_cov_about(*centres))
@@ -201,7 +216,7 @@ def aim_of(
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
     herding = Herding(*whitened, worth, aim, settings.coverage, among, num_picks, mean_atom)
     figures["open_share"] = open_.sum() / valid.sum().clamp_min(1)
-    return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), places, times, figures)
+    return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), places, times, copies, figures)
 
 
 def narrowed(
@@ -292,7 +307,8 @@ def select(
     if plain(selector) is clipcov:
         places = state.places(pool.ids)
         places = None if places is None else places.index_select(0, survivors)
-        seen = replace(seen, **updated_memory(seen, image, text, counted, places, all_reduce))
+        thumbnail = None if pool.thumbnail is None else pool.thumbnail.index_select(0, survivors)
+        seen = replace(seen, **updated_memory(seen, image, text, counted, places, all_reduce, thumbnail))
     remember = REMEMBER.get(plain(selector))
     own = state.own if remember is None else remember(seen, pool, survivors, all_reduce)
     after = replace(seen, step=state.step + 1, kept=kept, own=own)

@@ -31,8 +31,9 @@ def updated_memory(
     counted: Bool[Tensor, " survivors"],
     places: Int64[Tensor, " survivors"] | None,
     all_reduce: AllReduce | None,
+    thumbnail: Float[Tensor, "survivors thumbnail"] | None = None,
 ) -> dict[str, Tensor]:
-    """RECENT and times once a step's survivors are trained on, of all ranks, in one collective.
+    """RECENT, looks and times once a step's survivors are trained on, of all ranks, in one collective.
 
     Of ranks that have other numbers of survivors each gives as many, one that has fewer some of them twice, which is
     counted once; one that has more leaves some out.
@@ -40,25 +41,36 @@ def updated_memory(
     Args:
         places: the survivors' (`SelectionState.places`); None where this rank does not know which samples they are, and
             its survivors are not counted.
+        thumbnail: the survivors'; None where the pool has none.
     """
     counts = state.counts_times and (places is not None or all_reduce is not None)
-    if state.settings.novelty == 0 and not counts:
+    remembers = len(state.looks) > 0 and (thumbnail is not None or all_reduce is not None)
+    if state.settings.novelty == 0 and not counts and not remembers:
         return {}
     known: Tensor | None = None
     ranks, mean_rows = ranks_of(len(image), image.device, all_reduce)
     recent = recent_rows(state, image, text, counted, ranks, mean_rows) if state.settings.novelty > 0 else []
+    looks: list[Tensor] = []
+    if remembers:
+        # Of a rank whose pool has none zeros, which look like nothing: others would wait for what it does not send.
+        looks = [state.looks.new_zeros(len(image), state.looks.shape[1]) if thumbnail is None else thumbnail]
+        looks = [looks[0] * counted[:, None]]
     if all_reduce is not None:
         # Whether this rank's pool has ids or not: one that sent less than the others would have them wait for ever.
         places = torch.full((len(image),), UNKNOWN, device=image.device) if places is None else places
         digits = in_digits(places[evenly(len(places), mean_rows, places.device)]) if counts else []
-        every = gathered([*recent, *digits], state.rank, ranks, all_reduce)
-        recent, digits = every[: len(recent)], every[len(recent) :]
+        looks = [rows[evenly(len(rows), mean_rows, rows.device)] for rows in looks]
+        every = gathered([*recent, *looks, *digits], state.rank, ranks, all_reduce)
+        recent, rest = every[: len(recent)], every[len(recent) :]
+        looks, digits = rest[: len(looks)], rest[len(looks) :]
         if counts:
             # In the place of what is not known one that is, which is counted once all the same; without any, nothing.
             places = from_digits(*digits)
             known = places.amax()
             places = torch.where(places == UNKNOWN, known, places).clamp_min(0)
     updated = joined(state, recent, ranks) if recent else {}
+    if looks:
+        updated["looks"] = torch.cat([state.looks, *looks])[-len(state.looks) :]
     if counts and places is not None:
         times = state.times.index_select(0, places)
         more = times.clamp_max(MOST_TIMES - 1) + 1

@@ -87,6 +87,7 @@ def test_state_is_tensors_and_primitives(tmp_path: Path, corpus: Path) -> None:
             ("balance", 0.7),
             ("unevenness", 0.1),
             ("novelty", 1.0),
+            ("copies", 1.0),
             ("recent", 64),
             ("repeats", 0.5),
             ("ridge", 0.2),

@@ -60,6 +60,7 @@ with warnings.catch_warnings():
 
 from clipcov_stream import SELECTORS
 from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.copies import thumbnails
 from clipcov_stream.embed import IN_TRAINING, is_native
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
@@ -269,6 +270,9 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         dtype = torch.float16 if embed == "columns" else torch.float32
         columns = {"image_embedding": proxy.image.to(dtype), "text_embedding": proxy.text.to(dtype)}
         options["logit_scale"] = proxy.logit_scale
+        if embed != "columns" and options.get("copies"):  # the proxy has read the pixels
+            parts = corpus.train.image.cpu().split(4096)
+            columns["thumbnail"] = torch.cat([thumbnails(normalize(part)) for part in parts])
     if options.get("embed") == "online":
         torch.manual_seed(seed + 2000)
         online = TinyTowers(corpus.vocab_size, width=job.get("online_width", ONLINE_WIDTH))
