@@ -561,9 +561,10 @@ class ClipCov(Algorithm):
     def _check_pool(self, state: State, pool_size: int) -> None:
         """Raise ValueError, as `PoolSizes.check`."""
         self._pools.check(state, pool_size)
-        if self.half_life is None and self.embed in IN_TRAINING and self.settings.half_life == math.inf:
-            assert self._pools.everywhere is not None
-            self.settings = replace(self.settings, half_life=20.0 * self._pools.everywhere)
+        if self.half_life is None and self.embed in IN_TRAINING:
+            half_life = 20.0 * (self._pools.everywhere or math.inf)
+            if half_life != self.settings.half_life:
+                self.settings = replace(self.settings, half_life=half_life)
 
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""

@@ -359,6 +359,18 @@ def build_selection(
             f"is taken for a trained CLIP's, selection.logit_scale={scale:g}; set it to that model's, exponentiated",
             stacklevel=2,
         )
+    if config.copies and config.embed == "columns":
+        raise ValueError(
+            f"selection.copies={config.copies}: with embed='columns' no image is decoded before there are survivors, "
+            "and copies cannot be told; set it to 0"
+        )
+    augmented = learner.min_scale < 1 and (config.embed == "teacher" or config.embed_resolution is None)
+    if config.copies and config.embed != "online" and augmented:
+        warnings.warn(
+            f"selection.copies={config.copies} tells copies by coarse pixels, and stream.min_scale={learner.min_scale} "
+            "crops them at random: some pass for other pictures. Set stream.min_scale=1",
+            stacklevel=2,
+        )
     online = config.embed == "online"
     given_proxy = ProxyConfig() if online and config.proxy is None else config.proxy
     proxy = None if given_proxy is None else build_proxy(given_proxy, learner, tokenizer, online)

@@ -39,7 +39,7 @@ LIKE = 0.98
 def thumbnails(image: Shaped[Tensor, "pool 3 height width"]) -> Float[Tensor, "pool thumbnail"]:
     """What images look like from afar: mean colours of SIDE x SIDE cells, less the image's mean, of unit length.
 
-    The same up to brightness and contrast; of an image of a single grey, which looks like nothing, zeros.
+    The same up to brightness and contrast. An image of one grey, as bytes, looks like nothing: zeros.
 
     Args:
         image: bytes, or numbers as a model reads them; the same kind throughout a run.
@@ -49,7 +49,10 @@ def thumbnails(image: Shaped[Tensor, "pool 3 height width"]) -> Float[Tensor, "p
     # By parts: a pool of bytes may be a gigabyte of numbers.
     parts = image.split(max(1, PIXELS // max(1, image[0].numel())))
     cells = torch.cat([F.adaptive_avg_pool2d(part.float(), SIDE) for part in parts]).flatten(1)
-    return F.normalize(cells - cells.mean(1, keepdim=True), dim=1)
+    centred = cells - cells.mean(1, keepdim=True)
+    norm = centred.norm(dim=1, keepdim=True)
+    # What is left of a grey by rounding has no direction.
+    return (centred / norm.clamp_min(1e-12)).masked_fill(norm < 1e-5 * cells.norm(dim=1, keepdim=True), 0.0)
 
 
 def log_copies(
@@ -63,12 +66,13 @@ def log_copies(
     Args:
         seen: thumbnails of survivors; rows of zeros are places not filled yet.
 
-    Costs: 2 * pool * memory * THUMBNAIL flops, in blocks of rows; no pool x memory table on a CPU.
+    Costs: 2 * pool * memory * THUMBNAIL flops, in blocks of rows; no pool x memory table.
     """
     offset = torch.full_like(seen[:, 0], -LIKE)
     ones = torch.ones_like(offset)
     parts = []
-    step = max(64, LARGEST // max(1, len(seen))) if sync_is_free(thumbnail) else max(1, len(thumbnail))
+    numbers = LARGEST if sync_is_free(thumbnail) else LARGEST << 8
+    step = max(64, numbers // max(1, len(seen)))
     for rows in thumbnail.split(step):
         out = scratch("copies", len(rows), len(seen)) if sync_is_free(rows) else None
         parts.append(product(rows, seen, offset, positive=True, out=out) @ ones)

@@ -64,7 +64,8 @@ class GraphedSelect:
         if self._failed or not (can and alone()):
             return select(state, pool, num_survivors, selector, all_reduce)
         # Only what it reads is copied for it.
-        pool = replace(pool, ids=state.places(pool.ids), concepts=None)
+        looks = pool.thumbnail if state.settings.copies > 0 else None
+        pool = replace(pool, ids=state.places(pool.ids), concepts=None, thumbnail=looks)
         layouts = [(value.shape, value.dtype, value.device) for value in inputs_of(state, pool)]
         key = (state.settings, num_survivors, torch.get_float32_matmul_precision(), *layouts)
         if key != self._key:

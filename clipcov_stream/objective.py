@@ -272,7 +272,9 @@ class SelectionState:
         # Without novelty there are none, and states from before there were any are as good.
         state = state if self.settings.novelty > 0 else {**state, **{name: getattr(self, name) for name in RECENT}}
         state = state if len(self.times) else {"times": self.times, **state}
-        state = state if len(self.looks) else {**state, "looks": self.looks}
+        # Nor without thumbnails: what has not looked yet has seen nothing.
+        looks = state.get("looks", ())
+        state = state if len(self.looks) and len(looks) else {**state, "looks": self.looks}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"selection state lacks {sorted(missing)}; it has {sorted(state)}")

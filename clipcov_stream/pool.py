@@ -49,7 +49,7 @@ class Pool:
     valid: Bool[Tensor, " _"] | None = None
     ids: Integer[Tensor, " _"] | None = None
     concepts: Int64[Tensor, "_ _"] | None = None
-    thumbnail: Float[Tensor, "_ _"] | None = None
+    thumbnail: Float[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
         check_pair(self.image, self.text, "embeddings")
@@ -61,6 +61,8 @@ class Pool:
                 raise ValueError(f"learner embeddings of {len(self.learner_image)} samples in a pool of {len(self)}")
         if self.valid is not None and self.valid.shape != (len(self.image),):
             raise ValueError(f"valid has shape {tuple(self.valid.shape)}, the pool has {len(self)} samples")
+        if self.thumbnail is not None and self.thumbnail.ndim != 2:
+            raise ValueError(f"thumbnail has shape {tuple(self.thumbnail.shape)}; it must be (pool, width)")
         for name, rows in (("ids", self.ids), ("concepts", self.concepts), ("thumbnail", self.thumbnail)):
             if rows is not None and len(rows) != len(self.image):
                 raise ValueError(f"{name} has {len(rows)} rows, the pool has {len(self)} samples")
@@ -100,8 +102,9 @@ def prepared(pool: Pool) -> Pool:
     rows = {name: unit_rows(getattr(pool, name), norm, counted) for name, norm in zip(names, norms, strict=True)}
     if pool.thumbnail is not None:
         # One that is not finite is taken for none, and its sample for as good as ever.
-        looks = pool.thumbnail.float().nan_to_num(0.0, 0.0, 0.0)
-        rows["thumbnail"] = unit_rows(looks, row_norms(looks).clamp_min(1e-12), valid)
+        looks = pool.thumbnail.to(valid.device)
+        norm = row_norms(looks)
+        rows["thumbnail"] = unit_rows(looks, norm.clamp_min(1e-12), valid & (norm < math.inf))
     return replace(pool, **rows, valid=valid)
 
 

@@ -35,7 +35,8 @@ from clipcov_stream.objective import SelectionState, Settings, mix, random_survi
 from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
 from clipcov_stream.pool import Pool, share_counts, survivors_of
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
-from clipcov_stream.rivals import SelectorFn
+from clipcov_stream.rivals import SelectorFn, plain
+from clipcov_stream.selection import clipcov
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ class Preparation:
             else:
                 image, text, scale = towers(self.embedder)
             named = {"valid": valid, "ids": self._ids(batch), "concepts": batch.get("concepts")}
-            if self.settings.copies > 0:
+            if selects and self.settings.copies > 0 and plain(self.function) is clipcov:
                 # Of what the embedder reads; with columns nothing is decoded, and a thumbnail is a column or not there.
                 reads = self.embed != "columns"
                 named["thumbnail"] = thumbnails(pixels()[0]) if reads else batch.get("thumbnail")

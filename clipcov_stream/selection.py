@@ -113,7 +113,8 @@ def choose(
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
         unevenness, of those, where the settings ask for it (`evidence.unevenness`);
         random_share, of survivors, of a soft start (`start.num_places`), where the settings ask for one;
-        copies, how many recent survivors show what a survivor does, in the mean, where pools have thumbnails;
+        copies, how many recent survivors show what one that is not random does, in the mean, where pools have
+            thumbnails;
         repeats, how often survivors were trained on before, in the mean, where it is counted;
         aim_residual, ||C_S - A|| / ||T|| whitened, and aim_residual_bound, what it cannot exceed (`Herding.bound`),
             both of those survivors that are not random.
@@ -130,7 +131,10 @@ def choose(
         "aim_residual_bound": herding.bound(picks.slack, places) / aimed.size,
     }
     if aimed.copies is not None:
-        figures["copies"] = aimed.copies.index_select(0, picks.index).expm1().mean()
+        shown = aimed.copies.index_select(0, picks.index).expm1()
+        if isinstance(places, Tensor):
+            shown = shown.masked_fill(torch.arange(len(shown), device=shown.device) >= places, 0.0)
+        figures["copies"] = shown.sum() / places
     survivors = picks.index if aimed.rows is None else aimed.rows.index_select(0, picks.index)
     survivors, gain = with_random(survivors, picks.gain, places, valid_of(pool), num_survivors)
     if aimed.times is not None:
@@ -287,6 +291,13 @@ def select(
         raise ValueError(
             f"the pool's embeddings are {pool.image.shape[1]} wide, the sketch is {state.stream.image_dim} wide; "
             "one run needs one embedder"
+        )
+    if state.settings.copies == 0:
+        pool = replace(pool, thumbnail=None)  # nobody looks at it
+    elif pool.thumbnail is not None and pool.thumbnail.shape[1] != state.looks.shape[1]:
+        raise ValueError(
+            f"the pool's thumbnails are {pool.thumbnail.shape[1]} wide, they must be {state.looks.shape[1]}, as "
+            "clipcov_stream.copies.thumbnails makes them"
         )
     pool = prepared(pool)
     valid = valid_of(pool)

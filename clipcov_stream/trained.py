@@ -70,7 +70,9 @@ def updated_memory(
             places = torch.where(places == UNKNOWN, known, places).clamp_min(0)
     updated = joined(state, recent, ranks) if recent else {}
     if looks:
-        updated["looks"] = torch.cat([state.looks, *looks])[-len(state.looks) :]
+        num = len(state.looks)
+        new = looks[0] if len(looks[0]) <= num else looks[0].index_select(0, evenly(len(looks[0]), num, image.device))
+        updated["looks"] = torch.cat([state.looks, new])[-num:]
     if counts and places is not None:
         times = state.times.index_select(0, places)
         more = times.clamp_max(MOST_TIMES - 1) + 1

@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composer import Trainer
 from composer.core import Callback, State
-from corpora import draw_corpus, recipe
+from corpora import TINY_MODEL, draw_corpus, recipe
 from pools import after, assert_same_state, draw
-from runs import algorithm_of, run, trainer_of, write_columns
+from runs import algorithm_of, run, trainer_of
 from test_collectives import on_ranks
 
-from clipcov_stream import Selector, Settings, copies
+from clipcov_stream import ClipCov, Selector, Settings, copies
+from clipcov_stream.build import build_selection
+from clipcov_stream.config import SelectionConfig
 from clipcov_stream.copies import LIKE, MEMORY, SIDE, THUMBNAIL, log_copies, thumbnails
 from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.objective import SelectionState
 from clipcov_stream.selection import SELECTORS, select
 
@@ -114,11 +118,12 @@ def test_the_last_survivors_looks_are_remembered_in_order(monkeypatch: pytest.Mo
     assert torch.allclose(state.looks, torch.cat(chosen)[-20:], atol=1e-6)
     fresh = SelectionState.initial(5, COPIES)
     assert_same_state(fresh.restored(state.state_dict()), state)
+    # Of before, or of a run that did not look: nothing was seen yet.
     old = state.state_dict()
     del old["looks"]
-    with pytest.raises(ValueError, match=r"selection state lacks .'looks'."):
-        fresh.restored(old)
-    assert len(SelectionState.initial(5, Settings(copies=0.0)).restored(old).looks) == 0
+    for before in (old, {**old, "looks": torch.zeros(0, THUMBNAIL)}):
+        assert not fresh.restored(before).looks.any()
+    assert len(SelectionState.initial(5, Settings()).restored(state.state_dict()).looks) == 0
     with pytest.raises(ValueError, match=r"holds thumbnails of shape \(3, 108\), not \(20, 108\)"):
         fresh.restored({**old, "looks": torch.zeros(3, THUMBNAIL)})
     rival = select(fresh, with_looks(draw(30, 5), pictures(30)), 8, SELECTORS["random"]).state
@@ -127,12 +132,18 @@ def test_the_last_survivors_looks_are_remembered_in_order(monkeypatch: pytest.Mo
 
 def test_a_thumbnail_that_is_no_number_is_none_and_its_sample_as_good_as_ever() -> None:
     pool = with_looks(draw(20, 5), pictures(20))
-    pool.thumbnail[3] = torch.nan
+    pool.thumbnail[3, 5] = torch.nan
     state = select(SelectionState.initial(5, COPIES), pool, 20).state
     assert state.looks.isfinite().all() and int(state.looks.any(1).sum()) == 19
     assert int(select(SelectionState.initial(5, COPIES), pool, 20).report["num_invalid"]) == 0
     with pytest.raises(ValueError, match="thumbnail has 19 rows, the pool has 20 samples"):
         replace(pool, thumbnail=pool.thumbnail[1:])
+    with pytest.raises(ValueError, match=r"thumbnail has shape \(20,\); it must be \(pool, width\)"):
+        replace(pool, thumbnail=pool.thumbnail[:, 0])
+    narrow = replace(pool, thumbnail=pool.thumbnail[:, :64])
+    with pytest.raises(ValueError, match="the pool's thumbnails are 64 wide, they must be 108"):
+        select(SelectionState.initial(5, COPIES), narrow, 20)
+    select(SelectionState.initial(5, Settings()), narrow, 20)
 
 
 @pytest.mark.parametrize("without", [set(), {1}, {0, 1}])
@@ -170,12 +181,77 @@ def test_a_run_knows_what_its_embedder_has_seen(tmp_path: Path, corpus: Path) ->
     assert len(memory.data["selection/copies"]) > 0
 
 
-@pytest.mark.parametrize("weight", [None, 3.0])
-def test_columns_have_thumbnails_only_if_they_bring_them(tmp_path: Path, weight: float | None) -> None:
-    folder = write_columns(tmp_path / "columns", 96)
-    selection = {"embed": "columns", "warmup": "0ba", **({} if weight is None else {"copies": weight})}
-    tree = recipe(tmp_path, selection=selection, max_duration="2ba")
-    tree["stream"] = {"local": str(folder), "global_pool_size": 32, "num_workers": 0}
-    trainer, *_ = run(tmp_path / "run", tree)
-    looks = algorithm_of(trainer).selection.looks
-    assert looks.shape == (0 if weight is None else MEMORY, THUMBNAIL) and not looks.any()
+def test_more_survivors_than_are_remembered_are_spaced_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcov_stream.objective.MEMORY", 6)
+    pool = with_looks(draw(30, 5), pictures(30))
+    state, survivors, *_ = select(SelectionState.initial(5, COPIES), pool, 12)
+    assert torch.allclose(state.looks, pool.thumbnail[survivors[::2]], atol=1e-6)
+
+
+@pytest.mark.parametrize("brings", [True, False])
+def test_columns_have_thumbnails_if_a_batch_brings_them(brings: bool) -> None:
+    """In a Trainer of one's own; the model gets none of them."""
+
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 96
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            columns = {f"{side}_embedding": of[index] for side, of in (("image", image), ("text", text))}
+            sample = {"image": images[index], "text": torch.randint(1, 99, (16,)), **columns}
+            return {**sample, "thumbnail": looks[index]} if brings else sample
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(96, 8, generator=generator)
+    text = image + torch.randn(96, 8, generator=generator)
+    images = torch.rand(96, 3, 16, 16, generator=generator)
+    looks = thumbnails(images)
+    clipcov = ClipCov(0.75, "columns", copies=3.0)
+    towers = build_towers(config=TINY_MODEL)
+    seen: list[set[str]] = []
+
+    class Keys(Callback):
+        def before_train_batch(self, state: State, *_: Any) -> None:
+            seen.append(set(state.batch))
+
+    model = ClipModel(towers)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=torch.utils.data.DataLoader(Pairs(), batch_size=32),  # pyright: ignore[reportArgumentType]
+        optimizers=torch.optim.SGD(model.parameters(), 0.1),
+        algorithms=[clipcov],
+        callbacks=[Keys()],
+        device_train_microbatch_size=8,
+        max_duration="3ba",
+        device="cpu",
+        progress_bar=False,
+    )
+    trainer.fit()
+    assert clipcov.selection is not None and len(seen) == 3
+    assert int(clipcov.selection.looks.any(1).sum()) == (24 if brings else 0)
+    assert all(keys == {"image", "text"} for keys in seen)
+
+
+def test_a_resumed_run_looks_as_the_straight_one(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, selection={"copies": 3.0, "warmup": "0ba"}, save_interval="3ba", max_duration="6ba")
+    straight, *_ = run(tmp_path / "a", {**tree, "save_folder": str(tmp_path / "saved")})
+    half = str(tmp_path / "saved" / "ep0-ba3-rank0.pt")
+    resumed, *_ = run(tmp_path / "b", {**tree, "load_path": half})
+    one, other = (algorithm_of(trainer).selection for trainer in (straight, resumed))
+    assert_same_state(one, other)
+    assert int(one.looks.any(1).sum()) == 6 * 8
+
+
+def built(min_scale: float = 1.0, **knobs: Any) -> ClipCov:
+    return build_selection(
+        SelectionConfig(**knobs), ImageTransform(32, min_scale=min_scale), lambda caption: torch.zeros(4)
+    )
+
+
+def test_a_recipe_says_where_copies_cannot_be_told() -> None:
+    with pytest.raises(ValueError, match=r"selection.copies=3.0: with embed='columns' no image is decoded"):
+        built(embed="columns", copies=3.0, logit_scale=9.0)
+    with pytest.warns(UserWarning, match=r"stream.min_scale=0.9 crops them at random.*Set stream.min_scale=1"):
+        assert built(0.9, copies=3.0).settings.copies == 3.0
+    built(copies=3.0)
+    built(0.9, copies=0.0)

@@ -89,6 +89,17 @@ def test_samples_that_cannot_be_used_are_found_with_all(tmp_path: Path, capsys: 
     assert "and 2 more" in said and "damage within samples cannot be seen" in said and "num_invalid" in said
 
 
+def test_a_compressed_shard_without_a_name_is_a_problem(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = copied(folder, tmp_path / "own")
+    index = json.loads((own / "index.json").read_text(encoding="utf-8"))
+    index["shards"][0] |= {"zip_data": {"basename": None, "bytes": 1, "hashes": {}}, "compression": "gz"}
+    (own / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, _, account = verified(capsys, own)
+    assert code == 1 and index["shards"][0]["raw_data"]["basename"] in account["bad"]
+
+
 def test_a_compressed_shard_outside_of_the_folder_is_not_followed(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

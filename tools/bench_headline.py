@@ -132,7 +132,8 @@ def read_filters(folder: Path = RESULTS) -> Runs:
     """The runs on what filters leave, beside clipcov's and random's of the same seeds."""
     found: Runs = {}
     for row in map(json.loads, (folder / f"{FILTERS}.jsonl").read_text(encoding="utf-8").splitlines()):
-        found.setdefault((row["corpus"], row["embed"], row["selector"]), {})[row["seed"]] = row
+        if (row["pool"], row["survivors"], row["steps"]) == SIZE:
+            found.setdefault((row["corpus"], row["embed"], row["selector"]), {})[row["seed"]] = row
     return found
 
 

@@ -263,7 +263,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         options = {
             "selector": selector.partition(" ")[0],
             "embed": embed if proxy is None else "columns",
-            "dataset_size": len(corpus.train) if not scored else len(corpus.train) - len(without),
+            "dataset_size": len(corpus.train),
             **job["knobs"],
         }
     if proxy is not None:
@@ -361,7 +361,9 @@ def key_of(job: dict[str, Any], any_code: bool) -> str:
 def fingerprint_of_code() -> int:
     """A number that changes with anything in the package or in this benchmark."""
     root = Path(__file__).resolve().parent
-    files = sorted([*(root.parent / "clipcov_stream").glob("*.py"), *root.glob("bench_*.py")])
+    files = sorted(
+        [*(root.parent / "clipcov_stream").glob("*.py"), *root.glob("bench_*.py"), *root.glob("select_*.py")]
+    )
     return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
 
@@ -579,12 +581,13 @@ def main() -> None:
     # Of a GPU it is not asked: that would start CUDA here.
     bfloat16 = args.device == "gpu" or is_native(torch.bfloat16, "cpu")
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
-    knobs |= variants
-    names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     filters = {
         bench_filters.name_of(rule, fraction, name): {"rule": rule, "fraction": fraction, "selector": name}
         for (rule, fraction), name in itertools.product(args.filter, filtered)
     }
+    knobs |= variants
+    knobs |= {name: knobs.get(of["selector"], {}) for name, of in filters.items()}
+    names = [*selectors, *variants, *([ALL_STREAMED] if args.all_streamed else [])]
     jobs = [
         {"corpus": corpus, "embed": embed, "selector": name, "seed": seed, **of, "knobs": knobs.get(name, {})}
         | {"data": data[corpus], "code": code, "model": args.model, "device": args.device, "bfloat16": bfloat16}

@@ -88,7 +88,8 @@ class PairFolder:
             return None
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            float(record["logit_scale"])
+            if not 0 < float(record["logit_scale"]) < float("inf"):
+                raise ValueError(f"logit_scale={record['logit_scale']} must be above 0")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not say what made the embeddings: {error!r}") from error
         return record
@@ -289,6 +290,7 @@ def open_pairs(args: argparse.Namespace) -> PairFolder:
     if args.num is None and not 0 < args.fraction <= 1:
         raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
     pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
+    _ = pairs.embedder  # one that cannot be read is an error before anything is written
     if out == pairs.path or out in pairs.path.parents:
         raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
     return pairs

@@ -110,7 +110,9 @@ def index_problems(shards: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]
             yield name, f"its columns are {columns_of(shard)}, those of {names[0]} are {first}"
 
 
-def leads_out(name: str) -> bool:
+def leads_out(name: object) -> bool:
+    if not isinstance(name, str):
+        return True
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts
 
