@@ -23,6 +23,21 @@ def test_documents_have_the_tables_of_the_rows(runs: bench_headline.Runs) -> Non
     assert bench_headline.full_table(runs) in (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_filters_is_that_of_the_rows() -> None:
+    runs = bench_headline.read_filters()
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert bench_headline.filters_table(runs) in text
+    best = bench_headline.best_filter(runs, "fashion_noisy", "proxy-noisy", distinct=False)
+    others = [
+        statistics.mean(row["mean_per_class"] for row in own.values())
+        for (corpus, embed, name), own in runs.items()
+        if (corpus, embed) == ("fashion_noisy", "proxy-noisy") and name.startswith("plain on ") and len(own) == 5
+        if "distinct" not in name and "sound" not in name
+    ]
+    own = [row["mean_per_class"] for row in runs["fashion_noisy", "proxy-noisy", best].values()]
+    assert statistics.mean(own) == max(others) and len(others) == 6
+
+
 def test_a_cell_by_hand(runs: bench_headline.Runs) -> None:
     rows = [json.loads(line) for line in (RESULTS / "bench_ten.jsonl").read_text(encoding="utf-8").splitlines()]
     ours = [row for row in rows if (row["corpus"], row["embed"]) == ("shapes_heavy", "teacher")]
