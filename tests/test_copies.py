@@ -20,6 +20,7 @@ from clipcov_stream import ClipCov, Selector, Settings, copies
 from clipcov_stream.build import build_selection
 from clipcov_stream.config import SelectionConfig
 from clipcov_stream.copies import LIKE, MEMORY, SIDE, THUMBNAIL, log_copies, thumbnails
+from clipcov_stream.graphed import inputs_of, of_state, with_inputs, with_values
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.objective import SelectionState
@@ -128,6 +129,19 @@ def test_the_last_survivors_looks_are_remembered_in_order(monkeypatch: pytest.Mo
         fresh.restored({**old, "looks": torch.zeros(3, THUMBNAIL)})
     rival = select(fresh, with_looks(draw(30, 5), pictures(30)), 8, SELECTORS["random"]).state
     assert not rival.looks.any()
+
+
+def test_a_recording_reads_and_writes_thumbnails() -> None:
+    """On a GPU all goes through lists of tensors: what is left out there would be forgotten."""
+    state, other = (
+        select(SelectionState.initial(5, COPIES), with_looks(draw(20, 5, seed), pictures(20, seed)), 8).state
+        for seed in range(2)
+    )
+    assert not torch.equal(state.looks, other.looks)
+    assert_same_state(with_values(replace(other, step=state.step), of_state(state)), state)
+    pool = with_looks(draw(20, 5), pictures(20))
+    _, copied = with_inputs(state, pool, [value.clone() for value in inputs_of(state, pool)])
+    assert torch.equal(copied.thumbnail, pool.thumbnail)
 
 
 def test_a_thumbnail_that_is_no_number_is_none_and_its_sample_as_good_as_ever() -> None:
