@@ -154,7 +154,7 @@ def filters_table(runs: Runs) -> str:
 
     def cell(corpus: str, embed: str, name: str) -> str:
         recall = mean_and_interval(row["r1"] for row in runs[corpus, embed, name].values())[0]
-        rule = name.removeprefix("plain on ").replace("-distinct", "")
+        rule = name.removeprefix("plain on ").replace("-distinct", "").replace("clipcov", "CLIPCov")
         named = "" if name in (OURS, "random", PERFECT) else f" {rule.replace(' 0.', ' .')}"
         return f"{short(mean(runs, corpus, embed, name))} ({short(recall)}){named}"
 

@@ -118,7 +118,9 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
         ]
         for cell in sorted(cells, key=lambda cell: -cell["mean_per_class"]):
             texts = [
-                cell["selector"] + (" \\*" if (place_of(cell), cell["selector"]) in older else ""),
+                cell["selector"]
+                + (" \\*" if (place_of(cell), cell["selector"]) in older else "")
+                + of_fewer(cell, cells),
                 with_interval(cell, "mean_per_class", ".3f"),
                 with_interval(cell, "mean_per_class_lead", "+.3f"),
                 f"{cell['top1']:.3f}",
@@ -132,6 +134,12 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
             ]
             lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def of_fewer(cell: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    """How many seeds a selector has, if others of its place have more."""
+    num = len(cell["seeds"])
+    return f" ({num} seeds)" if num < max(len(other["seeds"]) for other in cells) else ""
 
 
 def with_interval(cell: dict[str, Any], figure: str, form: str) -> str:
