@@ -78,6 +78,7 @@ def train(folder: Path, loggers: dict[str, dict[str, str]]) -> Found:
     split = {"local": str(corpus / "eval"), "tasks": ["zeroshot", "retrieval"]}
     tree = recipe(corpus, run_name="logged", loggers=loggers, eval={"shapes": split}, eval_interval="3ba")
     del tree["selection"]["soft_start"]  # what the default logs
+    tree["selection"]["copies"], tree["stream"]["min_scale"] = 3.0, 1.0  # and what is off by default
     path = write_recipe(folder / "recipe.yaml", {**tree, "metrics_file": str(folder / "metrics.jsonl")})
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
