@@ -80,7 +80,7 @@ def test_leads_are_paired_by_seed() -> None:
     assert cells["vas"]["mean_per_class_lead"] == pytest.approx(0.3) and cells["vas"]["mean_per_class_lead_95"] is None
     assert "mean_per_class_lead" not in cells["clipcov"]
     lines = [line for line in bench_report.table(list(cells.values()), rows).splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines] == ["| selector", "| clipcov", "| random", "| vas"]
+    assert [line.split(" | ")[0] for line in lines] == ["| selector", "| clipcov", "| random", "| vas (1 seed)"]
 
 
 @pytest.mark.parametrize("differing", ["pool", "survivors", "steps"])

@@ -139,7 +139,7 @@ def table(summary: list[dict[str, Any]], rows: list[dict[str, Any]], code: int |
 def of_fewer(cell: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     """How many seeds a selector has, if others of its place have more."""
     num = len(cell["seeds"])
-    return f" ({num} seeds)" if num < max(len(other["seeds"]) for other in cells) else ""
+    return f" ({num} seed{'s' * (num > 1)})" if num < max(len(other["seeds"]) for other in cells) else ""
 
 
 def with_interval(cell: dict[str, Any], figure: str, form: str) -> str:
