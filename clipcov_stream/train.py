@@ -132,7 +132,8 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     tokenizer = build.tokenizer_of(model.towers, config.model)
     config = replace(config, selection=build.with_online_proxy(config.selection, model.towers))
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
-    selection = build.build_selection(config.selection, build.transform_of(model.towers), tokenizer, embedder)
+    transform = build.transform_of(model.towers, config.stream.min_scale)
+    selection = build.build_selection(config.selection, transform, tokenizer, embedder)
     selection.dist_timeout = config.dist_timeout
     # As it came out, for who reads the run's records.
     how = {"run_ahead": selection.run_ahead, "lag_delay": selection.lag_delay}

@@ -182,7 +182,9 @@ def test_a_run_knows_what_its_embedder_has_seen(tmp_path: Path, corpus: Path) ->
             images.append(state.batch["image"].clone())
 
     images: list[torch.Tensor] = []
-    trainer, _, memory = trainer_of(tmp_path / "teacher", recipe(corpus, selection={"copies": 3.0}, max_duration="6ba"))
+    trainer, _, memory = trainer_of(
+        tmp_path / "teacher", recipe(corpus, selection={"copies": 3.0}, stream={"min_scale": 1.0}, max_duration="6ba")
+    )
     trainer.state.callbacks.append(Images())
     trainer.fit()
     looks = algorithm_of(trainer).selection.looks
@@ -247,7 +249,8 @@ def test_columns_have_thumbnails_if_a_batch_brings_them(brings: bool) -> None:
 
 
 def test_a_resumed_run_looks_as_the_straight_one(tmp_path: Path, corpus: Path) -> None:
-    tree = recipe(corpus, selection={"copies": 3.0, "warmup": "0ba"}, save_interval="3ba", max_duration="6ba")
+    selection, stream = {"copies": 3.0, "warmup": "0ba"}, {"min_scale": 1.0}
+    tree = recipe(corpus, selection=selection, stream=stream, save_interval="3ba", max_duration="6ba")
     straight, *_ = run(tmp_path / "a", {**tree, "save_folder": str(tmp_path / "saved")})
     half = str(tmp_path / "saved" / "ep0-ba3-rank0.pt")
     resumed, *_ = run(tmp_path / "b", {**tree, "load_path": half})
@@ -262,7 +265,10 @@ def built(min_scale: float = 1.0, **knobs: Any) -> ClipCov:
     )
 
 
-def test_a_recipe_says_where_copies_cannot_be_told() -> None:
+def test_a_recipe_says_where_copies_cannot_be_told(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, selection={"copies": 3.0}, stream={"min_scale": 0.8})
+    with pytest.warns(UserWarning, match=r"stream.min_scale=0.8 crops them at random"):
+        trainer_of(tmp_path, tree)
     with pytest.raises(ValueError, match=r"selection.copies=3.0: with embed='columns' no image is decoded"):
         built(embed="columns", copies=3.0, logit_scale=9.0)
     with pytest.warns(UserWarning, match=r"stream.min_scale=0.9 crops them at random.*Set stream.min_scale=1"):
