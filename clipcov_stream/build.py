@@ -375,18 +375,8 @@ def build_selection(
     given_proxy = ProxyConfig() if online and config.proxy is None else config.proxy
     proxy = None if given_proxy is None else build_proxy(given_proxy, learner, tokenizer, online)
     knobs = ("coverage", "learnability", "gate", "balance", "unevenness", "quality")
-    knobs = (
-        *knobs,
-        "novelty",
-        "copies",
-        "recent",
-        "repeats",
-        "overshoot",
-        "memory",
-        "ridge",
-        "references",
-        "soft_start",
-    )
+    knobs = (*knobs, "novelty", "copies", "recent", "repeats")
+    knobs = (*knobs, "overshoot", "memory", "ridge", "references", "soft_start")
     passes = ("embed_chunk", "embed_resolution", "embed_precision", "embed_patch_dropout")
     optional = given(config, *knobs, "teacher_momentum", "proxy_lr", *passes)
     # Whatever the selector: a run and its random twin are to have one recipe.

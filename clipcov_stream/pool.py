@@ -130,7 +130,7 @@ def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:
     return torch.ones(len(pool), dtype=torch.bool, device=pool.image.device) if pool.valid is None else pool.valid
 
 
-def share_counts(ids: Tensor, dataset_size: int) -> bool:
+def warn_of_shared_counts(ids: Tensor, dataset_size: int) -> bool:
     """Warn, and say so, if ids reach beyond the data set; on a GPU, where asking would stall it, do not ask."""
     if not (dataset_size and len(ids) and sync_is_free(ids)) or (largest := int(ids.max())) < dataset_size:
         return False

@@ -11,7 +11,7 @@ from torch import Tensor
 from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.pool import Pool, share_counts, survivors_of, with_learner
+from clipcov_stream.pool import Pool, warn_of_shared_counts, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
@@ -80,7 +80,7 @@ class Selector:
         """
         before = self._state_for(pool)
         if pool.ids is not None and not self._warned:
-            self._warned = share_counts(pool.ids, self.dataset_size)
+            self._warned = warn_of_shared_counts(pool.ids, self.dataset_size)
         state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         num_short = int(num_valid < num_survivors)
