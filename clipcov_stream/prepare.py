@@ -33,7 +33,7 @@ from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
-from clipcov_stream.pool import Pool, warn_of_shared_counts, survivors_of
+from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov

@@ -11,7 +11,7 @@ from torch import Tensor
 from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.pool import Pool, warn_of_shared_counts, survivors_of, with_learner
+from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 
