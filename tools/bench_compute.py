@@ -27,17 +27,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench_corpus import CONTEXT, SIZE
-from bench_model import TinyTowers
-from bench_selectors import ALL_STREAMED, ONLINE_WIDTH, WIDTHS
+from bench_model import LEARNING_RATES, TinyTowers, towers_of
+from bench_selectors import ALL_STREAMED, ONLINE_WIDTH
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcov_stream import SELECTORS
 from clipcov_stream.embed import IN_TRAINING
+from clipcov_stream.model import forward_flops
 from clipcov_stream.rivals import NEEDS_LEARNER
 
 
 def flops_of(model: Any) -> int:
     """Of embedding an image and a caption."""
+    if hasattr(model, "visual"):
+        return forward_flops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_image(torch.zeros(1, 3, SIZE, SIZE))
         model.encode_text(torch.ones(1, CONTEXT, dtype=torch.int64))
@@ -47,7 +50,8 @@ def flops_of(model: Any) -> int:
 @functools.cache
 def online_share(online_width: int = ONLINE_WIDTH, model: str = "tiny") -> float:
     """Cost of the benchmark's online proxy over that of its learner."""
-    return flops_of(TinyTowers(8, width=online_width).eval()) / flops_of(TinyTowers(8, width=WIDTHS[model]).eval())
+    learner = towers_of(model, 8, SIZE, CONTEXT).eval()
+    return flops_of(TinyTowers(8, width=online_width).eval()) / flops_of(learner)
 
 
 def steps_of(row: dict[str, Any]) -> float:
@@ -152,8 +156,10 @@ def main() -> None:
         parser.error(f"runs of {sorted(numbers)} survivors: their steps do not compare")
     if len(models := {row.get("model", "tiny") for row in rows}) > 1:
         parser.error(f"runs of the learners {sorted(models)}: their steps do not compare")
-    if not models <= WIDTHS.keys() and any(row["embed"] == "online" for row in rows):
-        parser.error(f"what an online proxy costs beside {sorted(models)} is not known here; {sorted(WIDTHS)} are")
+    if not models <= LEARNING_RATES.keys() and any(row["embed"] == "online" for row in rows):
+        parser.error(
+            f"what an online proxy costs beside {sorted(models)} is not known here; {sorted(LEARNING_RATES)} are"
+        )
     points = points_of(rows)
     text = table_of(points)
     args.rows[0].with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A CLIP small enough to train hundreds of times on a CPU, and one of ViT-S's size for a GPU."""
+"""CLIPs small enough to train hundreds of times on a CPU, and one of ViT-S's size for a GPU."""
 
 from __future__ import annotations
 
@@ -65,8 +65,27 @@ class TinyTowers(nn.Module):
         }
 
 
-def vit_towers(vocab_size: int, image_size: int, context: int) -> nn.Module:
-    """ViT-S, 12 layers of width 384, on patches of 8 x 8 pixels; 4 layers of width 256 read the caption."""
-    vision = {"image_size": image_size, "patch_size": 8, "width": 384, "layers": 12, "head_width": 64}
-    text = {"context_length": context, "vocab_size": vocab_size, "width": 256, "heads": 4, "layers": 4}
-    return open_clip.CLIP(embed_dim=256, vision_cfg=vision, text_cfg=text, output_dict=True)  # pyright: ignore
+LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit-tiny": 1e-3, "vit": 5e-4}
+"""Of the learners that benchmarks know."""
+WIDTHS = {"tiny": 24, "wide": 72}
+"""Of the first convolution."""
+
+
+def towers_of(kind: str, vocab_size: int, image_size: int, context: int) -> nn.Module:
+    """The learner of that name, with weights of torch's generator: TinyTowers, or a transformer of open_clip's.
+
+    vit-tiny has 3 layers of width 96 on patches of 4 x 4 pixels, and 2 read the caption; vit is ViT-S, 12 layers of
+    width 384 on patches of 8 x 8, and 4 of width 256.
+    """
+    if kind in WIDTHS:
+        return TinyTowers(vocab_size, width=WIDTHS[kind])
+    patch, width, layers, text_width, text_layers = {"vit-tiny": (4, 96, 3, 96, 2), "vit": (8, 384, 12, 256, 4)}[kind]
+    head_width = 32 if kind == "vit-tiny" else 64
+    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head_width}
+    text = {"width": text_width, "heads": text_width // head_width, "layers": text_layers}
+    return open_clip.CLIP(
+        embed_dim=64 if kind == "vit-tiny" else 256,
+        vision_cfg=vision,  # pyright: ignore
+        text_cfg={"context_length": context, "vocab_size": vocab_size, **text},  # pyright: ignore
+        output_dict=True,
+    )

@@ -17,13 +17,13 @@ survivors, the same for all rivals, while clipcov starts softly (soft_start; wit
 proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
 repeats everything at another pool size, number of survivors and of steps. --filter adds plain training on what a filter
 leaves of the corpus beforehand, by the cell's proxy (`bench_filters` has the rules), for as many steps. --model wide
-trains a model of eight times the cost instead, vit a ViT-S, in bfloat16 with --device gpu, where the corpus then lies
-too; proxies stay small, and with --online-width an online one has as few channels as you like. The small model's
-convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were. Finished runs are
-kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long benchmark can be
-interrupted; with --any-code those of other versions of the code count too where there is none of this version, and the
-table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png; the last line is
-one JSON document.
+trains a model of eight times the cost instead, vit-tiny a transformer of twenty times, vit a ViT-S, in bfloat16 with
+--device gpu, where the corpus then lies too; proxies stay small, and with --online-width an online one has as few
+channels as you like. The small model's convolutions are in bfloat16 where the device has instructions for it, and rows
+say whether they were. Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are
+the same, so a long benchmark can be interrupted; with --any-code those of other versions of the code count too where
+there is none of this version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several
+sizes OUT/NAME_sizes.png; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ import bench_report
 import torch
 import torch.multiprocessing as mp
 from bench_corpus import CONTEXT, SIZE, Corpus, Split, load_corpus
-from bench_model import TinyTowers, vit_towers
+from bench_model import LEARNING_RATES, TinyTowers, towers_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -69,10 +69,6 @@ from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_emb
 EMBEDS = ("teacher", "online", "proxy-noisy", "proxy-clean", "columns")
 ONLINE_WIDTH = 8
 """Of the online proxy's first convolution, if --online-width names no other; the learner's is 24."""
-LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit": 5e-4}
-"""Of --model."""
-WIDTHS = {"tiny": 24, "wide": 72}
-"""Of the first convolution."""
 ALL_STREAMED = "random (all streamed)"
 """Random without selection: it trains on every sample streamed, in as many more steps."""
 
@@ -185,9 +181,7 @@ def train(
     """A small CLIP on a stream of pools, by Composer, where the corpus is."""
     torch.manual_seed(seed)
     device = "gpu" if corpus.train.label.is_cuda else "cpu"
-    vocab = corpus.vocab_size
-    towers = vit_towers(vocab, SIZE, CONTEXT) if kind == "vit" else TinyTowers(vocab, width=WIDTHS[kind])
-    model = ClipModel(towers, num_survivors=survivors)
+    model = ClipModel(towers_of(kind, corpus.vocab_size, SIZE, CONTEXT), num_survivors=survivors)
     logged = Milliseconds()
     trainer = Trainer(
         model=model,
