@@ -7,6 +7,7 @@ of them, so that time and memory grow with the pool and not with its square.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,12 @@ LEAST_SQUARE = 1e-6
 LEAST_P_VALUE = 2e-3
 """Of `Matching.posterior`: a few hundred references tell no smaller ones apart."""
 
+EDGES = 16
+"""Of `edge_of`: an edge is a whole number of EDGES-ths."""
+
+STEEP, FEW = 8, 2
+"""Of `edge_of`, measured in tools/LOG.md."""
+
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
 
@@ -50,11 +57,18 @@ class Matching:
         p_value: (pool,) share of mismatched pairs with the same image or the same caption that score at least as high;
             1 where a sample is not valid.
         share: 0-dim, the estimated share of valid pairs that match, in [0, 1].
+        edge: 0-dim, the p-value beyond which somebody took pairs away before (`edge_of`); 1 where nobody did.
     """
 
     score: Float[Tensor, " pool"]
     p_value: Float[Tensor, " pool"]
     share: Float[Tensor, ""]
+    edge: Float[Tensor, ""] | float = 1.0
+
+    @property
+    def p_value_within(self) -> Float[Tensor, " pool"]:
+        """p-values as they are among the mismatched pairs that were left: uniform up to 1 again."""
+        return (self.p_value / self.edge).clamp_max(1.0)
 
     def posterior(self, valid: Bool[Tensor, " pool"]) -> Float[Tensor, " pool"]:
         """How likely each pair is to match, given its p-value; in (0, 1), and 0 where a sample is not valid.
@@ -62,16 +76,17 @@ class Matching:
         One less the local false discovery rate (Efron et al., JASA 2001): of all valid pairs a share s matches, whose
         p-values have the density a p^(a - 1), and those of the others are uniform (Pounds and Morris, Bioinformatics
         2003), so that s a p^(a - 1) / (1 - s + s a p^(a - 1)) of those at p match. s is Storey's, a that of their mean.
+        p is `p_value_within`.
         Where it errs it is too low in the middle, by .4 at most over tenths of a noisy corpus (tools/LOG.md).
         """
         share, power = self._mixture(valid)
-        matched = share * power * self.p_value.clamp_min(LEAST_P_VALUE).pow(power - 1)
+        matched = share * power * self.p_value_within.clamp_min(LEAST_P_VALUE).pow(power - 1)
         return (matched / (1 - share + matched)).masked_fill(~valid, 0.0)
 
     def _mixture(self, valid: Bool[Tensor, " pool"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """s and a of `posterior`."""
         share = self.share.clamp(0.02, 0.98)
-        mean = (self.p_value * valid).sum() / valid.sum().clamp_min(1)
+        mean = (self.p_value_within * valid).sum() / valid.sum().clamp_min(1)
         # (1 - s) / 2 + s a / (1 + a) is the mean of the mixture.
         own = ((mean - (1 - share) / 2) / share).clamp(0.01, 0.49)
         return share, own / (1 - own)
@@ -86,7 +101,7 @@ class Matching:
         count = valid.sum().clamp_min(1)
         least = valid & (self.p_value <= LEAST_P_VALUE)
         # Of p-values that go by 1 / 512, or in a small pool by half of one of its pairs, 0 and what is next to it.
-        by_chance = (2 * LEAST_P_VALUE * count).clamp_min(0.5)
+        by_chance = (2 * LEAST_P_VALUE * count / self.edge).clamp_min(0.5)
         least = least & (least.sum() * (1 - likely) > by_chance)
         num = (valid & (least | (self.posterior(valid) > likely))).sum()
         return num / (torch.maximum(self.share, count.rsqrt()) * count).clamp_min(1)
@@ -211,7 +226,8 @@ def matching(pool: Pool, most: int) -> Matching:
     references, evenly spaced in the pool; both sums are scaled to the pool's size. If a caption has nothing to do with
     its image, m_ii is one of the m_ij and m_ji but for what the normalizers leave out, so its p-value is nearly uniform
     (in pools below a hundred small ones are too frequent); those above 1/2 are half of the mismatched pairs (Storey,
-    JRSS B 2002, with lambda = 1/2).
+    JRSS B 2002, with lambda = 1/2), and where pairs were filtered before, those above half of what the filter left
+    (`edge_of`).
 
     A class that fills a share r of the pool makes r of its mismatched pairs match by accident, which this cannot see;
     and pairs that the embedder has not learned look mismatched: a weak embedder underestimates the share.
@@ -229,8 +245,37 @@ def matching(pool: Pool, most: int) -> Matching:
     halves, above = compare(pool, index, filled, to_pool, own)
     score = (own - halves).masked_fill(~valid, 0.0)
     p_value = (above / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
-    by_chance = 2 * ((p_value > 0.5) & valid).sum() / count.clamp_min(1)
-    return Matching(score, p_value, (1 - by_chance).clamp_min(0.0))
+    edge = edge_of(p_value, valid)
+    by_chance = 2 * ((p_value > 0.5 * edge) & valid).sum() / count.clamp_min(1)
+    return Matching(score, p_value, (1 - by_chance).clamp_min(0.0), edge)
+
+
+def edge_of(p_value: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Float[Tensor, ""]:
+    """Where the p-values of mismatched pairs end because a filter took those that looked worst; 1 if none did. 0-dim.
+
+    Web data come filtered: by a CLIP score, by another model's or by this one's. If what looked least like a match is
+    gone, none is left to count by, and what is left of the mismatched pairs would pass for matches. But a filter leaves
+    an edge. Of p-values whose density falls no faster than 1 / p, as a mixture of uniform ones and p^(a - 1), a > 0,
+    does, at least log2(1 / c) times as many lie beyond c as between c / 2 and c. The edge is the least c, in EDGES-ths,
+    with fewer than 1 / STEEP of these, less FEW: in a pool of a few hundred that does not happen by chance.
+
+    Where a filter was of another model its edge is blurred, perhaps so much that none is found, and the share that
+    matches is overestimated as far as that.
+    """
+    edges, excess = edges_on(p_value.device)
+    places = (p_value * (2 * EDGES)).long()
+    num = torch.zeros_like(excess[0]).index_add_(0, places, valid.double())
+    return torch.where(excess @ num <= -FEW, edges, 1.0).amin()
+
+
+@functools.cache
+def edges_on(device: torch.device) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges places"]]:
+    """The edges that `edge_of` tries, and what a p-value adds to how many lie beyond each, less an STEEP-th of how many
+    would: by its place, in halves of EDGES-ths. In double, which counts exactly."""
+    place, step = torch.arange(2 * EDGES + 1, device=device), torch.arange(1, EDGES, device=device)[:, None]
+    beyond, below = (place >= 2 * step).double(), ((place >= step) & (place < 2 * step)).double()
+    edges = step / EDGES
+    return edges.squeeze(1), beyond + below * edges.double().log2() / STEEP
 
 
 def compared(

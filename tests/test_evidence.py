@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcov_stream import evidence, sketch
-from clipcov_stream.evidence import log_density, log_exposure, matching, references, unevenness
+from clipcov_stream.evidence import edge_of, log_density, log_exposure, matching, references, unevenness
 from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
 from clipcov_stream.scratch import LARGEST, scratch
 
@@ -54,6 +54,55 @@ def test_p_values_of_mismatched_pairs_are_uniform():
     p_value = matching(draw(2000, 16, 0.0), 4096).p_value
     for level in (0.05, 0.2, 0.5, 0.9):
         assert float((p_value <= level).float().mean()) == pytest.approx(level, abs=0.03)
+
+
+def filtered(pool, keep, scores):
+    """The share `keep` of a pool whose scores are highest."""
+    rows = scores.topk(round(keep * len(scores))).indices.sort().values
+    return prepared(Pool(pool.image[rows], pool.text[rows], pool.logit_scale)), rows
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.8, 0.7])
+@pytest.mark.parametrize("by", ["cosine", "margin"])
+@pytest.mark.parametrize("free", [True, False])
+def test_the_share_of_matches_is_found_in_what_a_filter_left(keep, by, free, monkeypatch):
+    """By counts alone nearly all seem to match: what Storey's estimate counts is what the filter took."""
+    if not free:
+        monkeypatch.setattr(sketch, "FREE_SYNC", frozenset())  # as a GPU does
+    pool = draw(2000, 16, 0.5)
+    whole = matching(pool, 256)
+    scores = {"cosine": (pool.image * pool.text).sum(1), "margin": whole.score}[by]
+    left, rows = filtered(pool, keep, scores)
+    match, true = matching(left, 256), (rows < 1000)
+    assert float(match.share) == pytest.approx(float(true.float().mean()), abs=0.1)
+    assert 1 - 2 * float((match.p_value > 0.5).float().mean()) > float(true.float().mean()) + 0.1
+    assert float(whole.edge) == 1.0 and 0.1 < float(match.edge) < 0.95
+    open_ = match.opened(torch.ones(len(rows), dtype=torch.bool), 1.0, 10)
+    assert float(true[open_].float().mean()) > 0.85
+    posterior = match.posterior(torch.ones(len(rows), dtype=torch.bool))
+    assert float(posterior[true].mean()) > 0.75 and float(posterior[~true].mean()) < 0.25
+
+
+@pytest.mark.parametrize("num", [1, 7, 60, 600])
+def test_no_edge_is_seen_where_nobody_filtered(num):
+    """Uniform p-values, those of matching pairs as p ** (1 / a) for weak and strong embedders, and mixtures."""
+    generator = torch.Generator().manual_seed(num)
+    everyone = torch.ones(num, dtype=torch.bool)
+    for _ in range(200):
+        share, power = torch.rand(2, generator=generator)
+        p_value = torch.rand(num, generator=generator)
+        p_value[: int(share * num)] **= 1 / (0.02 + 0.98 * power)
+        assert float(edge_of(p_value, everyone)) == 1.0
+
+
+@pytest.mark.parametrize("edge", [0.1, 0.3, 0.55, 0.8])
+def test_an_edge_is_seen_where_it_is(edge):
+    """Beside matching pairs, and whatever is not valid."""
+    draw_p = torch.rand(600, generator=torch.Generator().manual_seed(0))
+    p_value = torch.cat([edge * draw_p, edge * draw_p**20, torch.linspace(0, 1, 300)])
+    valid = torch.arange(1500) < 1200
+    assert float(edge_of(p_value, valid)) == pytest.approx(edge, abs=1 / 16 + 0.05 * edge)
+    assert float(edge_of(torch.full((600,), 0.01), valid[:600])) == 1.0  # none lie below an edge
 
 
 def test_the_gate_lets_matches_through():
