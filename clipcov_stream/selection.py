@@ -9,7 +9,8 @@ The method, `clipcov`, has three parts, all from the pool's own embeddings, with
 corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
-   is estimated, and `gate` times as many of the best stay open (`evidence.matching`). Where the data set is passed over
+   is estimated, also among what a filter left (`evidence.edge_of`), and `gate` times as many of the best stay open
+   (`evidence.matching`). Where the data set is passed over
    many times, the best are those that have most left to give: a pair's chance to match counts a half, a third, a
    quarter and so on from the time on that it was trained on more than `repeats` times, until a doubtful one that is
    new is worth more.
@@ -111,6 +112,7 @@ def choose(
     """`clipcov`, with the target that it leaves behind; `all_reduce` and `elapsed` as in `CrossCovSketch.update`.
 
     figures: matched_share, the estimated share of pairs that match, and open_share, of those that the gate let through;
+        filter_edge, below 1 where a filter was at work before (`evidence.edge_of`);
         unevenness, of those, where the settings ask for it (`evidence.unevenness`);
         random_share, of survivors, of a soft start (`start.num_places`), where the settings ask for one;
         copies, how many recent survivors show what one that is not random does, in the mean, where pools have
@@ -204,7 +206,7 @@ def aim_of(
     # Before there are survivors nothing is missed of the target.
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
-    figures, crowding = {"matched_share": match.share}, 1.0
+    figures, crowding = {"matched_share": match.share, "filter_edge": torch.as_tensor(match.edge)}, 1.0
     if settings.starts_softly:
         figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
     if settings.unevenness > 0:

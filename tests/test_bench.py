@@ -320,6 +320,17 @@ def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, fol
     assert plain["clean_share"] == selected["clean_share"] == 1
     assert plain["duplicate_share"] == selected["duplicate_share"] == 0
 
+    # By a proxy that does nothing else; the teacher, in training, judges what is left.
+    options = ("--embed", "teacher", "--selectors", "", "--size", "40:8:8", "--seeds", "1", "--proxy-steps", "8")
+    bench(*options, "--filter", "sound:0.3", "--filter-by", "proxy-noisy", "--filtered", "random,clipcov")
+    plain, selected = (json.loads(line) for line in kept.read_text().splitlines()[len(rows) + 2 :])
+    assert [plain["selector"], selected["selector"]] == [
+        f"{name} on sound 0.3 by proxy-noisy" for name in ("plain", "clipcov")
+    ]
+    assert plain["clean_share"] == selected["clean_share"] == 1 and plain["samples_seen"] == 8 * 8
+    assert selected["samples_streamed"] == 8 * 40 and selected["samples_scored"] == plain["samples_scored"]
+    assert "balanced_residual" not in selected  # there is no frozen model to see it with
+
     # As if run by another version of the code: they count only if asked, and the table says so.
     kept.write_text("".join(json.dumps({**row, "code": 0}) + "\n" for row in rows))
     more = ("--size", "24:8:4", "--variant", "loose:gate=inf", "--seeds", "1", "--any-code")

@@ -100,6 +100,7 @@ def _ranked(
     return scores.argsort(descending=True, stable=True)
 
 
-def name_of(rule: str, fraction: float, selector: str) -> str:
-    """What tables call a selector on what a filter leaves; plain training is `random` with nothing to choose from."""
-    return f"{'plain' if selector == 'random' else selector} on {rule} {fraction:g}"
+def name_of(rule: str, fraction: float, selector: str, by: str | None = None) -> str:
+    """What tables call a selector on what a filter, by another proxy than the cell's, leaves; plain training is
+    `random` with nothing to choose from."""
+    return f"{'plain' if selector == 'random' else selector} on {rule} {fraction:g}" + (f" by {by}" if by else "")

@@ -16,14 +16,15 @@ trained on is left out of the stream. With the teacher or online the first --war
 survivors, the same for all rivals, while clipcov starts softly (soft_start; without one it warms up as they do); with a
 proxy selection begins at once. --variant adds clipcov with other knobs beside the rest, for ablations, and --size
 repeats everything at another pool size, number of survivors and of steps. --filter adds plain training on what a filter
-leaves of the corpus beforehand, by the cell's proxy (`bench_filters` has the rules), for as many steps. --model wide
-trains a model of eight times the cost instead, vit-tiny a transformer of twenty times, vit a ViT-S, in bfloat16 with
---device gpu, where the corpus then lies too; proxies stay small, and with --online-width an online one has as few
-channels as you like. The small model's convolutions are in bfloat16 where the device has instructions for it, and rows
-say whether they were. Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are
-the same, so a long benchmark can be interrupted; with --any-code those of other versions of the code count too where
-there is none of this version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several
-sizes OUT/NAME_sizes.png; the last line is one JSON document.
+leaves of the corpus beforehand, by the cell's proxy or, in a cell that has none, by --filter-by's (`bench_filters` has
+the rules), for as many steps; --filtered clipcov selects online from what is left. --model wide trains a model of eight
+times the cost instead, vit-tiny a transformer of twenty times, vit a ViT-S, in bfloat16 with --device gpu, where the
+corpus then lies too; proxies stay small, and with --online-width an online one has as few channels as you like. The
+small model's convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were.
+Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long
+benchmark can be interrupted; with --any-code those of other versions of the code count too where there is none of this
+version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png;
+the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
 
-EMBEDS = ("teacher", "online", "proxy-noisy", "proxy-clean", "columns")
+PROXY_KINDS = ("proxy-noisy", "proxy-clean")
+EMBEDS = ("teacher", "online", *PROXY_KINDS, "columns")
 ONLINE_WIDTH = 8
 """Of the online proxy's first convolution, if --online-width names no other; the learner's is 24."""
 ALL_STREAMED = "random (all streamed)"
@@ -228,10 +230,15 @@ def proxy_rows(corpus: Corpus, embed: str, seed: int) -> Tensor:
 
 def proxy_of(job: dict[str, Any]) -> tuple[str, str, int, int] | None:
     """What proxy a job needs: (corpus, kind, seed, steps)."""
-    if job["embed"] in IN_TRAINING or job["selector"] == ALL_STREAMED:
+    kind = filter_proxy(job) or job["embed"]
+    if kind in IN_TRAINING or job["selector"] == ALL_STREAMED:
         return None
-    kind = "proxy-clean" if job["embed"] == "columns" else job["embed"]
-    return job["corpus"], kind, job["seed"], job["proxy_steps"]
+    return job["corpus"], "proxy-clean" if kind == "columns" else kind, job["seed"], job["proxy_steps"]
+
+
+def filter_proxy(job: dict[str, Any]) -> str | None:
+    """The kind of proxy that filters and does nothing else, where one does."""
+    return job.get("filter", {}).get("by")
 
 
 def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     pool_size, warmup = job["pool"], job["warmup"] if embed in IN_TRAINING else 0
     columns: dict[str, Tensor] = {}
     options: dict[str, Any] = {}
-    without = proxy_rows(corpus, embed, seed)
+    unseen = without = proxy_rows(corpus, filter_proxy(job) or embed, seed)
     scored = 0
     if "filter" in job:
         assert proxy is not None
@@ -248,6 +255,8 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         kept_rows = proxy.kept(corpus, without, job["filter"], seed)
         without = torch.ones(len(corpus.train)).index_fill_(0, kept_rows, 0).nonzero().squeeze(1)
         selector = job["filter"]["selector"]
+    if filter_proxy(job):
+        proxy = None  # it has done its work
     if selector == ALL_STREAMED:
         pool_size, steps = survivors, steps * pool_size // survivors
         options = {"selector": "random"}
@@ -281,7 +290,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
     took = logged.medians()
     if proxy is not None:
         took.pop("embed_ms", None)  # the frozen model ran beforehand
-        took["balanced_residual"] = proxy.balanced_residual(corpus, rows, proxy_rows(corpus, embed, seed))
+        took["balanced_residual"] = proxy.balanced_residual(corpus, rows, unseen)
     share = torch.bincount(corpus.train.label.cpu()[rows]) / len(rows)
     return {
         **job,
@@ -537,6 +546,7 @@ def main() -> None:
     parser.add_argument(
         "--filtered", default="random", help="what trains on --filter's; random: plain training on it all"
     )
+    parser.add_argument("--filter-by", choices=PROXY_KINDS, help="whose embeddings --filter goes by; the cell's own")
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--model", default="tiny", choices=sorted(LEARNING_RATES))
@@ -558,8 +568,10 @@ def main() -> None:
     unknown = [*(set(embeds) - set(EMBEDS)), *(set(selectors) - set(SELECTORS)), *(set(filtered) - set(SELECTORS))]
     if unknown:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
-    if filtered and (without := sorted(set(embeds).intersection(IN_TRAINING))):
-        parser.error(f"--filter needs a frozen model, which --embed {without} has not")
+    if filtered and not args.filter_by and (without := sorted(set(embeds).intersection(IN_TRAINING))):
+        parser.error(f"--filter needs a frozen model, which --embed {without} has not; --filter-by names one")
+    if args.filter_by and (frozen := sorted(set(embeds).difference(IN_TRAINING))):
+        parser.error(f"--filter-by is for models in training; --embed {frozen} filter by themselves")
     if not 0 <= args.warmup < 1:
         parser.error(f"--warmup {args.warmup} must be in [0, 1), a share of the steps")
     try:
@@ -576,7 +588,8 @@ def main() -> None:
     bfloat16 = args.device == "gpu" or is_native(torch.bfloat16, "cpu")
     code, data = fingerprint_of_code(), {name: fingerprint_of_data(corpus) for name, corpus in CORPORA.items()}
     filters = {
-        bench_filters.name_of(rule, fraction, name): {"rule": rule, "fraction": fraction, "selector": name}
+        bench_filters.name_of(rule, fraction, name, args.filter_by): {"rule": rule, "fraction": fraction}
+        | {"selector": name, "by": args.filter_by}
         for (rule, fraction), name in itertools.product(args.filter, filtered)
     }
     knobs |= variants
