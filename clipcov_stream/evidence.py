@@ -41,8 +41,9 @@ LEAST_P_VALUE = 2e-3
 EDGES = 16
 """Of `edge_of`: an edge is a whole number of EDGES-ths."""
 
-STEEP, FEW = 8, 2
-"""Of `edge_of`, measured in tools/LOG.md."""
+LEAST_EDGE, STEEP, FEW, LEAST_LEFT = 3, 8, 2, 0.1
+"""Of `edge_of`, measured in tools/LOG.md: the least edge, in EDGES-ths; how much rarer pairs are beyond an edge than
+they would be, and how many fewer at least; the share of the pool that has to be mismatched, as the edge has it."""
 
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
@@ -256,26 +257,31 @@ def edge_of(p_value: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Fl
     Web data come filtered: by a CLIP score, by another model's or by this one's. If what looked least like a match is
     gone, none is left to count by, and what is left of the mismatched pairs would pass for matches. But a filter leaves
     an edge. Of p-values whose density falls no faster than 1 / p, as a mixture of uniform ones and p^(a - 1), a > 0,
-    does, at least log2(1 / c) times as many lie beyond c as between c / 2 and c. The edge is the least c, in EDGES-ths,
-    with fewer than 1 / STEEP of these, less FEW: in a pool of a few hundred that does not happen by chance.
+    does, at least log2(1 / c) times as many lie beyond c as between c / 2 and c. The edge is the least c, in EDGES-ths
+    and from LEAST_EDGE of them on, with fewer than 1 / STEEP of these, less FEW: in a pool of a few hundred that does
+    not happen by chance. A good embedder's p-values of clean pairs may fall faster, but few of them are so large that
+    they would pass for a tenth of the pool; below that an edge would change nothing.
 
-    Where a filter was of another model its edge is blurred, perhaps so much that none is found, and the share that
-    matches is overestimated as far as that.
+    Where a filter left the best few alone, or was of another model so that its edge is blurred, none may be found, and
+    the share that matches is overestimated as far as that.
     """
-    edges, excess = edges_on(p_value.device)
+    edges, excess, left = edges_on(p_value.device)
     places = (p_value * (2 * EDGES)).long()
     num = torch.zeros_like(excess[0]).index_add_(0, places, valid.double())
-    return torch.where(excess @ num <= -FEW, edges, 1.0).amin()
+    found = (excess @ num <= -FEW) & (left @ num >= LEAST_LEFT * num.sum())
+    return torch.where(found, edges, 1.0).amin()
 
 
 @functools.cache
-def edges_on(device: torch.device) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges places"]]:
-    """The edges that `edge_of` tries, and what a p-value adds to how many lie beyond each, less an STEEP-th of how many
-    would: by its place, in halves of EDGES-ths. In double, which counts exactly."""
-    place, step = torch.arange(2 * EDGES + 1, device=device), torch.arange(1, EDGES, device=device)[:, None]
+def edges_on(
+    device: torch.device,
+) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges places"], Float[Tensor, "edges places"]]:
+    """The edges that `edge_of` tries; what a p-value adds, by its place in halves of EDGES-ths, to how many lie beyond
+    each, less a STEEP-th of how many would; and to how many would be mismatched. In double, which counts exactly."""
+    place, step = torch.arange(2 * EDGES + 1, device=device), torch.arange(LEAST_EDGE, EDGES, device=device)[:, None]
     beyond, below = (place >= 2 * step).double(), ((place >= step) & (place < 2 * step)).double()
     edges = step / EDGES
-    return edges.squeeze(1), beyond + below * edges.double().log2() / STEEP
+    return edges.squeeze(1), beyond + below * edges.double().log2() / STEEP, 2 * (beyond + below)
 
 
 def compared(
