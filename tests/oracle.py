@@ -96,6 +96,16 @@ def greedy(all_atoms, worth, aim, coverage, valid, num_survivors) -> list[int]:
     return chosen
 
 
+def edge(p_values, sixteenths=range(3, 16), steep=8, few=2, least=0.1) -> float:
+    """The least edge c, in sixteenths, that p-values end at: by counts, one by one."""
+    for step in sixteenths:
+        beyond = sum(p >= step / 16 for p in p_values)
+        below = sum(step / 32 <= p < step / 16 for p in p_values)
+        if beyond + few <= below * np.log2(16 / step) / steep and 2 * (beyond + below) >= least * len(p_values):
+            return step / 16
+    return 1.0
+
+
 def match_p_values(image, text, scale) -> np.ndarray:
     """Share of mismatched pairs of the same image or caption whose margin is at least the pair's own, one by one."""
     logits = scale * as64(image) @ as64(text).T

@@ -95,6 +95,22 @@ def test_no_edge_is_seen_where_nobody_filtered(num):
         assert float(edge_of(p_value, everyone)) == 1.0
 
 
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    num=st.integers(1, 400),
+    cut=st.floats(0.05, 1.0),
+    share=st.floats(0, 1),
+    power=st.floats(0.02, 1.0),
+    seed=st.integers(0, 99),
+)
+def test_edges_equal_the_oracle(num, cut, share, power, seed):
+    p_value = torch.rand(num, generator=torch.Generator().manual_seed(seed))
+    p_value[: int(share * num)] **= 1 / power
+    p_value *= cut
+    valid = torch.arange(num) % 5 != 3
+    assert float(edge_of(p_value, valid)) == oracle.edge(p_value[valid].tolist())
+
+
 @pytest.mark.parametrize("edge", [0.2, 0.3, 0.55, 0.8])
 def test_an_edge_is_seen_where_it_is(edge):
     """Beside matching pairs, and whatever is not valid."""
