@@ -41,9 +41,13 @@ LEAST_P_VALUE = 2e-3
 EDGES = 16
 """Of `edge_of`: an edge is a whole number of EDGES-ths."""
 
-LEAST_EDGE, STEEP, FEW, LEAST_LEFT = 3, 8, 2, 0.1
+LEAST_EDGE, STEEP, FEW = 3, 8, 2
 """Of `edge_of`, measured in tools/LOG.md: the least edge, in EDGES-ths; how much rarer pairs are beyond an edge than
-they would be, and how many fewer at least; the share of the pool that has to be mismatched, as the edge has it."""
+they would be, and how many fewer at least."""
+
+LEAST_LEFT, LEAST_SHARE = 0.1, 0.25
+"""Of `edge_of`: by what an edge says, the share of the pool that is mismatched, at least, and the share of the stream
+that matched before the filter, at least."""
 
 LEAST_DENSITY = 1e-4
 """Of `log_density`, per side: a sample at the very mean resembles nothing, and is not infinitely rare for it."""
@@ -64,30 +68,29 @@ class Matching:
     score: Float[Tensor, " pool"]
     p_value: Float[Tensor, " pool"]
     share: Float[Tensor, ""]
-    edge: Float[Tensor, ""] | float = 1.0
+    edge: Float[Tensor, ""]
 
-    @property
-    def p_value_within(self) -> Float[Tensor, " pool"]:
-        """p-values as they are among the mismatched pairs that were left: uniform up to 1 again."""
-        return (self.p_value / self.edge).clamp_max(1.0)
+    def p_value_within(self, least: float = 0.0) -> Float[Tensor, " pool"]:
+        """p-values, `least` at least, as they are among the mismatched pairs that were left: uniform up to 1 again."""
+        return (self.p_value.clamp_min(least) / self.edge).clamp_max(1.0)
 
     def posterior(self, valid: Bool[Tensor, " pool"]) -> Float[Tensor, " pool"]:
         """How likely each pair is to match, given its p-value; in (0, 1), and 0 where a sample is not valid.
 
         One less the local false discovery rate (Efron et al., JASA 2001): of all valid pairs a share s matches, whose
         p-values have the density a p^(a - 1), and those of the others are uniform (Pounds and Morris, Bioinformatics
-        2003), so that s a p^(a - 1) / (1 - s + s a p^(a - 1)) of those at p match. s is Storey's, a that of their mean.
-        p is `p_value_within`.
-        Where it errs it is too low in the middle, by .4 at most over tenths of a noisy corpus (tools/LOG.md).
+        2003), so that s a p^(a - 1) / (1 - s + s a p^(a - 1)) of those at p match. s is Storey's, a that of their mean,
+        p up to the edge of 1. Where it errs it is too low in the middle, by .4 at most over tenths of a noisy corpus
+        (tools/LOG.md).
         """
         share, power = self._mixture(valid)
-        matched = share * power * self.p_value_within.clamp_min(LEAST_P_VALUE).pow(power - 1)
+        matched = share * power * self.p_value_within(LEAST_P_VALUE).pow(power - 1)
         return (matched / (1 - share + matched)).masked_fill(~valid, 0.0)
 
     def _mixture(self, valid: Bool[Tensor, " pool"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """s and a of `posterior`."""
         share = self.share.clamp(0.02, 0.98)
-        mean = (self.p_value_within * valid).sum() / valid.sum().clamp_min(1)
+        mean = (self.p_value_within() * valid).sum() / valid.sum().clamp_min(1)
         # (1 - s) / 2 + s a / (1 + a) is the mean of the mixture.
         own = ((mean - (1 - share) / 2) / share).clamp(0.01, 0.49)
         return share, own / (1 - own)
@@ -259,17 +262,26 @@ def edge_of(p_value: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Fl
     an edge. Of p-values whose density falls no faster than 1 / p, as a mixture of uniform ones and p^(a - 1), a > 0,
     does, at least log2(1 / c) times as many lie beyond c as between c / 2 and c. The edge is the least c, in EDGES-ths
     and from LEAST_EDGE of them on, with fewer than 1 / STEEP of these, less FEW: in a pool of a few hundred that does
-    not happen by chance. A good embedder's p-values of clean pairs may fall faster, but few of them are so large that
-    they would pass for a tenth of the pool; below that an edge would change nothing.
+    not happen by chance.
+
+    Other things have edges too, and are let be. A good embedder's p-values of clean pairs may fall faster than 1 / p,
+    but few of them are so large that they would pass for LEAST_LEFT of the pool. Where a concept fills a share r of the
+    pool and pairs within it are not told apart, theirs are uniform up to r; then hardly any would have matched before
+    the filter, less than LEAST_SHARE, which is what no filter was given. Concepts of a tenth each are taken for an
+    edge, and the share that matches is underestimated by a fifth.
 
     Where a filter left the best few alone, or was of another model so that its edge is blurred, none may be found, and
-    the share that matches is overestimated as far as that.
+    the share is overestimated as far as that.
     """
-    edges, excess, left = edges_on(p_value.device)
+    edges, excess, mismatched = edges_on(p_value.device)
     places = (p_value * (2 * EDGES)).long()
     num = torch.zeros_like(excess[0]).index_add_(0, places, valid.double())
-    found = (excess @ num <= -FEW) & (left @ num >= LEAST_LEFT * num.sum())
-    return torch.where(found, edges, 1.0).amin()
+    first = torch.where(excess @ num <= -FEW, edges, 1.0).amin()
+    left = mismatched @ num / num.sum().clamp_min(1)
+    # Of a stream with LEAST_SHARE of matches a filter that takes all beyond the edge leaves this share mismatched.
+    most = (1 - LEAST_SHARE) * edges / (LEAST_SHARE + (1 - LEAST_SHARE) * edges)
+    believed = (edges == first) & (left >= LEAST_LEFT) & (left <= most)
+    return torch.where(believed, edges, 1.0).amin()
 
 
 @functools.cache
@@ -277,7 +289,7 @@ def edges_on(
     device: torch.device,
 ) -> tuple[Float[Tensor, " edges"], Float[Tensor, "edges places"], Float[Tensor, "edges places"]]:
     """The edges that `edge_of` tries; what a p-value adds, by its place in halves of EDGES-ths, to how many lie beyond
-    each, less a STEEP-th of how many would; and to how many would be mismatched. In double, which counts exactly."""
+    each, less a STEEP-th of how many would; and to how many are mismatched by it. In double, which counts exactly."""
     place, step = torch.arange(2 * EDGES + 1, device=device), torch.arange(LEAST_EDGE, EDGES, device=device)[:, None]
     beyond, below = (place >= 2 * step).double(), ((place >= step) & (place < 2 * step)).double()
     edges = step / EDGES

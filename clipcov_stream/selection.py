@@ -10,10 +10,9 @@ corpus:
 
 1. What matches? A pool's own mismatched pairs show what chance looks like; the share of pairs that do better than that
    is estimated, also among what a filter left (`evidence.edge_of`), and `gate` times as many of the best stay open
-   (`evidence.matching`). Where the data set is passed over
-   many times, the best are those that have most left to give: a pair's chance to match counts a half, a third, a
-   quarter and so on from the time on that it was trained on more than `repeats` times, until a doubtful one that is
-   new is worth more.
+   (`evidence.matching`). Where the data set is passed over many times, the best are those that have most left to give:
+   a pair's chance to match counts a half, a third, a quarter and so on from the time on that it was trained on more
+   than `repeats` times, until a doubtful one that is new is worth more.
 2. What is common? An open pair is worth less the denser its image and its caption lie, and the more of its like were
    trained on lately, so that popular concepts and near-duplicates do not fill the batch again and again
    (`evidence.log_density`, `evidence.log_exposure`), as far as there are any (`evidence.unevenness`); less again if it
@@ -206,7 +205,7 @@ def aim_of(
     # Before there are survivors nothing is missed of the target.
     memory = frame.matrix(state.kept.cross_cov_about(*centres))
     memory = torch.where(state.kept.weight > 0, memory, target)
-    figures, crowding = {"matched_share": match.share, "filter_edge": torch.as_tensor(match.edge)}, 1.0
+    figures, crowding = {"matched_share": match.share, "filter_edge": match.edge}, 1.0
     if settings.starts_softly:
         figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
     if settings.unevenness > 0:

@@ -96,13 +96,16 @@ def greedy(all_atoms, worth, aim, coverage, valid, num_survivors) -> list[int]:
     return chosen
 
 
-def edge(p_values, sixteenths=range(3, 16), steep=8, few=2, least=0.1) -> float:
-    """The least edge c, in sixteenths, that p-values end at: by counts, one by one."""
+def edge(p_values, sixteenths=range(3, 16), steep=8, few=2, least=0.1, least_share=0.25) -> float:
+    """The least edge c, in sixteenths, that p-values end at, or 1 if none or not to be believed: by counts."""
     for step in sixteenths:
-        beyond = sum(p >= step / 16 for p in p_values)
-        below = sum(step / 32 <= p < step / 16 for p in p_values)
-        if beyond + few <= below * np.log2(16 / step) / steep and 2 * (beyond + below) >= least * len(p_values):
-            return step / 16
+        c = step / 16
+        beyond = sum(p >= c for p in p_values)
+        below = sum(c / 2 <= p < c for p in p_values)
+        if beyond + few <= below * np.log2(1 / c) / steep:
+            share = 1 - 2 * (beyond + below) / len(p_values)
+            before = share * c / (share * c + 1 - share)  # a filter took 1 - c of the mismatched
+            return c if 1 - share >= least and before >= least_share else 1.0
     return 1.0
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcov_stream import evidence, sketch
-from clipcov_stream.evidence import edge_of, log_density, log_exposure, matching, references, unevenness
+from clipcov_stream.evidence import Matching, edge_of, log_density, log_exposure, matching, references, unevenness
 from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
 from clipcov_stream.scratch import LARGEST, scratch
 
@@ -83,7 +83,7 @@ def test_the_share_of_matches_is_found_in_what_a_filter_left(keep, by, free, mon
     assert float(posterior[true].mean()) > 0.75 and float(posterior[~true].mean()) < 0.25
 
 
-@pytest.mark.parametrize("num", [1, 7, 60, 600])
+@pytest.mark.parametrize("num", [20, 60, 600])
 def test_no_edge_is_seen_where_nobody_filtered(num):
     """Uniform p-values, those of matching pairs as p ** (1 / a) for weak and strong embedders, and mixtures."""
     generator = torch.Generator().manual_seed(num)
@@ -93,6 +93,18 @@ def test_no_edge_is_seen_where_nobody_filtered(num):
         p_value = torch.rand(num, generator=generator)
         p_value[: int(share * num)] **= 1 / (0.02 + 0.98 * power)
         assert float(edge_of(p_value, everyone)) == 1.0
+    ends = torch.rand(num, generator=generator) * torch.where(torch.arange(num) < num // 2, 0.5, 0.01)
+    assert float(edge_of(ends, everyone)) < 1.0 or num == 20  # too few to tell
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 6, 8])
+def test_classes_that_are_not_told_apart_within_are_no_filter(classes):
+    """Any of a class' captions fits any of its images, so that p-values are uniform up to the class' share."""
+    generator = torch.Generator().manual_seed(classes)
+    rows = F.one_hot(torch.arange(640) % classes, 16).float()
+    image, text = (rows + 0.05 * torch.randn(640, 16, generator=generator) for _ in range(2))
+    match = matching(prepared(Pool(image, text, 20.0)), 256)
+    assert float(match.edge) == 1.0 and float(match.share) > 0.95 - (classes == 2) * 0.45
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -113,14 +125,25 @@ def test_edges_equal_the_oracle(num, cut, share, power, seed):
 
 @pytest.mark.parametrize("edge", [0.2, 0.3, 0.55, 0.8])
 def test_an_edge_is_seen_where_it_is(edge):
-    """Beside matching pairs, and whatever is not valid."""
-    draw_p = torch.rand(600, generator=torch.Generator().manual_seed(0))
-    p_value = torch.cat([edge * draw_p, edge * draw_p**20, torch.linspace(0, 1, 300)])
-    valid = torch.arange(1500) < 1200
+    """In what is left of a stream of which half matched, and whatever is not valid."""
+    drawn = torch.rand(600, generator=torch.Generator().manual_seed(0))
+    left, matched = edge * drawn[: int(600 * edge)], edge * drawn**20
+    p_value = torch.cat([left, matched, torch.linspace(0, 1, 300)])
+    valid = torch.arange(len(p_value)) < len(left) + 600
     assert float(edge_of(p_value, valid)) == pytest.approx(edge, abs=1 / 16 + 0.05 * edge)
     assert float(edge_of(torch.full((600,), 0.01), valid[:600])) == 1.0  # none lie below an edge
-    few = torch.cat([edge * draw_p[:50], 0.01 * draw_p])  # mismatched are so few that it would change nothing
-    assert float(edge_of(few, torch.ones(650, dtype=torch.bool))) == 1.0
+    few = torch.cat([left[: len(left) // 8], 0.01 * drawn])  # mismatched, so few that it would change nothing
+    assert float(edge_of(few, torch.ones(len(few), dtype=torch.bool))) == 1.0
+
+
+def test_the_told_are_counted_within_the_edge():
+    """Ten pairs at 0, where all others are spread: up to 1 they are not chance's, up to .2 they may be."""
+    p_value = torch.cat([torch.zeros(3), torch.linspace(0.01, 0.2, 197)])
+    told = [
+        float(Matching(-p_value, p_value, torch.tensor(0.1), torch.tensor(edge)).told(p_value < 2, 2 / 3))
+        for edge in (1.0, 0.2)
+    ]
+    assert told[0] > told[1] == 0.0
 
 
 def test_the_gate_lets_matches_through():

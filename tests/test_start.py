@@ -33,7 +33,7 @@ def places_of(pool, num, soft_start=0.5):
 def test_places_follow_from_the_definition():
     """By the mixture of p-values that `Matching.posterior` says, reckoned here by hand."""
     p_value = torch.tensor([0.002, 0.01, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.95])
-    match = Matching(-p_value, p_value, torch.tensor(0.4))
+    match = Matching(-p_value, p_value, torch.tensor(0.4), torch.tensor(1.0))
     valid = torch.ones(10, dtype=torch.bool)
     own = (float(p_value.mean()) - 0.3) / 0.4  # of those that match, whose mean is a / (1 + a); 1/2 of the others
     power = own / (1 - own)

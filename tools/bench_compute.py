@@ -58,7 +58,7 @@ def steps_of(row: dict[str, Any]) -> float:
     """Compute of a run, in plain steps of its learner."""
     steps = row["samples_seen"] / row["survivors"]
     name = row["selector"].partition(" ")[0]
-    if name == "random":
+    if name in ("random", "plain"):
         return steps
     # Rivals' first steps select nothing, where the embedder is in training.
     selecting = steps - (row["warmup"] if name != bench_report.OURS and row["embed"] in IN_TRAINING else 0)

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from clipcov_stream.embed import is_native
 
+LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit-tiny": 1e-3, "vit": 5e-4}
+"""Of the learners that benchmarks know."""
+
+WIDTHS = {"tiny": 24, "wide": 72}
+"""Of the first convolution."""
+
+VITS = {"vit-tiny": (4, 96, 3, 96, 2, 32, 64), "vit": (8, 384, 12, 256, 4, 64, 256)}
+"""Side of a patch, width and layers of both transformers, width of a head, width of the embeddings."""
+
 
 class TinyTowers(nn.Module):
     """Three strided convolutions, and the mean of word embeddings through one hidden layer.
@@ -65,12 +74,6 @@ class TinyTowers(nn.Module):
         }
 
 
-LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit-tiny": 1e-3, "vit": 5e-4}
-"""Of the learners that benchmarks know."""
-WIDTHS = {"tiny": 24, "wide": 72}
-"""Of the first convolution."""
-
-
 def towers_of(kind: str, vocab_size: int, image_size: int, context: int) -> nn.Module:
     """The learner of that name, with weights of torch's generator: TinyTowers, or a transformer of open_clip's.
 
@@ -79,13 +82,8 @@ def towers_of(kind: str, vocab_size: int, image_size: int, context: int) -> nn.M
     """
     if kind in WIDTHS:
         return TinyTowers(vocab_size, width=WIDTHS[kind])
-    patch, width, layers, text_width, text_layers = {"vit-tiny": (4, 96, 3, 96, 2), "vit": (8, 384, 12, 256, 4)}[kind]
-    head_width = 32 if kind == "vit-tiny" else 64
-    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head_width}
-    text = {"width": text_width, "heads": text_width // head_width, "layers": text_layers}
-    return open_clip.CLIP(
-        embed_dim=64 if kind == "vit-tiny" else 256,
-        vision_cfg=vision,  # pyright: ignore
-        text_cfg={"context_length": context, "vocab_size": vocab_size, **text},  # pyright: ignore
-        output_dict=True,
-    )
+    patch, width, layers, text_width, text_layers, head, dim = VITS[kind]
+    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head}
+    text = {"context_length": context, "vocab_size": vocab_size, "width": text_width, "layers": text_layers}
+    text |= {"heads": text_width // head}
+    return open_clip.CLIP(embed_dim=dim, vision_cfg=vision, text_cfg=text, output_dict=True)  # pyright: ignore

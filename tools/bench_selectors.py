@@ -87,6 +87,8 @@ class Stream:
         order = torch.cat([left[torch.randperm(len(left), generator=generator)] for _ in range(epochs)])
         self.rows = order[: pool_size * steps].view(steps, pool_size)
         self.corpus, self.columns = corpus, columns
+        # As a folder of these samples alone would number them.
+        self.ids = torch.zeros(len(corpus.train), dtype=torch.int64).index_copy_(0, left, torch.arange(len(left)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,7 +97,7 @@ class Stream:
         for rows in self.rows:
             split = self.corpus.train.at(rows.to(self.corpus.train.label.device))
             columns = {key: value[rows] for key, value in self.columns.items()}
-            yield {"image": normalize(split.image), "text": split.text, "row": rows, "id": rows, **columns}
+            yield {"image": normalize(split.image), "text": split.text, "row": rows, "id": self.ids[rows], **columns}
 
 
 class Survivors(Callback):
@@ -217,7 +219,7 @@ def trained_proxy(corpus: Corpus, kind: str, seed: int, steps: int) -> ClipModel
 
 
 def proxy_rows(corpus: Corpus, embed: str, seed: int) -> Tensor:
-    """The training samples of a cell's proxy, which its stream leaves out; none for the teacher."""
+    """The training samples of a cell's proxy, or of a filter's, which its stream leaves out; none for the teacher."""
     generator = torch.Generator().manual_seed(seed + 1000)
     if embed in IN_TRAINING:
         return torch.zeros(0, dtype=torch.int64)
@@ -266,7 +268,7 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
         options = {
             "selector": selector.partition(" ")[0],
             "embed": embed if proxy is None else "columns",
-            "dataset_size": len(corpus.train),
+            "dataset_size": len(corpus.train) - (len(without) if scored else 0),
             **job["knobs"],
         }
     if proxy is not None:
@@ -546,7 +548,11 @@ def main() -> None:
     parser.add_argument(
         "--filtered", default="random", help="what trains on --filter's; random: plain training on it all"
     )
-    parser.add_argument("--filter-by", choices=PROXY_KINDS, help="whose embeddings --filter goes by; the cell's own")
+    parser.add_argument(
+        "--filter-by",
+        choices=PROXY_KINDS,
+        help="whose embeddings --filter goes by (the cell's own); what it was trained on is not in what it leaves",
+    )
     parser.add_argument("--any-code", action="store_true", help="reuse finished runs of other versions of the code")
     parser.add_argument("--all-streamed", action="store_true", help=f"also {ALL_STREAMED}")
     parser.add_argument("--model", default="tiny", choices=sorted(LEARNING_RATES))
@@ -570,6 +576,8 @@ def main() -> None:
         parser.error(f"{unknown} are neither of {list(EMBEDS)} nor of {sorted(SELECTORS)}")
     if filtered and not args.filter_by and (without := sorted(set(embeds).intersection(IN_TRAINING))):
         parser.error(f"--filter needs a frozen model, which --embed {without} has not; --filter-by names one")
+    if args.filter_by and not filtered:
+        parser.error(f"--filter-by {args.filter_by} has nothing to filter without --filter")
     if args.filter_by and (frozen := sorted(set(embeds).difference(IN_TRAINING))):
         parser.error(f"--filter-by is for models in training; --embed {frozen} filter by themselves")
     if not 0 <= args.warmup < 1:
