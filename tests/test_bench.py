@@ -267,6 +267,21 @@ def test_impossible_filters_are_named(text: str) -> None:
         bench_filters.filter_of(text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--embed", "teacher", "--filter", "sound:0.5"), "--filter needs a frozen model"),
+        (("--embed", "teacher", "--filter-by", "proxy-clean"), "has nothing to filter without --filter"),
+        (("--embed", "columns", "--filter", "sound:0.5", "--filter-by", "proxy-clean"), "filter by themselves"),
+    ],
+)
+def test_a_filter_without_a_model_of_its_own_is_refused(arguments, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_selectors.py", "--corpus", "a=nowhere", *arguments])
+    with pytest.raises(SystemExit):
+        bench_selectors.main()
+    assert message in capsys.readouterr().err
+
+
 def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, folder: Path) -> None:
     def bench(*arguments: str) -> dict:
         shape = ["--warmup", "0.25", "--proxy-steps", "3", "--jobs", "1"]

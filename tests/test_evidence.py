@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from clipcov_stream import evidence, sketch
 from clipcov_stream.evidence import Matching, edge_of, log_density, log_exposure, matching, references, unevenness
+from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.pool import Pool, log_sum_exp, prepared, softmax
 from clipcov_stream.scratch import LARGEST, scratch
+from clipcov_stream.selection import select
 
 
 def draw(n, dim, matched, seed=0, noise=0.3, scale=20.0):
@@ -144,6 +146,17 @@ def test_the_told_are_counted_within_the_edge():
         for edge in (1.0, 0.2)
     ]
     assert told[0] > told[1] == 0.0
+
+
+def test_selection_says_where_a_filter_was_and_opens_no_more_than_match():
+    pool = draw(2000, 16, 0.5)
+    left, rows = filtered(pool, 0.8, matching(pool, 256).score)
+    state = SelectionState.initial(16, Settings())
+    whole, report = (select(state, each, 100).report for each in (pool, left))
+    assert float(whole["filter_edge"]) == 1.0 and 0.2 < float(report["filter_edge"]) < 0.8
+    true = float((rows < 1000).float().mean())
+    assert float(report["open_share"]) == pytest.approx(float(report["matched_share"]), abs=0.01)
+    assert float(report["matched_share"]) == pytest.approx(true, abs=0.1)
 
 
 def test_the_gate_lets_matches_through():
