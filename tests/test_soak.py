@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,8 +34,9 @@ def test_two_hundred_steps_use_up_nothing(tmp_path: Path, bucket: "Bucket") -> N
     early = [row for row in meter.rows if 32 < row["step"] <= 100]
     late = [row for row in meter.rows if row["step"] > 100]
     for key in soak.BOUNDED:
-        # A connection more or less comes and goes with the store's answers; a leak of a step is a hundred.
-        assert max(row[key] for row in late) <= max(row[key] for row in early) + 3, key
+        # In the middle of the rows: a few connections more come and go with the store's answers, and the largest number
+        # of a hundred steps is chance. A leak of a step is a hundred, one of an epoch three.
+        assert median(row[key] for row in late) <= median(row[key] for row in early) + 2, key
     evicted = len(list((tmp_path / "corpus").glob("shard.*"))) - max(row["cached"] for row in meter.rows)
     assert evicted > 0  # the cache is smaller than the folder
 
