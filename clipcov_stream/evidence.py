@@ -266,9 +266,9 @@ def edge_of(p_value: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"]) -> Fl
 
     Other things have edges too, and are let be. A good embedder's p-values of clean pairs may fall faster than 1 / p,
     but few of them are so large that they would pass for LEAST_LEFT of the pool. Where a concept fills a share r of the
-    pool and pairs within it are not told apart, theirs are uniform up to r; then hardly any would have matched before
-    the filter, less than LEAST_SHARE, which is what no filter was given. Concepts of a tenth each are taken for an
-    edge, and the share that matches is underestimated by a fifth.
+    pool and pairs within it are not told apart, theirs are uniform up to r; if that were an edge, hardly any pair would
+    have matched before the filter, less than LEAST_SHARE. Ten concepts of a tenth each are taken for an edge, and the
+    share that matches is underestimated by a fifth; so are matches as rare as that, filtered, for no edge.
 
     Where a filter left the best few alone, or was of another model so that its edge is blurred, none may be found, and
     the share is overestimated as far as that.
