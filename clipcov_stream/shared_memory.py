@@ -5,11 +5,13 @@ same remote folder is refused ("Reused local directory") until it is removed; St
 `clean_stale_shared_memory` removes that of live runs too. Here every process that opens a dataset says so in a file in
 /dev/shm, on which it holds a lock that ends with it, or with the last of its workers, however they end. What such files
 name whose locks are free has no owner; what no such file names may be another program's and is let be. A run's notes of
-bad shards lie beside them, and go with the last of its processes.
+bad shards lie beside them, and go with the last of its processes; so do the lock files that Streaming leaves in TMPDIR,
+whose numbers it would never use again and look at, each of them, whenever a dataset is opened.
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import logging
@@ -18,7 +20,7 @@ import shutil
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -26,6 +28,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
+from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
 from streaming.base.shared.prefix import _unpack_locals
@@ -40,6 +43,9 @@ TURN_PATIENCE = 60.0
 `dist_timeout` must be longer."""
 WAITED_FOR: set[Path] = set()
 """Claims for whose processes that was in vain; once is enough."""
+
+OPEN_ATTEMPTS = 5
+"""How often the ranks of a job look for a number before they give up."""
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +95,65 @@ def locked(file: int, patience: float) -> bool:
 
 
 @contextmanager
+def agreeing() -> Iterator[None]:
+    """While a StreamingDataset is being made, its ranks look for a number again, all together, if one had no luck.
+
+    In Streaming each rank looks for a number that is free, and one then takes it. If another process was faster, or
+    ranks saw different ones because a process ended meanwhile, some ranks fail and the others wait for them for ever.
+    Jobs of this package take turns (`turn`); Streaming's other users do not.
+    """
+    search = streaming_dataset.get_shm_prefix
+    streaming_dataset.get_shm_prefix = agreed(search)
+    try:
+        yield
+    finally:
+        streaming_dataset.get_shm_prefix = search
+
+
+def agreed(search: Callable[..., tuple[int, Any]]) -> Callable[..., tuple[int, Any]]:
+    """Streaming's `get_shm_prefix`, whose ranks succeed together or fail together.
+
+    Raises:
+        FileExistsError: other processes were faster `OPEN_ATTEMPTS` times.
+        RuntimeError: ranks saw different numbers as often, or failed only elsewhere.
+        ValueError: a folder is in use by another run.
+    """
+
+    def searched(*args: Any, **kwargs: Any) -> tuple[int, Any]:
+        for attempt in range(1, OPEN_ATTEMPTS + 1):
+            number, segment, error = -1, None, None
+            try:
+                number, segment = search(*args, **kwargs)
+            except (FileExistsError, RuntimeError, ValueError) as caught:
+                error = caught
+            # The others wait twice in there: before the first of a node takes its number, and after.
+            waits = 2 if isinstance(error, ValueError) else 1 if isinstance(error, FileExistsError) else 0
+            failures = failures_of_ranks(error, waits)
+            if not failures:
+                return number, segment
+            if segment is not None:
+                atexit.unregister(segment.cleanup)  # by then its name may be another's
+                segment.cleanup()
+            if attempt == OPEN_ATTEMPTS or any(isinstance(failure, ValueError) for failure in failures):
+                raise error or RuntimeError(f"other ranks could not open the data set: {failures[0]!r}")
+            time.sleep(0.05 * (1 + os.getpid() % 7))
+        raise AssertionError
+
+    return searched
+
+
+def failures_of_ranks(error: Exception | None, waits: int) -> list[Exception]:
+    """What went wrong on any rank, told to all of them; a rank waits for the others so many times first."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [] if error is None else [error]
+    for _ in range(waits):
+        torch.distributed.barrier()
+    every: list[Exception | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, error)
+    return [failure for failure in every if failure is not None]
+
+
+@contextmanager
 def opening(local: str | None, split: str | None) -> Iterator[None]:
     """While a StreamingDataset of these folders is being made, its number not yet known, note that this process is."""
     written = None
@@ -111,7 +176,7 @@ def claim(dataset: Any) -> Path:
     if not MEMORY.is_dir():
         return Path(dataset._filelock_root, f"{prefix}{NOTES}")
     said = {"prefix": prefix, "inode": inode_of(MEMORY / f"{prefix}{LOCALS}"), "root": dataset._filelock_root}
-    weakref.finalize(dataset, release, *write_claim(said), os.getpid())
+    weakref.finalize(dataset, release, *write_claim(said), os.getpid(), said)
     return notes_of(said)
 
 
@@ -145,12 +210,34 @@ def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
     return file, MEMORY / name
 
 
-def release(file: Any, path: Path, pid: int) -> None:
-    """End a claim, and its notes if it was the run's last; a worker that was forked with it only drops its copy."""
+def release(file: Any, path: Path, pid: int, said: dict[str, Any] | None = None) -> None:
+    """End a claim, and its notes and lock files if it was the run's last; a worker that was forked with it only drops
+    its copy."""
     file.close()
     if os.getpid() == pid:
         path.unlink(missing_ok=True)
         clean_notes()
+        if said is not None:
+            clean_locks(said)
+
+
+def lock_files(said: dict[str, Any], prefix: str) -> list[Path]:
+    """Where Streaming keeps the lock files of a number."""
+    return [Path(said.get("root", gettempdir()), f"{prefix}{name}") for name in (BARRIER_FILELOCK, CACHE_FILELOCK)]
+
+
+def clean_locks(said: dict[str, Any]) -> None:
+    """Remove the lock files of a run's number if no claim is left on it and nobody holds them.
+
+    Until its shared memory goes too, the number is not free. A worker that outlives its dataset and locks once more
+    makes the file anew: then it stays.
+    """
+    if any(other["held"] and other.get("prefix") == said["prefix"] for other in claims().values()):
+        return
+    for place in lock_files(said, said["prefix"]):
+        with suppress(OSError), place.open() as file:  # most often it was never made, or a sibling has removed it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            place.unlink()
 
 
 def clean_dead() -> list[str]:
@@ -181,8 +268,7 @@ def removed_of(found: dict[Path, dict[str, Any]]) -> list[str]:
             continue
         await_tracker(said)
         for prefix in prefixes_of(path, said, live):
-            places = [MEMORY / f"{prefix}{name}" for name in SHM_TO_CLEAN]
-            places += [Path(said.get("root", gettempdir()), f"{prefix}{n}") for n in (BARRIER_FILELOCK, CACHE_FILELOCK)]
+            places = [MEMORY / f"{prefix}{name}" for name in SHM_TO_CLEAN] + lock_files(said, prefix)
             removed += [place.name for place in places if unlinked(place)]
         unlinked(path)
     return removed

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,11 +40,10 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import clean_dead, opening, turn
+from clipcov_stream.shared_memory import agreeing, clean_dead, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 from clipcov_stream.workers import begin_worker
 
-OPEN_ATTEMPTS = 5
 STUCK = 2
 """Timeouts of the data set after which a worker counts as stuck that has said nothing."""
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
@@ -168,8 +166,8 @@ class PairDataset(GuardedDataset):
         open_ = super().__init__
         clean_dead()
         try:
-            with opening(where.get("local"), where.get("split")), turn():
-                opened(lambda: open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs))
+            with opening(where.get("local"), where.get("split")), turn(), agreeing():
+                open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise
@@ -368,21 +366,6 @@ def blank(value: Any) -> Any:
 def content_id(image: bytes) -> int:
     """63 bits of the hash of an image's bytes."""
     return int.from_bytes(hashlib.sha1(image).digest()[:8], "big") >> 1
-
-
-def opened(open_: Callable[[], None]) -> None:
-    """Open a StreamingDataset, again if another process has just taken the name of its shared memory.
-
-    Jobs of this package take turns (`turn`); Streaming's other users do not. Ranks agree on a number together, and one
-    of them alone must not try again.
-    """
-    for attempt in range(OPEN_ATTEMPTS):
-        try:
-            return open_()
-        except FileExistsError:
-            if get_world_size() > 1 or attempt == OPEN_ATTEMPTS - 1:
-                raise
-            time.sleep(0.05 * (1 + os.getpid() % 7))
 
 
 def folder_index(local: str | None, remote: str | None, split: str | None, timeout: float = 60) -> bytes:

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 import typing
 import uuid
@@ -127,6 +128,19 @@ Engine.close = close_and_forget
 def pytest_runtest_teardown() -> Iterator[None]:
     yield
     SEGMENTS.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """TMPDIR is this run's own, here and in what is started: Streaming looks at every lock file that others left in it,
+    a second for fifteen thousand, whenever a dataset is opened."""
+    before = {"TMPDIR": os.environ.get("TMPDIR"), "default": tempfile.tempdir}
+    tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp", numbered=False))
+    yield
+    tempfile.tempdir = before["default"]
+    os.environ.pop("TMPDIR")
+    if before["TMPDIR"] is not None:
+        os.environ["TMPDIR"] = before["TMPDIR"]
 
 
 @pytest.fixture(scope="session")

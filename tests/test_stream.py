@@ -20,10 +20,10 @@ from streaming.base import dataset as streaming_dataset
 from torch import Tensor
 from torchvision.transforms import v2
 
-from clipcov_stream import stream as stream_module
 from clipcov_stream.batch import normalizing
 from clipcov_stream.decode import ImageTooLarge, scans_of
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, crop_box, decode_image
+from clipcov_stream.shared_memory import OPEN_ATTEMPTS
 from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
 
 SIZE = 8
@@ -513,6 +513,6 @@ def test_a_name_that_another_process_has_just_taken_is_left_to_it(
 
     monkeypatch.setattr(streaming_dataset, "get_shm_prefix", clash)
     assert len(dataset(folder)) == 4 and not taken
-    taken.extend([True] * stream_module.OPEN_ATTEMPTS)
+    taken.extend([True] * OPEN_ATTEMPTS)
     with pytest.raises(FileExistsError, match="/000000_locals"):
         dataset(folder)
