@@ -17,10 +17,11 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -31,7 +32,15 @@ import torch
 from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
-from streaming.base.shared.prefix import _unpack_locals
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import (
+    _check_and_find_retrying,
+    _check_self,
+    _get_path,
+    _pack_locals,
+    _unpack_locals,
+)
+from streaming.base.world import World
 
 MEMORY = Path("/dev/shm")
 CLAIM = "clipcov_"
@@ -45,7 +54,9 @@ WAITED_FOR: set[Path] = set()
 """Claims for whose processes that was in vain; once is enough."""
 
 OPEN_ATTEMPTS = 5
-"""How often the ranks of a job look for a number before they give up."""
+"""How often a job looks for a number before it gives up."""
+PATCHING = threading.RLock()
+"""Held while Streaming looks for a number our way."""
 
 log = logging.getLogger(__name__)
 
@@ -96,61 +107,89 @@ def locked(file: int, patience: float) -> bool:
 
 @contextmanager
 def agreeing() -> Iterator[None]:
-    """While a StreamingDataset is being made, its ranks look for a number again, all together, if one had no luck.
-
-    In Streaming each rank looks for a number that is free, and one then takes it. If another process was faster, or
-    ranks saw different ones because a process ended meanwhile, some ranks fail and the others wait for them for ever.
-    Jobs of this package take turns (`turn`); Streaming's other users do not.
-    """
-    search = streaming_dataset.get_shm_prefix
-    streaming_dataset.get_shm_prefix = agreed(search)
-    try:
-        yield
-    finally:
-        streaming_dataset.get_shm_prefix = search
+    """While a StreamingDataset is being made, its ranks find a number for its shared memory by `agreed_prefix`."""
+    with PATCHING:
+        search = streaming_dataset.get_shm_prefix
+        streaming_dataset.get_shm_prefix = agreed_prefix
+        try:
+            yield
+        finally:
+            streaming_dataset.get_shm_prefix = search
 
 
-def agreed(search: Callable[..., tuple[int, Any]]) -> Callable[..., tuple[int, Any]]:
-    """Streaming's `get_shm_prefix`, whose ranks succeed together or fail together.
+def agreed_prefix(
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
+) -> tuple[int, SharedMemory]:
+    """A number that no process uses, with its block of shared memory; the ranks have one together, or all an error.
+
+    In Streaming's `get_shm_prefix` every rank looks for a number, the first of a node takes what it found, and one that
+    finds it taken meanwhile, or sees another one because a process has just ended, fails alone; the others wait for it
+    for ever. Here the first looks again, and tells the others.
 
     Raises:
+        ValueError: a folder is in use by another run, or named twice.
         FileExistsError: other processes were faster `OPEN_ATTEMPTS` times.
-        RuntimeError: ranks saw different numbers as often, or failed only elsewhere.
-        ValueError: a folder is in use by another run.
+        RuntimeError: it failed on other ranks, or ranks of a node name other folders.
     """
+    number, segment, error = -1, None, None
+    try:
+        if world.is_local_leader:
+            number, segment = taken_prefix(streams_local, streams_remote, retry)
+    except Exception as caught:
+        error = caught
+    said = told_by_ranks((world.node, number, repr(error) if error else None))
+    if not any(failure for _, _, failure in said):
+        try:
+            if segment is None:
+                number = max(number for node, number, _ in said if node == world.node)
+                segment = attached(number, streams_local)
+        except Exception as caught:
+            error = caught
+        said = told_by_ranks((world.node, number, repr(error) if error else None))
+    failures = [failure for _, _, failure in said if failure]
+    if segment is not None and not failures:
+        return number, segment
+    if segment is not None:
+        atexit.unregister(segment.cleanup)  # by then its name may be another's
+        segment.cleanup()
+    raise error or RuntimeError(f"other ranks could not open the data set: {failures[0]}")
 
-    def searched(*args: Any, **kwargs: Any) -> tuple[int, Any]:
-        for attempt in range(1, OPEN_ATTEMPTS + 1):
-            number, segment, error = -1, None, None
-            try:
-                number, segment = search(*args, **kwargs)
-            except (FileExistsError, RuntimeError, ValueError) as caught:
-                error = caught
-            # The others wait twice in there: before the first of a node takes its number, and after.
-            waits = 2 if isinstance(error, ValueError) else 1 if isinstance(error, FileExistsError) else 0
-            failures = failures_of_ranks(error, waits)
-            if not failures:
-                return number, segment
-            if segment is not None:
-                atexit.unregister(segment.cleanup)  # by then its name may be another's
-                segment.cleanup()
-            if attempt == OPEN_ATTEMPTS or any(isinstance(failure, ValueError) for failure in failures):
-                raise error or RuntimeError(f"other ranks could not open the data set: {failures[0]!r}")
+
+def taken_prefix(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    """The first number that nobody uses, taken."""
+    _check_self(streams_local)
+    for attempt in range(1, OPEN_ATTEMPTS + 1):
+        free = [_check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN]
+        data = _pack_locals(streams_local, number := max(free))
+        try:
+            segment = SharedMemory(_get_path(number, LOCALS), True, len(data))
+        except FileExistsError:  # the search and this are two steps, and Streaming's other users take no turns
+            if attempt == OPEN_ATTEMPTS:
+                raise
             time.sleep(0.05 * (1 + os.getpid() % 7))
-        raise AssertionError
+        else:
+            segment.buf[: len(data)] = data
+            return number, segment
+    raise AssertionError
 
-    return searched
+
+def attached(number: int, streams_local: list[str]) -> SharedMemory:
+    """The block that the first rank of this node has made."""
+    segment = SharedMemory(_get_path(number, LOCALS), False)
+    theirs, _ = _unpack_locals(bytes(segment.buf))
+    if theirs != streams_local:
+        segment.cleanup()
+        raise RuntimeError(f"this rank's local folders are {streams_local}, the first rank of its node has {theirs}")
+    return segment
 
 
-def failures_of_ranks(error: Exception | None, waits: int) -> list[Exception]:
-    """What went wrong on any rank, told to all of them; a rank waits for the others so many times first."""
+def told_by_ranks(own: Any) -> list[Any]:
+    """What every rank says, told to all."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [] if error is None else [error]
-    for _ in range(waits):
-        torch.distributed.barrier()
-    every: list[Exception | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, error)
-    return [failure for failure in every if failure is not None]
+        return [own]
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    return every
 
 
 @contextmanager
@@ -212,13 +251,26 @@ def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
 
 def release(file: Any, path: Path, pid: int, said: dict[str, Any] | None = None) -> None:
     """End a claim, and its notes and lock files if it was the run's last; a worker that was forked with it only drops
-    its copy."""
+    its copy. One that outlives the dataset keeps the claim, which is removed as a dead process' is."""
     file.close()
-    if os.getpid() == pid:
-        path.unlink(missing_ok=True)
-        clean_notes()
-        if said is not None:
-            clean_locks(said)
+    if os.getpid() != pid or is_held(path):
+        return
+    path.unlink(missing_ok=True)
+    clean_notes()
+    if said is not None:
+        clean_locks(said)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process still has a claim open."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone
+        pass
+    return False
 
 
 def lock_files(said: dict[str, Any], prefix: str) -> list[Path]:
@@ -227,17 +279,15 @@ def lock_files(said: dict[str, Any], prefix: str) -> list[Path]:
 
 
 def clean_locks(said: dict[str, Any]) -> None:
-    """Remove the lock files of a run's number if no claim is left on it and nobody holds them.
-
-    Until its shared memory goes too, the number is not free. A worker that outlives its dataset and locks once more
-    makes the file anew: then it stays.
-    """
-    if any(other["held"] and other.get("prefix") == said["prefix"] for other in claims().values()):
+    """Remove the lock files of a run's number if no claim is left on it and nobody holds them."""
+    number = [said["prefix"], said["root"]]
+    if any(other["held"] and [other.get("prefix"), other.get("root")] == number for other in claims().values()):
         return
     for place in lock_files(said, said["prefix"]):
-        with suppress(OSError), place.open() as file:  # most often it was never made, or a sibling has removed it
+        with suppress(OSError), place.open("r+") as file:  # most often it was never made, or a sibling has removed it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            place.unlink()
+            if os.path.samestat(os.fstat(file.fileno()), place.stat()):  # not a newer one
+                place.unlink()
 
 
 def clean_dead() -> list[str]:
@@ -349,8 +399,11 @@ def is_dying(said: dict[str, Any]) -> bool:
 
 
 def await_tracker(said: dict[str, Any]) -> None:
-    """Wait until the process that removes a dead process's shared memory has done so."""
-    if said["tracker"] is None or said["namespace"] != namespace():
+    """Wait until the process that removes a dead process's shared memory has done so.
+
+    Of a process that lives, whose dataset alone is gone, there is nothing to wait for.
+    """
+    if said["tracker"] is None or said["namespace"] != namespace() or Path(f"/proc/{said['pid']}").exists():
         return
     command, deadline = Path(f"/proc/{said['tracker']}/cmdline"), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:

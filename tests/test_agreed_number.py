@@ -14,10 +14,12 @@ import pytest
 from corpora import draw_corpus
 from ports import free_port
 from streaming.base import dataset as streaming_dataset
+from streaming.base.shared.prefix import _pack_locals
+from streaming.base.world import World
 
 from clipcov_stream import shared_memory
 from clipcov_stream.materialize import ImageTransform
-from clipcov_stream.shared_memory import MEMORY
+from clipcov_stream.shared_memory import MEMORY, claims, clean_dead
 from clipcov_stream.stream import Columns, PairDataset
 
 pytestmark = pytest.mark.alone
@@ -26,7 +28,7 @@ RANK = """
 import sys
 import torch.distributed as dist
 from ports import leave_group
-from streaming.base.shared import prefix
+from streaming.base.shared.prefix import _pack_locals
 from clipcov_stream import shared_memory
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.shared_memory import MEMORY
@@ -35,43 +37,36 @@ from clipcov_stream.stream import Columns, PairDataset
 corpus, local, how = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-create, search, planted = prefix.SharedMemory, prefix._check_and_find, []
+create, planted = shared_memory.SharedMemory, []
 
 def taken_just_before(name, new, *size):
     if new and len(planted) < (99 if how == "always" else 2):
-        (MEMORY / name).write_bytes(prefix._pack_locals(["/theirs"], int(name.split("_")[0])))
+        (MEMORY / name).write_bytes(_pack_locals(["/theirs"], int(name.split("_")[0])))
         planted.append(MEMORY / name)
     return create(name, new, *size)
 
-def sees_another(*arguments):
-    if not planted:
-        planted.append(None)
-        return 1 + search(*arguments)
-    return search(*arguments)
-
-def in_use(*arguments):
-    raise ValueError("Reused local directory")
+def out_of_files(name, new, *size):
+    raise OSError(24, "Too many open files")
 
 if how in ("taken", "always") and rank == 0:
-    prefix.SharedMemory = taken_just_before
-elif how == "seen" and rank == 1:
-    prefix._check_and_find = sees_another
-elif how == "reused" and rank == 1:
-    prefix._check_and_find = in_use
+    shared_memory.SharedMemory = taken_just_before
+elif how == "files" and rank == 1:
+    shared_memory.SharedMemory = out_of_files
+if how == "reused":
+    held = rank == 0 and shared_memory.taken_prefix([local], [None], 0)
+    dist.barrier()
 try:
     dataset = PairDataset(local=local, remote=corpus, columns=Columns(), transform=ImageTransform(16), tokenizer=None,
                           batch_size=8)
     assert dataset[0]["id"] == 0 and dataset[len(dataset) - 1]["id"] >= 0
-    numbers = [None, None]
-    dist.all_gather_object(numbers, dataset._shm_prefix_int)
+    numbers = shared_memory.told_by_ranks(dataset._shm_prefix_int)
     assert numbers[0] == numbers[1]
     print("opened", flush=True)
 except (OSError, RuntimeError, ValueError) as error:
     print(type(error).__name__, error, flush=True)
 finally:
-    theirs = [place for place in planted if place is not None]
-    assert all(b"/theirs" in place.read_bytes() for place in theirs)
-    for place in theirs:
+    assert all(b"/theirs" in place.read_bytes() for place in planted)
+    for place in planted:
         place.unlink()
 print("clashes", len(planted), flush=True)
 dist.barrier()
@@ -113,27 +108,29 @@ def blocks() -> set[str]:
     return {path.name for path in MEMORY.glob("0*")}
 
 
-@pytest.mark.parametrize("how", ["taken", "seen", "undisturbed"])
+@pytest.mark.parametrize("how", ["taken", "undisturbed"])
 def test_ranks_whose_number_is_taken_agree_on_another(tmp_path: Path, corpus: Path, how: str) -> None:
     before = blocks(), lock_files()
     first, second = said_by_ranks(corpus, tmp_path / "a", how)
     assert first == ["opened", f"clashes {2 if how == 'taken' else 0}"]
-    assert second == ["opened", f"clashes {1 if how == 'seen' else 0}"]
+    assert second == ["opened", "clashes 0"]
     assert (blocks(), lock_files()) == before
 
 
-def test_ranks_give_up_together(tmp_path: Path, corpus: Path) -> None:
-    first, second = said_by_ranks(corpus, tmp_path / "a", "always")
-    assert first[0].startswith("FileExistsError") and first[1] == f"clashes {shared_memory.OPEN_ATTEMPTS}"
-    assert second[0].startswith("RuntimeError")
-
-
-def test_a_folder_that_one_rank_alone_finds_in_use_stops_all(tmp_path: Path, corpus: Path) -> None:
-    before = blocks()
-    first, second = said_by_ranks(corpus, tmp_path / "a", "reused")
-    assert second[0] == "ValueError Reused local directory"
-    assert first[0].startswith("RuntimeError") and "Reused local directory" in first[0]
-    assert blocks() == before
+@pytest.mark.parametrize(
+    ("how", "of_first", "of_second"),
+    [
+        ("always", "FileExistsError", "RuntimeError other ranks could not open the data set: FileExistsError"),
+        ("reused", "ValueError Reused local directory", "RuntimeError other ranks could not open the data set: Value"),
+        ("files", "RuntimeError other ranks could not open the data set: OSError(24", "OSError [Errno 24]"),
+    ],
+)
+def test_ranks_fail_together(tmp_path: Path, corpus: Path, how: str, of_first: str, of_second: str) -> None:
+    before = blocks(), lock_files()
+    first, second = said_by_ranks(corpus, tmp_path / "a", how)
+    assert first[0].startswith(of_first) and second[0].startswith(of_second)
+    assert first[1] == f"clashes {shared_memory.OPEN_ATTEMPTS if how == 'always' else 0}"
+    assert (blocks(), lock_files()) == before
 
 
 def opened(corpus: Path, local: Path) -> PairDataset:
@@ -177,10 +174,83 @@ def test_a_lock_file_that_is_held_stays(tmp_path: Path, corpus: Path) -> None:
     place.unlink()
 
 
+def test_a_number_that_another_program_has_just_taken_is_left_to_it(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for a number and the taking of it are two steps."""
+    create, planted, most = shared_memory.SharedMemory, list[Path](), 2
+
+    def taken_just_before(name: str, new: bool, *size: int) -> Any:
+        if new and len(planted) < most:
+            (MEMORY / name).write_bytes(_pack_locals(["/theirs"], int(name.split("_")[0])))
+            planted.append(MEMORY / name)
+        return create(name, new, *size)
+
+    monkeypatch.setattr(shared_memory, "SharedMemory", taken_just_before)
+    try:
+        assert opened(corpus, tmp_path / "a")[0]["id"] == 0 and len(planted) == 2
+        most = 2 + shared_memory.OPEN_ATTEMPTS
+        with pytest.raises(FileExistsError, match="_locals"):
+            opened(corpus, tmp_path / "b")
+        assert len(planted) == most and all(b"/theirs" in place.read_bytes() for place in planted)
+    finally:
+        for place in planted:
+            place.unlink()
+
+
+def test_a_rank_of_other_folders_than_its_nodes_first_is_told_so(tmp_path: Path, corpus: Path) -> None:
+    dataset = opened(corpus, tmp_path / "a")
+    own = shared_memory.attached(dataset._shm_prefix_int, [str(tmp_path / "a")])
+    own.cleanup()
+    with pytest.raises(RuntimeError, match=r"this rank's local folders are \['/elsewhere'\], the first rank"):
+        shared_memory.attached(dataset._shm_prefix_int, ["/elsewhere"])
+    assert dataset[0]["id"] == 0
+
+
+def test_a_worker_that_outlives_its_dataset_keeps_the_claim(tmp_path: Path, corpus: Path) -> None:
+    dataset = opened(corpus, tmp_path / "a")
+    assert dataset[0]["id"] == 0
+    places, prefix = locks_of(dataset), f"{dataset._shm_prefix_int:06}_"
+    end, begin = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+    os.close(end)
+    del dataset
+    assert any(place.exists() for place in places)
+    assert any(said["held"] and said.get("prefix") == prefix for said in claims().values())
+    os.close(begin)
+    os.waitpid(pid, 0)
+    clean_dead()
+    assert not any(place.exists() for place in places)
+    assert not any(said.get("prefix") == prefix for said in claims().values())
+
+
+def test_a_lock_file_made_anew_is_not_taken_for_the_old_one(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(corpus, tmp_path / "a")
+    assert dataset[0]["id"] == 0
+    (place,) = (place for place in locks_of(dataset) if place.exists())
+    flock = fcntl.flock
+
+    def replaced_just_before(file: Any, kind: int) -> None:
+        if Path(getattr(file, "name", "")) == place:
+            place.unlink()
+            place.touch()
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_just_before)
+    del dataset
+    assert place.exists()
+    place.unlink()
+
+
 def test_what_streaming_searches_with_is_its_own_again_afterwards(tmp_path: Path, corpus: Path) -> None:
     search = streaming_dataset.get_shm_prefix
     opened(corpus, tmp_path / "a")
     assert streaming_dataset.get_shm_prefix is search
     with pytest.raises(ValueError, match="Reused local directory"), shared_memory.agreeing():
-        streaming_dataset.get_shm_prefix(["a", "a"], [None, None], None)
+        streaming_dataset.get_shm_prefix(["a", "a"], [None, None], World.detect())
     assert streaming_dataset.get_shm_prefix is search

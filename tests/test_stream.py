@@ -16,14 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from streaming import MDSWriter
-from streaming.base import dataset as streaming_dataset
 from torch import Tensor
 from torchvision.transforms import v2
 
 from clipcov_stream.batch import normalizing
 from clipcov_stream.decode import ImageTooLarge, scans_of
 from clipcov_stream.materialize import ImageTransform, UndecodableImage, crop_box, decode_image
-from clipcov_stream.shared_memory import OPEN_ATTEMPTS
 from clipcov_stream.stream import Columns, PairDataset, pool_loader, read_json_beside
 
 SIZE = 8
@@ -496,23 +494,3 @@ def test_json_beside_a_folder(tmp_path: Path) -> None:
     (tmp_path / "eval" / "classes.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*/eval/classes\.json: "):
         read_json_beside(str(tmp_path), None, "eval", "classes.json")
-
-
-def test_a_name_that_another_process_has_just_taken_is_left_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Streaming's search for a free name and the taking of it are two steps."""
-    folder = pairs(tmp_path / "mds", 4)
-    real, taken = streaming_dataset.get_shm_prefix, [True, True]
-
-    def clash(*arguments: Any) -> Any:
-        if taken:
-            taken.pop()
-            raise FileExistsError("/000000_locals")
-        return real(*arguments)
-
-    monkeypatch.setattr(streaming_dataset, "get_shm_prefix", clash)
-    assert len(dataset(folder)) == 4 and not taken
-    taken.extend([True] * OPEN_ATTEMPTS)
-    with pytest.raises(FileExistsError, match="/000000_locals"):
-        dataset(folder)
