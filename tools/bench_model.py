@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipcov_stream.embed import is_native
 
-LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "vit-tiny": 1e-3, "vit": 5e-4}
+LEARNING_RATES = {"tiny": 2e-3, "wide": 1e-3, "resnet": 2e-3, "vit-tiny": 1e-3, "vit": 5e-4}
 """Of the learners that benchmarks know."""
 
 WIDTHS = {"tiny": 24, "wide": 72}
@@ -75,15 +75,20 @@ class TinyTowers(nn.Module):
 
 
 def towers_of(kind: str, vocab_size: int, image_size: int, context: int) -> nn.Module:
-    """The learner of that name, with weights of torch's generator: TinyTowers, or a transformer of open_clip's.
+    """The learner of that name, with weights of torch's generator: TinyTowers, or a model of open_clip's.
 
-    vit-tiny has 3 layers of width 96 on patches of 4 x 4 pixels, and 2 read the caption; vit is ViT-S, 12 layers of
-    width 384 on patches of 8 x 8, and 4 of width 256.
+    resnet is the quickstart's, four blocks from 16 channels on, and one layer of width 64 reads the caption. vit-tiny
+    has 3 layers of width 96 on patches of 4 x 4 pixels, and 2 read the caption; vit is ViT-S, 12 layers of width 384 on
+    patches of 8 x 8, and 4 of width 256.
     """
     if kind in WIDTHS:
         return TinyTowers(vocab_size, width=WIDTHS[kind])
-    patch, width, layers, text_width, text_layers, head, dim = VITS[kind]
-    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head}
+    if kind == "resnet":
+        vision: dict[str, Any] = {"image_size": image_size, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
+        text_width, text_layers, head, dim = 64, 1, 32, 64
+    else:
+        patch, width, layers, text_width, text_layers, head, dim = VITS[kind]
+        vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head}
     text = {"context_length": context, "vocab_size": vocab_size, "width": text_width, "layers": text_layers}
     text |= {"heads": text_width // head}
     return open_clip.CLIP(embed_dim=dim, vision_cfg=vision, text_cfg=text, output_dict=True)  # pyright: ignore

@@ -18,9 +18,10 @@ proxy selection begins at once. --variant adds clipcov with other knobs beside t
 repeats everything at another pool size, number of survivors and of steps. --filter adds plain training on what a filter
 leaves of the corpus beforehand, by the cell's proxy or, in a cell that has none, by --filter-by's (`bench_filters` has
 the rules), for as many steps; --filtered clipcov selects online from what is left. --model wide trains a model of eight
-times the cost instead, vit-tiny a transformer of twenty times, vit a ViT-S, in bfloat16 with --device gpu, where the
-corpus then lies too; proxies stay small, and with --online-width an online one has as few channels as you like. The
-small model's convolutions are in bfloat16 where the device has instructions for it, and rows say whether they were.
+times the cost instead, resnet the quickstart's, of four times, vit-tiny a transformer of twenty times, vit a ViT-S, in
+bfloat16 with --device gpu, where the corpus then lies too; proxies stay small, and with --online-width an online one
+has as few channels as you like. The small model's convolutions are in bfloat16 where the device has instructions for
+it, and rows say whether they were.
 Finished runs are kept in OUT/NAME.jsonl and not run again while corpus, settings and code are the same, so a long
 benchmark can be interrupted; with --any-code those of other versions of the code count too where there is none of this
 version, and the table names their selectors. Writes OUT/NAME.md and OUT/NAME.png, for several sizes OUT/NAME_sizes.png;
