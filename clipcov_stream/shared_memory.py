@@ -22,7 +22,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import gettempdir
@@ -156,11 +156,13 @@ def agreed_prefix(
 
 
 def taken_prefix(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
-    """The first number that nobody uses, taken."""
+    """A number that nobody uses, taken: the first, as far as Streaming's search tells."""
     _check_self(streams_local)
+    number = -1
     for attempt in range(1, OPEN_ATTEMPTS + 1):
         free = [_check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN]
-        data = _pack_locals(streams_local, number := max(free))
+        # The largest of what is free by each name may be taken by another one, and then is found again.
+        data = _pack_locals(streams_local, number := max(*free, number + 1))
         try:
             segment = SharedMemory(_get_path(number, LOCALS), True, len(data))
         except FileExistsError:  # the search and this are two steps, and Streaming's other users take no turns
@@ -188,8 +190,16 @@ def told_by_ranks(own: Any) -> list[Any]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
     every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
+    with own_device():
+        torch.distributed.all_gather_object(every, own)
     return every
+
+
+def own_device() -> AbstractContextManager[Any]:
+    """Where NCCL is to gather: before a Trainer is made nobody may have chosen, and all ranks would have GPU 0."""
+    if torch.distributed.get_backend() != "nccl" or torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(get_local_rank() % torch.cuda.device_count())
 
 
 @contextmanager
@@ -251,13 +261,15 @@ def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
 
 def release(file: Any, path: Path, pid: int, said: dict[str, Any] | None = None) -> None:
     """End a claim, and its notes and lock files if it was the run's last; a worker that was forked with it only drops
-    its copy. One that outlives the dataset keeps the claim, which is removed as a dead process' is."""
+    its copy, and lock files stay while one has it."""
     file.close()
-    if os.getpid() != pid or is_held(path):
+    if os.getpid() != pid:
         return
+    has_worker = is_held(path)
+    # Also then: the blocks are this process' until it ends, and a claim nobody holds would have them removed before.
     path.unlink(missing_ok=True)
     clean_notes()
-    if said is not None:
+    if said is not None and not has_worker:
         clean_locks(said)
 
 
@@ -399,11 +411,8 @@ def is_dying(said: dict[str, Any]) -> bool:
 
 
 def await_tracker(said: dict[str, Any]) -> None:
-    """Wait until the process that removes a dead process's shared memory has done so.
-
-    Of a process that lives, whose dataset alone is gone, there is nothing to wait for.
-    """
-    if said["tracker"] is None or said["namespace"] != namespace() or Path(f"/proc/{said['pid']}").exists():
+    """Wait until the process that removes a dead process's shared memory has done so."""
+    if said["tracker"] is None or said["namespace"] != namespace():
         return
     command, deadline = Path(f"/proc/{said['tracker']}/cmdline"), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -19,7 +20,7 @@ from streaming.base.world import World
 
 from clipcov_stream import shared_memory
 from clipcov_stream.materialize import ImageTransform
-from clipcov_stream.shared_memory import MEMORY, claims, clean_dead
+from clipcov_stream.shared_memory import MEMORY, clean_dead
 from clipcov_stream.stream import Columns, PairDataset
 
 pytestmark = pytest.mark.alone
@@ -104,17 +105,22 @@ def lock_files() -> set[str]:
     return {path.name for path in Path(gettempdir()).glob("*_filelock")}
 
 
-def blocks() -> set[str]:
-    return {path.name for path in MEMORY.glob("0*")}
+def left_by(folder: Path) -> list[str]:
+    """Blocks that name a folder below this one; others are other processes'."""
+    found = []
+    for path in MEMORY.glob("0*_locals"):
+        with suppress(OSError):  # it has just ended
+            found += [path.name] * (os.fsencode(folder) in path.read_bytes())
+    return found
 
 
 @pytest.mark.parametrize("how", ["taken", "undisturbed"])
 def test_ranks_whose_number_is_taken_agree_on_another(tmp_path: Path, corpus: Path, how: str) -> None:
-    before = blocks(), lock_files()
+    before = lock_files()
     first, second = said_by_ranks(corpus, tmp_path / "a", how)
     assert first == ["opened", f"clashes {2 if how == 'taken' else 0}"]
     assert second == ["opened", "clashes 0"]
-    assert (blocks(), lock_files()) == before
+    assert not left_by(tmp_path) and lock_files() == before
 
 
 @pytest.mark.parametrize(
@@ -126,11 +132,11 @@ def test_ranks_whose_number_is_taken_agree_on_another(tmp_path: Path, corpus: Pa
     ],
 )
 def test_ranks_fail_together(tmp_path: Path, corpus: Path, how: str, of_first: str, of_second: str) -> None:
-    before = blocks(), lock_files()
+    before = lock_files()
     first, second = said_by_ranks(corpus, tmp_path / "a", how)
     assert first[0].startswith(of_first) and second[0].startswith(of_second)
     assert first[1] == f"clashes {shared_memory.OPEN_ATTEMPTS if how == 'always' else 0}"
-    assert (blocks(), lock_files()) == before
+    assert not left_by(tmp_path) and lock_files() == before
 
 
 def opened(corpus: Path, local: Path) -> PairDataset:
@@ -207,10 +213,13 @@ def test_a_rank_of_other_folders_than_its_nodes_first_is_told_so(tmp_path: Path,
     assert dataset[0]["id"] == 0
 
 
-def test_a_worker_that_outlives_its_dataset_keeps_the_claim(tmp_path: Path, corpus: Path) -> None:
+def test_while_a_worker_outlives_its_dataset_lock_files_stay_and_blocks_are_the_process_own(
+    tmp_path: Path, corpus: Path
+) -> None:
     dataset = opened(corpus, tmp_path / "a")
     assert dataset[0]["id"] == 0
     places, prefix = locks_of(dataset), f"{dataset._shm_prefix_int:06}_"
+    own = list(MEMORY.glob(f"{prefix}*"))
     end, begin = os.pipe()
     if (pid := os.fork()) == 0:
         os.close(begin)
@@ -219,12 +228,29 @@ def test_a_worker_that_outlives_its_dataset_keeps_the_claim(tmp_path: Path, corp
     os.close(end)
     del dataset
     assert any(place.exists() for place in places)
-    assert any(said["held"] and said.get("prefix") == prefix for said in claims().values())
     os.close(begin)
     os.waitpid(pid, 0)
+    # This process removes its blocks by name when it ends: until then nobody else may have the number.
     clean_dead()
-    assert not any(place.exists() for place in places)
-    assert not any(said.get("prefix") == prefix for said in claims().values())
+    assert len(own) >= 6 and all(block.exists() for block in own)
+    other = opened(corpus, tmp_path / "b")
+    assert f"{other._shm_prefix_int:06}_" != prefix
+    for place in places:
+        place.unlink(missing_ok=True)
+
+
+def test_a_number_of_which_another_programs_block_is_left_is_passed_over(tmp_path: Path, corpus: Path) -> None:
+    """What is free by one name may not be by another: LOCALS of n + 1, BARRIER of n."""
+    probe = opened(corpus, tmp_path / "a")
+    number = probe._shm_prefix_int
+    planted = [MEMORY / f"{number + 1:06}_barrier", MEMORY / f"{number + 2:06}_locals"]
+    for place in planted:
+        place.write_bytes(_pack_locals(["/theirs"], number))
+    try:
+        assert opened(corpus, tmp_path / "b")._shm_prefix_int == number + 3
+    finally:
+        for place in planted:
+            place.unlink()
 
 
 def test_a_lock_file_made_anew_is_not_taken_for_the_old_one(
@@ -233,7 +259,7 @@ def test_a_lock_file_made_anew_is_not_taken_for_the_old_one(
     dataset = opened(corpus, tmp_path / "a")
     assert dataset[0]["id"] == 0
     (place,) = (place for place in locks_of(dataset) if place.exists())
-    flock = fcntl.flock
+    flock, before = fcntl.flock, place.stat().st_ino
 
     def replaced_just_before(file: Any, kind: int) -> None:
         if Path(getattr(file, "name", "")) == place:
@@ -243,7 +269,7 @@ def test_a_lock_file_made_anew_is_not_taken_for_the_old_one(
 
     monkeypatch.setattr(fcntl, "flock", replaced_just_before)
     del dataset
-    assert place.exists()
+    assert place.stat().st_ino != before
     place.unlink()
 
 
