@@ -262,26 +262,24 @@ def write_claim(said: dict[str, Any]) -> tuple[Any, Path]:
 def release(file: Any, path: Path, pid: int, said: dict[str, Any] | None = None) -> None:
     """End a claim, and its notes and lock files if it was the run's last; a worker that was forked with it only drops
     its copy, and lock files stay while one has it."""
-    file.close()
     if os.getpid() != pid:
+        file.close()
         return
-    has_worker = is_held(path)
-    # Also then: the blocks are this process' until it ends, and a claim nobody holds would have them removed before.
-    path.unlink(missing_ok=True)
-    clean_notes()
-    if said is not None and not has_worker:
-        clean_locks(said)
+    with path.open(encoding="utf-8") if path.exists() else nullcontext() as again:
+        # First: a claim that nobody holds would have the blocks removed, which are this process' until it ends.
+        path.unlink(missing_ok=True)
+        file.close()
+        clean_notes()
+        if said is not None and not (again and is_held(again)):
+            clean_locks(said)
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process still has a claim open."""
+def is_held(file: Any) -> bool:
+    """Whether a process still has the lock on a claim's file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it is gone
-        pass
     return False
 
 
