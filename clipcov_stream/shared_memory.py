@@ -29,6 +29,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
+from composer.utils import dist
 from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
@@ -189,10 +190,8 @@ def told_by_ranks(own: Any) -> list[Any]:
     """What every rank says, told to all."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
-    every: list[Any] = [None] * torch.distributed.get_world_size()
     with own_device():
-        torch.distributed.all_gather_object(every, own)
-    return every
+        return dist.all_gather_object(own)
 
 
 def own_device() -> AbstractContextManager[Any]:

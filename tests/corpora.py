@@ -9,6 +9,9 @@ from typing import Any
 import synthetic
 import yaml
 
+from clipcov_stream.materialize import ImageTransform
+from clipcov_stream.stream import Columns, PairDataset
+
 TINY_MODEL: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
@@ -24,6 +27,18 @@ def draw_corpus(out: Path, samples: int = 192, classes: int = 6, eval_per_class:
     args = parser.parse_args(["synthetic", str(out), *map(str, options)])
     args.run(args)
     return out
+
+
+def opened(corpus: Path, local: Path) -> PairDataset:
+    """The images of a folder, cached in `local`."""
+    return PairDataset(
+        local=str(local),
+        remote=str(corpus),
+        columns=Columns(),
+        transform=ImageTransform(16),
+        tokenizer=None,
+        batch_size=8,
+    )
 
 
 def recipe(corpus: Path, **sections: Any) -> dict[str, Any]:

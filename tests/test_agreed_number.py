@@ -12,16 +12,15 @@ from tempfile import gettempdir
 from typing import Any
 
 import pytest
-from corpora import draw_corpus
+from corpora import draw_corpus, opened
 from ports import free_port
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared.prefix import _pack_locals
 from streaming.base.world import World
 
 from clipcov_stream import shared_memory
-from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.shared_memory import MEMORY, clean_dead
-from clipcov_stream.stream import Columns, PairDataset
+from clipcov_stream.stream import PairDataset
 
 pytestmark = pytest.mark.alone
 
@@ -137,17 +136,6 @@ def test_ranks_fail_together(tmp_path: Path, corpus: Path, how: str, of_first: s
     assert first[0].startswith(of_first) and second[0].startswith(of_second)
     assert first[1] == f"clashes {shared_memory.OPEN_ATTEMPTS if how == 'always' else 0}"
     assert not left_by(tmp_path) and lock_files() == before
-
-
-def opened(corpus: Path, local: Path) -> PairDataset:
-    return PairDataset(
-        local=str(local),
-        remote=str(corpus),
-        columns=Columns(),
-        transform=ImageTransform(16),
-        tokenizer=None,
-        batch_size=8,
-    )
 
 
 def locks_of(dataset: PairDataset) -> list[Path]:

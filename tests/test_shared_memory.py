@@ -13,13 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from corpora import draw_corpus
+from corpora import draw_corpus, opened
 from streaming import StreamingDataset
 
 from clipcov_stream import shared_memory
-from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.shared_memory import MEMORY, claims, clean_dead
-from clipcov_stream.stream import Columns, PairDataset
 
 pytestmark = pytest.mark.alone
 
@@ -61,17 +59,6 @@ class Holder:
 
     def blocks(self) -> set[str]:
         return {path.name for path in MEMORY.glob(f"{self.prefix}*")}
-
-
-def opened(corpus: Path, local: Path) -> PairDataset:
-    return PairDataset(
-        local=str(local),
-        remote=str(corpus),
-        columns=Columns(),
-        transform=ImageTransform(16),
-        tokenizer=None,
-        batch_size=8,
-    )
 
 
 def test_what_a_killed_run_left_is_removed_and_a_live_runs_is_not(tmp_path: Path, corpus: Path) -> None:
