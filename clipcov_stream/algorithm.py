@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
@@ -58,9 +59,13 @@ from clipcov_stream.ranks import (
 from clipcov_stream.rivals import NEEDS_LEARNER, NEEDS_NO_EMBEDDING, SelectorFn, plain
 from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
 from clipcov_stream.tally import Tally
+from clipcov_stream.towers import SmallTowers
 
 SOFT_START = 0.5
 """Of `ClipCov`, with the teacher; measured in tools/LOG.md."""
+
+ONLINE_WIDTH = 16
+"""Channels of the first convolution of an online proxy that nobody gave."""
 
 HARD_WARMUP = "100ba"
 """Of selection that would trust the teacher from the first step on."""
@@ -75,9 +80,9 @@ class ClipCov(Algorithm):
 
     Args:
         filter_ratio: fraction of every pool that is discarded, in [0, 1).
-        embed: where embeddings come from: "teacher" (moving average of the model in training, nothing to download),
-            "proxy" (a frozen model), "online" (a small model, `proxy`, that judges pools and learns from all of them:
-            `online.OnlineProxy`) or "columns" (they come with the pool: no forward pass).
+        embed: where embeddings come from: "online" (a small model, `proxy`, that judges pools and learns from all of
+            them, nothing to download: `online.OnlineProxy`), "teacher" (moving average of the model in training),
+            "proxy" (a frozen model) or "columns" (they come with the pool: no forward pass).
         selector: a name in SELECTORS, or a function of that signature; with an attribute `reads_lag = True` the lag is
             kept up for it as for clipcov.
         warmup: steps before selection begins, as a Composer time ("100ba", "0.05dur"); survivors are random until then.
@@ -99,7 +104,7 @@ class ClipCov(Algorithm):
             ranks (but for an online proxy's batch norm, whose statistics are a rank's own). It needs the samples' `id`,
             and reads the survivors' numbers back from the device once a step, with an online proxy the pool's too.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
-            whatever weights it has, "online".
+            whatever weights it has, "online"; for that None is `towers.SmallTowers`, ONLINE_WIDTH channels wide.
         proxy_lr: learning rate of an online proxy.
         teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
@@ -141,7 +146,7 @@ class ClipCov(Algorithm):
     def __init__(
         self,
         filter_ratio: float = 0.8,
-        embed: str = "teacher",
+        embed: str = "online",
         selector: str | SelectorFn = "clipcov",
         warmup: str | int | None = None,
         half_life: float | None = None,
@@ -214,6 +219,10 @@ class ClipCov(Algorithm):
         self.run_ahead, self.lag_delay = run_ahead, lag_delay
         follows = f"embed={embed!r}, selector={self.selector!r}" * self.follows_learner
         check_ahead(run_ahead, lag_delay, follows, self.uses_lag)
+        if embed == "online" and proxy is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                proxy = SmallTowers(ONLINE_WIDTH)
         self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale

@@ -42,9 +42,9 @@ from clipcov_stream.device_decode import check_decoder
 from clipcov_stream.embed import Proxy
 from clipcov_stream.materialize import OPENAI_MEAN, OPENAI_STD, ImageTransform, Tokenizer
 from clipcov_stream.model import ClipModel, build_towers, forward_flops, parameter_groups
-from clipcov_stream.online import SHARE, WIDTHS, default_towers
 from clipcov_stream.sidecar import EMBEDDER_FILE
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
+from clipcov_stream.towers import SmallTowers, side_for
 from clipcov_stream.zeroshot import metrics_for
 
 SCHEDULERS: dict[str, type[ComposerScheduler]] = {
@@ -52,6 +52,12 @@ SCHEDULERS: dict[str, type[ComposerScheduler]] = {
     "linear": optim.LinearWithWarmupScheduler,
     "constant": optim.ConstantWithWarmupScheduler,
 }
+
+WIDTHS = (8, 16, 24, 32, 48, 64)
+"""Channels of a default online proxy's first convolution."""
+
+SHARE = 0.02
+"""Of a training step's multiply-adds, what a default online proxy may take if it is not the narrowest."""
 
 
 def image_size_of(towers: Any) -> int:
@@ -236,20 +242,32 @@ def build_proxy(
 ) -> Proxy:
     """An embedder that takes the learner's images and tokens, frozen or, if it is `online`, to be trained.
 
-    An online one that is not described is the narrowest of `online.default_towers`; recipes describe theirs beforehand
-    (`with_online_proxy`).
+    An online one that has neither name nor config is `towers.SmallTowers`, of the narrowest unless a width is given;
+    recipes give theirs one beforehand (`with_online_proxy`).
 
     Raises:
-        ValueError: a model that cannot be built, a frozen one whose weights nobody gave, or one that reads other
-            tokens.
+        ValueError: a model that cannot be built, a frozen one whose weights nobody gave, one that reads other tokens,
+            or a width for one that has its own.
     """
+    described = config.name is not None or config.config is not None
+    if config.width is not None and (described or not online):
+        raise ValueError(
+            f"selection.proxy.width={config.width} is for an online proxy (selection.embed=online) without "
+            "selection.proxy.name and .config"
+        )
     if config.pretrained is None and not online:
         raise ValueError(
             "selection.proxy.pretrained is missing: a proxy with random weights selects nothing, unless it is trained "
             "along (selection.embed=online)"
         )
-    if online and config.name is None and config.config is None:
-        config = replace(config, config=default_towers(learner.size, len(learner_tokenizer(""))))
+    if online and not described:
+        if config.pretrained is not None:
+            raise ValueError(
+                f"selection.proxy.pretrained={config.pretrained!r} needs the selection.proxy.name or .config that its "
+                "weights are of"
+            )
+        small = SmallTowers(WIDTHS[0] if config.width is None else config.width, side_for(learner.size))
+        return Proxy(small, small.image_size)
     try:
         towers = build_towers(config.name, config.config, config.pretrained, config.loss)
     except ValueError as error:
@@ -295,9 +313,9 @@ def columns_embedder(config: StreamConfig) -> dict[str, Any] | None:
     return record
 
 
-def affordable_towers(learner: nn.Module, filter_ratio: float) -> dict[str, Any]:
-    """The config of an online proxy: the widest of `online.WIDTHS` that takes no more than SHARE of a training step; if
-    none does, the narrowest.
+def affordable_width(learner: nn.Module, filter_ratio: float) -> int:
+    """Of an online proxy: the largest of WIDTHS that takes no more than SHARE of a training step; if none does, the
+    smallest.
 
     In multiply-adds: a survivor costs the learner three forward passes, and each of its 1 / (1 - filter_ratio)
     candidates costs the proxy one to be judged and three to be learned from.
@@ -307,23 +325,19 @@ def affordable_towers(learner: nn.Module, filter_ratio: float) -> dict[str, Any]
         filter_ratio: as `ClipCov`'s.
     """
     size, context = image_size_of(learner), int(getattr(learner, "context_length", 77))
-    found, *wider = (default_towers(size, context, width) for width in WIDTHS)
-    most = SHARE * 3 * forward_flops(learner) * (1 - filter_ratio) / 4
-    for config in wider:
-        with torch.device("meta"):
-            towers = build_towers(config=config)
-        if forward_flops(towers) > most:
-            break
-        found = config
-    return found
+    most = SHARE * 3 * forward_flops(learner, size, context) * (1 - filter_ratio) / 4
+    side = side_for(size)
+    with torch.device("meta"):
+        costs = {width: forward_flops(SmallTowers(width, side), side, context) for width in WIDTHS}
+    return max((width for width, cost in costs.items() if cost <= most), default=WIDTHS[0])
 
 
 def with_online_proxy(config: SelectionConfig, learner: nn.Module) -> SelectionConfig:
-    """The section with an online proxy's config, if it asks for one and names none: `affordable_towers`."""
+    """The section with an online proxy's width, if it asks for one and does not describe it: `affordable_width`."""
     proxy = ProxyConfig() if config.proxy is None else config.proxy
-    if config.embed != "online" or proxy.name is not None or proxy.config is not None:
+    if config.embed != "online" or proxy.name is not None or proxy.config is not None or proxy.width is not None:
         return config
-    return replace(config, proxy=replace(proxy, config=affordable_towers(learner, config.filter_ratio)))
+    return replace(config, proxy=replace(proxy, width=affordable_width(learner, config.filter_ratio)))
 
 
 def build_selection(

@@ -39,9 +39,11 @@ class ModelConfig:
 class ProxyConfig:
     """An open_clip model that embeds pools, frozen or, with `embed: online`, in training; see `model.build_towers`.
 
-    Of an online one a recipe needs neither name nor config: `build.affordable_towers`.
+    An online one that has neither name nor config is `towers.SmallTowers`, `width` channels wide; without a width,
+    as wide as `build.affordable_width` says.
     """
 
+    width: int | None = None
     name: str | None = None
     config: dict[str, Any] | None = None
     pretrained: str | None = None
@@ -126,7 +128,7 @@ class SelectionConfig:
 
     selector: str = "clipcov"
     filter_ratio: float = 0.8
-    embed: str = "teacher"
+    embed: str = "online"
     scope: str = "local"
     warmup: str | int | None = None
     half_life: float | None = None

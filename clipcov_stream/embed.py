@@ -113,9 +113,9 @@ def check_embedder(
         raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
     if not (proxy_lr > 0 and math.isfinite(proxy_lr)):
         raise ValueError(f"selection.proxy_lr={proxy_lr} must be a finite number above 0")
-    if (embed in ("proxy", "online")) != (proxy is not None):
-        if proxy is not None:
-            raise ValueError(f"embed={embed!r} takes no proxy model")
+    if proxy is not None and embed not in ("proxy", "online"):
+        raise ValueError(f"embed={embed!r} takes no proxy model")
+    if proxy is None and embed == "proxy":
         raise ValueError(
             f"embed={embed!r} needs a proxy model: selection.proxy.name and .pretrained in a recipe, proxy=MODEL of "
             "ClipCov"

@@ -103,22 +103,22 @@ def check_name(name: str) -> None:
     raise ValueError(f"model.name={name!r} is not an open_clip model{hint}")
 
 
-def forward_flops(towers: nn.Module) -> int:
+def forward_flops(towers: nn.Module, image_size: int, context_length: int) -> int:
     """Floating-point operations, twice the multiply-adds, that one image and one caption cost, forward.
 
     Counted on copies without data: it takes no memory and half a second, and where there are values the fused attention
     of an evaluation pass is left out of the count.
 
     Args:
-        towers: open_clip's.
+        towers: with `encode_image` and `encode_text`.
+        image_size: side of the image.
+        context_length: tokens of the caption.
     """
     known: dict[int, Any] = {id(of): torch.empty_like(of, device="meta") for of in towers.buffers()}
     known |= {id(of): nn.Parameter(torch.empty_like(of, device="meta")) for of in towers.parameters()}
     copied: Any = copy.deepcopy(towers, known).eval()
-    size = copied.visual.image_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    image = torch.empty(1, 3, height, width, device="meta")
-    text = torch.ones(1, copied.context_length, dtype=torch.int64, device="meta")
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    text = torch.ones(1, context_length, dtype=torch.int64, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copied.encode_image(image)
         copied.encode_text(text)

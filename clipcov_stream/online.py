@@ -30,12 +30,6 @@ from clipcov_stream.ranks import Group, gathered, sum_over_ranks
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-WIDTHS = (16, 24, 32, 48, 64)
-"""Of a default online proxy's first convolution."""
-
-SHARE = 0.1
-"""Of a training step's multiply-adds, what a default online proxy may take if it is not the narrowest."""
-
 WARMUP = 20
 """Updates over which the learning rate rises."""
 
@@ -63,29 +57,6 @@ COUNTS = ("updates", "samples_streamed", "dataset_size")
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
-
-
-def default_towers(image_size: int, context_length: int, width: int = WIDTHS[0]) -> dict[str, Any]:
-    """An open_clip config of an online proxy for a learner that reads OpenAI's tokens.
-
-    A ResNet of four blocks that sees images at 64 pixels at most, and one layer, four times as wide, for captions.
-    """
-    return {
-        "embed_dim": 64,
-        "vision_cfg": {
-            "image_size": max(32, min(64, image_size) // 32 * 32),
-            "layers": [1, 1, 1, 1],
-            "width": width,
-            "head_width": 32,
-        },
-        "text_cfg": {
-            "context_length": context_length,
-            "vocab_size": 49408,
-            "width": 4 * width,
-            "heads": width // 8,
-            "layers": 1,
-        },
-    }
 
 
 def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[Tensor, " pool"]:

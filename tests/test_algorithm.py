@@ -119,7 +119,7 @@ def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: 
 @pytest.mark.parametrize("given", [None, 0, 7])
 def test_a_run_counts_how_often_it_trained_on_each_sample(tmp_path: Path, corpus: Path, given: int | None) -> None:
     trainer, *_ = trainer_of(tmp_path, recipe(corpus, max_duration="9ba"))
-    clipcov, ids = ClipCov(0.75, warmup="2ba", dataset_size=given), []
+    clipcov, ids = ClipCov(0.75, "teacher", warmup="2ba", dataset_size=given), []
     trainer.state.algorithms[:] = [clipcov]
 
     class Ids(Callback):

@@ -46,7 +46,7 @@ from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer, leave_group
 trainer = build_trainer(load_config(sys.argv[1]))
 kept = [of for of in trainer.state.algorithms if not isinstance(of, ClipCov)]
-trainer.state.algorithms[:] = [*kept, ClipCov(0.75, warmup=0, dataset_size=32 * dist.get_global_rank())]
+trainer.state.algorithms[:] = [*kept, ClipCov(0.75, "teacher", warmup=0, dataset_size=32 * dist.get_global_rank())]
 try:
     trainer.fit()
 except ValueError as error:

@@ -14,12 +14,12 @@ from clipcov_stream import kernels
 from clipcov_stream.embed import embed_with_towers
 from clipcov_stream.graphed import WARMUP, GraphedSelect, of_state
 from clipcov_stream.herding import Herding
-from clipcov_stream.model import build_towers
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.online import OnlineProxy, default_towers, parts_in_turn
+from clipcov_stream.online import OnlineProxy, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.selection import learn, select
 from clipcov_stream.selector import Selector
+from clipcov_stream.towers import SmallTowers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,7 +145,6 @@ def test_the_embedding_pass_reads_captions_from_the_cpu() -> None:
 
 def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     """Images lie on the device, captions and the mask where the loader left them."""
-    config = default_towers(32, 16)
     image = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     text = torch.stack([open_clip.SimpleTokenizer(context_length=16)(f"a photo of number {i}")[0] for i in range(48)])
     valid = torch.ones(48, dtype=torch.bool).index_fill(0, torch.tensor([5, 20]), False)
@@ -153,7 +152,7 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
     found = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        online = OnlineProxy(build_towers(config=config).to(device), lr=1e-3, momentum=0.9)
+        online = OnlineProxy(SmallTowers(16, 32).to(device), lr=1e-3, momentum=0.9)
         for _ in range(2):
             online.learn(
                 image.to(device), text, valid, weights.to(device), parts_in_turn(48, 16), 64, contextlib.nullcontext
@@ -164,7 +163,7 @@ def test_an_online_proxy_learns_alike_with_captions_on_the_cpu() -> None:
         if name.startswith("average."):
             torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-2, msg=name)
     # Its optimizer's steps are on the device too, and found there again.
-    restored = OnlineProxy(build_towers(config=config).cuda(), lr=1e-3, momentum=0.9)
+    restored = OnlineProxy(SmallTowers(16, 32).cuda(), lr=1e-3, momentum=0.9)
     restored.load_state_dict(found[1])
     restored.learn(image.cuda(), text, valid, weights.cuda(), parts_in_turn(48, 16), 64, contextlib.nullcontext)
     steps = {int(value) for name, value in restored.state_dict().items() if name.startswith("step.")}

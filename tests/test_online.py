@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from clipcov_stream import ClipCov
 from clipcov_stream.batch import size_of
-from clipcov_stream.build import affordable_towers, build_proxy
+from clipcov_stream.build import SHARE, WIDTHS, affordable_width, build_proxy
 from clipcov_stream.config import ProxyConfig
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
@@ -40,19 +40,17 @@ from clipcov_stream.model import build_towers, forward_flops
 from clipcov_stream.online import (
     BETAS,
     LARGEST_NORM,
-    SHARE,
     SHARPEST,
     VERSION,
     WARMUP,
     WEIGHT_DECAY,
-    WIDTHS,
     OnlineProxy,
     Part,
-    default_towers,
     learning_weights,
     parts_in_turn,
 )
 from clipcov_stream.pool import Pool, prepared
+from clipcov_stream.towers import EMBED_DIM, SmallTowers
 
 SMALL: dict[str, Any] = {
     "embed_dim": 8,
@@ -553,35 +551,41 @@ def test_ranks_learn_together_with_batch_norm_too(tmp_path: Path) -> None:
     assert not torch.equal(ranks[0]["trained.image.weight"], before["trained.image.weight"])
 
 
-def test_the_default_proxy_reads_what_the_learner_reads() -> None:
+@pytest.mark.parametrize(("learner", "side"), [(224, 64), (64, 64), (48, 32), (32, 32)])
+def test_the_default_proxy_reads_what_the_learner_reads(learner: int, side: int) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=20)
 
     def tokens(caption: str) -> Tensor:
         return tokenizer(caption)[0]
 
-    proxy = build_proxy(ProxyConfig(), ImageTransform(224), tokens, online=True)
-    assert proxy.image_size == 64
-    image, text = torch.randn(2, 3, 224, 224), torch.stack([tokens("a dog"), tokens("a red car")])
-    assert proxy.encode_image(image).shape == proxy.encode_text(text).shape == (2, 64)
-    assert default_towers(48, 16)["vision_cfg"]["image_size"] == 32
+    proxy = build_proxy(ProxyConfig(), ImageTransform(learner), tokens, online=True)
+    assert proxy.image_size == side
+    image, text = torch.randn(2, 3, learner, learner), torch.stack([tokens("a dog"), tokens("a red car")])
+    assert proxy.encode_image(image).shape == proxy.encode_text(text).shape == (2, EMBED_DIM)
 
 
-def test_the_default_proxy_is_as_large_as_a_tenth_of_a_step_affords() -> None:
+def test_the_default_proxy_is_as_wide_as_a_fiftieth_of_a_step_affords() -> None:
     """Five candidates to judge and to learn from, four forward passes each, for every three of the learner's."""
     learner = build_towers("ViT-B-32")
-    cost = forward_flops(learner)
+    cost = forward_flops(learner, 224, 77)
     # Twice the multiply-adds of its matrices, and of attention's products: 12 layers each.
     image = 2 * (50 * 12 * 12 * 768**2 + 49 * 3 * 32**2 * 768 + 12 * 2 * 50**2 * 768 + 768 * 512)
     text = 2 * (77 * 12 * 12 * 512**2 + 12 * 2 * 77**2 * 512 + 512 * 512)
     assert cost == pytest.approx(image + text, rel=0.01)
-    found = affordable_towers(learner, 0.8)
-    assert found == default_towers(224, 77, 32)
-    shares = [5 * 4 * forward_flops(build_towers(config=default_towers(224, 77, w))) / (3 * cost) for w in (32, 48)]
+    assert affordable_width(learner, 0.8) == 32
+    shares = [5 * 4 * forward_flops(SmallTowers(width, 64), 64, 77) / (3 * cost) for width in (32, 48)]
     assert shares[0] < SHARE < shares[1]
-    assert affordable_towers(learner, 0.95) == default_towers(224, 77, WIDTHS[0])
-    assert affordable_towers(learner, 0.0) == default_towers(224, 77, WIDTHS[-1])
-    small = build_towers(config=SMALL)
-    assert affordable_towers(small, 0.8) == default_towers(32, 16)
+    assert affordable_width(learner, 0.999) == WIDTHS[0]
+    assert affordable_width(learner, 0.0) == WIDTHS[-1]
+    assert affordable_width(build_towers(config=SMALL), 0.8) == WIDTHS[0]
+
+
+def test_the_default_proxys_multiply_adds() -> None:
+    """Counted by hand: four convolutions of 9 weights a channel and place, three linear layers."""
+    convolutions = 9 * sum(
+        (side**2) * inner * outer for side, inner, outer in [(32, 3, 8), (16, 8, 16), (8, 16, 32), (4, 32, 64)]
+    )
+    assert forward_flops(SmallTowers(8, 64), 64, 77) == 2 * (convolutions + 64 * 64 + 64 * 128 + 128 * 64)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no instructions for it")
@@ -606,7 +610,6 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "embed='online' needs a proxy model"),
         ({"proxy": Linear(), "proxy_lr": 0.0}, "selection.proxy_lr=0.0 must be a finite number above 0"),
         (
             {"proxy": Linear(), "embed_resolution": 16},
@@ -619,6 +622,38 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
 def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipCov(embed="online", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "embed", "message"),
+    [
+        ({"width": 8, "config": SMALL}, "online", r"proxy.width=8 is for an online proxy .* without"),
+        ({"width": 8, "pretrained": "x.pt"}, "proxy", r"proxy.width=8 is for an online proxy"),
+        ({"width": 0}, "online", "proxy.width=0 must be a whole number of channels"),
+        ({"pretrained": "x.pt"}, "online", r"proxy.pretrained='x.pt' needs the selection.proxy.name or .config"),
+    ],
+)
+def test_a_proxy_that_is_described_twice_or_by_half_is_refused(
+    tmp_path: Path, corpus: Path, proxy: dict[str, Any], embed: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, recipe(corpus, selection={"embed": embed, "proxy": proxy}))
+
+
+def test_without_a_proxy_it_makes_one_of_its_own(tmp_path: Path, corpus: Path) -> None:
+    """The same whatever was drawn before, and another for another seed; it is what judges and learns."""
+    made = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        made.append(ClipCov(embed="online", seed=seed).proxy)
+    first, again, other = (proxy.words.weight for proxy in made if isinstance(proxy, SmallTowers))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="3ba"))
+    clipcov = ClipCov(0.75, warmup="1ba", soft_start=0.0)
+    trainer.state.algorithms[:] = [clipcov]
+    trainer.fit()
+    assert isinstance(clipcov.teacher, OnlineProxy) and clipcov.teacher.updates == 3 * 4
+    assert clipcov.survivor_gains is not None and clipcov.survivor_gains.isfinite().all()
 
 
 def test_a_frozen_proxy_still_needs_weights(tmp_path: Path, corpus: Path) -> None:

@@ -74,21 +74,21 @@ def numbered(samples: int) -> Any:
 @pytest.mark.filterwarnings("ignore:No optimizer was specified")
 class TestOwnTrainer:
     def test_three_lines_are_enough(self) -> None:
-        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup="1ba", image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov])
         trainer.fit()
         assert set(trainer.state.model.rows) == {8}
         assert clipcov.samples_seen == 32
 
     def test_a_loader_with_a_batch_sampler_is_measured_at_its_first_pool(self) -> None:
-        clipcov = ClipCov(filter_ratio=0.75, warmup="1ba", image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup="1ba", image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov], sampler=True)
         trainer.fit()
         assert set(trainer.state.model.rows) == {8}
         assert clipcov.selection is not None and clipcov.selection.stream.half_life == 20 * 32
         with pytest.raises(ValueError, match="device_train_microbatch_size=4 must be the survivors per rank"):
             own_trainer(
-                [ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")],
+                [ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")],
                 sampler=True,
                 device_train_microbatch_size=4,
             ).fit()
@@ -102,7 +102,7 @@ class TestOwnTrainer:
             def __len__(self) -> int:
                 return 3
 
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov], loader=Growing(), device_train_microbatch_size=4)
         with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be .* pool_size=32"):
             trainer.fit()
@@ -123,7 +123,7 @@ class TestOwnTrainer:
         self, samples: int, duration: str, message: str | None
     ) -> None:
         data: Any = [{"pixels": torch.randn(6), "words": torch.randn(5)} for _ in range(samples)]
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov], loader=DataLoader(data, 32), max_duration=duration)
         if message is None:
             trainer.fit()
@@ -135,7 +135,7 @@ class TestOwnTrainer:
 
     def test_an_epoch_cut_short_never_comes_to_its_last_pool(self) -> None:
         data: Any = [{"pixels": torch.randn(6), "words": torch.randn(5)} for _ in range(67)]
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov], loader=DataLoader(data, 32), train_subset_num_batches=2)
         trainer.fit()
         assert trainer.state.model.rows == [8] * 4
@@ -147,13 +147,13 @@ class TestOwnTrainer:
             pools.append(pool)
             return torch.arange(num_survivors)
 
-        own_trainer([ClipCov(0.75, selector=random, warmup=0, image_key="pixels", text_key="words")]).fit()
+        own_trainer([ClipCov(0.75, "teacher", selector=random, warmup=0, image_key="pixels", text_key="words")]).fit()
         assert len(pools) == 4
 
     @pytest.mark.parametrize("warmup", ["4ba", "2ep", "1dur"])
     def test_a_warmup_that_never_ends_is_warned_of(self, warmup: str) -> None:
         with pytest.warns(UserWarning, match="is as long as max_duration=.*every survivor will be random"):
-            own_trainer([ClipCov(0.75, warmup=warmup, image_key="pixels", text_key="words")]).fit()
+            own_trainer([ClipCov(0.75, "teacher", warmup=warmup, image_key="pixels", text_key="words")]).fit()
 
     @pytest.mark.filterwarnings("ignore:No batches were trained")  # of the epoch that the checkpoint is at the end of
     @pytest.mark.parametrize("is_loaded", [False, True])
@@ -165,7 +165,7 @@ class TestOwnTrainer:
             return torch.arange(num_survivors)
 
         def trainer(**kwargs: Any) -> Trainer:
-            clipcov = ClipCov(0.75, selector=first, warmup="0.5dur", image_key="pixels", text_key="words")
+            clipcov = ClipCov(0.75, "teacher", selector=first, warmup="0.5dur", image_key="pixels", text_key="words")
             return own_trainer([clipcov], run_name="own", **kwargs)
 
         whole = trainer(save_folder=str(tmp_path), save_interval="1ba")
@@ -188,7 +188,7 @@ class TestOwnTrainer:
         def first(pool: Any, num_survivors: int, state: Any) -> torch.Tensor:
             return torch.arange(num_survivors)
 
-        clipcov = ClipCov(0.75, selector=first, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", selector=first, warmup=0, image_key="pixels", text_key="words")
         own_trainer([clipcov]).fit()
         assert clipcov.selector == "first"
         assert clipcov.selection is not None
@@ -198,26 +198,26 @@ class TestOwnTrainer:
         class Blind(OwnModel):
             encode_text = None  # pyright: ignore[reportAssignmentType]
 
-        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        trainer = own_trainer([ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")])
         trainer.state.model = Blind()
         with pytest.raises(ValueError, match="has no encode_text; selection needs both towers"):
             trainer.fit()
 
     def test_microbatch_that_splits_survivors_is_refused(self) -> None:
-        clipcov = ClipCov(0.75, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", image_key="pixels", text_key="words")
         with pytest.raises(ValueError, match=r"device_train_microbatch_size=4 must be the survivors per rank.*= 8"):
             own_trainer([clipcov], device_train_microbatch_size=4).fit()
 
     def test_pool_that_does_not_divide_is_refused(self) -> None:
         with pytest.raises(ValueError, match="must be a whole number"):
-            own_trainer([ClipCov(0.8, image_key="pixels", text_key="words")]).fit()
+            own_trainer([ClipCov(0.8, "teacher", image_key="pixels", text_key="words")]).fit()
 
     def test_wrong_key_names_what_is_there(self) -> None:
         with pytest.raises(ValueError, match=r"key 'image' \(image_key\); the batch is \['pixels', 'words'\]"):
-            own_trainer([ClipCov(0.75, warmup=0)]).fit()
+            own_trainer([ClipCov(0.75, "teacher", warmup=0)]).fit()
 
     def test_a_second_data_set_has_counts_of_its_own(self) -> None:
-        clipcov = ClipCov(0.75, warmup=0, soft_start=0.0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, soft_start=0.0, image_key="pixels", text_key="words")
         trainer = own_trainer([clipcov], loader=DataLoader(numbered(64), 32, drop_last=True), max_duration="6ba")
         trainer.fit()
         assert clipcov.selection is not None and clipcov.selection.times.sum() == 6 * 8
@@ -226,7 +226,7 @@ class TestOwnTrainer:
         assert len(clipcov.selection.times) == 96 and clipcov.selection.times.sum() == 3 * 8
 
     def test_a_clipcov_is_of_one_trainer(self) -> None:
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         first = own_trainer([clipcov])
         first.fit()
         with pytest.raises(ValueError, match="has selected for another Trainer"):
@@ -239,7 +239,7 @@ class TestOwnTrainer:
         with pytest.raises(ValueError, match="has selected for another Trainer"):
             own_trainer([clipcov]).fit()
         # One whose first Trainer came to nothing is as new.
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         with pytest.raises(ValueError, match="must be the survivors"):
             own_trainer([clipcov], device_train_microbatch_size=4).fit()
         again = own_trainer([clipcov])
@@ -251,7 +251,7 @@ class TestOwnTrainer:
     def test_a_clock_that_is_reset_changes_no_count(self) -> None:
         memory = MemoryLog()
         data: Any = [{**sample, "valid": torch.tensor(i % 32 > 0)} for i, sample in enumerate(numbered(64))]
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words", max_invalid_ratio=0.05)
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words", max_invalid_ratio=0.05)
         trainer = own_trainer([clipcov], loader=DataLoader(data, 32), loggers=memory, max_duration="20ba")
         trainer.fit()
         trainer.fit(reset_time=True, duration="20ba")
@@ -272,7 +272,7 @@ class TestOwnTrainer:
                 return 3
 
         def trainer(**kwargs: Any) -> Trainer:
-            clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+            clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
             return own_trainer([clipcov], loader=Batches(), run_name="own", device_train_microbatch_size=8, **kwargs)
 
         whole = trainer(save_folder=str(tmp_path), save_interval="2ba")
@@ -288,7 +288,7 @@ class TestOwnTrainer:
                 for _ in range(3):
                     yield {"pixels": torch.randn(16, 6), "words": torch.randn(16, 5)}
 
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         options = {"run_name": "own", "device_train_microbatch_size": 8, "max_duration": "9ba"}
         other = own_trainer([clipcov], loader=Smaller(), load_path=str(tmp_path / "ep0-ba2-rank0.pt"), **options)
         with pytest.raises(ValueError, match=r"selection\.global_pool_size=32, not 16"):
@@ -304,7 +304,7 @@ class TestOwnTrainer:
         ],
     )
     def test_a_scale_in_the_outputs_is_one_number(self, outputs: dict[str, Any], message: str | None) -> None:
-        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        trainer = own_trainer([ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")])
         forward = trainer.state.model.forward
 
         def with_features(batch: Any) -> Any:
@@ -324,12 +324,12 @@ class TestOwnTrainer:
 
     def test_captions_that_are_no_tokens_are_a_clear_error(self) -> None:
         data: Any = [{"pixels": torch.randn(6), "words": "a caption"} for _ in range(64)]
-        clipcov = ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         with pytest.raises(ValueError, match=r"'words' \(text_key\) as a tensor of tokens, not list"):
             own_trainer([clipcov], loader=DataLoader(data, 32)).fit()
 
     def test_a_model_that_cannot_be_copied_has_no_teacher(self) -> None:
-        trainer = own_trainer([ClipCov(0.75, warmup=0, image_key="pixels", text_key="words")])
+        trainer = own_trainer([ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")])
         tower = trainer.state.model.image_tower
         tower.register_buffer("computed", tower.weight * 2)
         with pytest.raises(ValueError, match=r"embed='teacher' cannot copy OwnModel: .*embed='online', 'proxy'"):

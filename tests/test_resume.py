@@ -130,7 +130,7 @@ def own_trainer(tmp_path: Path, corpus: Path, *algorithms: ClipCov, **kwargs: An
 
 def test_a_trainer_of_ones_own_may_not_forget_the_algorithm(tmp_path: Path, corpus: Path) -> None:
     saving = {"save_folder": str(tmp_path / "saved"), "save_interval": "3ba", "max_duration": "3ba"}
-    own_trainer(tmp_path, corpus, ClipCov(filter_ratio=0.75, warmup="2ba"), **saving).fit()
+    own_trainer(tmp_path, corpus, ClipCov(0.75, "teacher", warmup="2ba"), **saving).fit()
     forgetful = own_trainer(tmp_path, corpus, load_path=str(tmp_path / NEWEST))
     with pytest.raises(RuntimeError, match="trained on survivors, but ClipCov is not among the Trainer's algorithms"):
         forgetful.fit()
@@ -142,7 +142,7 @@ def test_a_trainer_of_ones_own_may_not_forget_the_algorithm(tmp_path: Path, corp
 def test_nor_begin_it_in_the_midst_of_a_run(tmp_path: Path, corpus: Path) -> None:
     saving = {"save_folder": str(tmp_path / "saved"), "save_interval": "3ba", "max_duration": "3ba"}
     own_trainer(tmp_path, corpus, **saving).fit()
-    ours = ClipCov(filter_ratio=0.75, warmup="2ba")
+    ours = ClipCov(0.75, "teacher", warmup="2ba")
     with pytest.warns(UserWarning, match="ClipCov"):  # Composer's, of an algorithm that the checkpoint lacks
         late = own_trainer(tmp_path, corpus, ours, load_path=str(tmp_path / NEWEST))
     with pytest.raises(ValueError, match="goes on from step 3 of a run without ClipCov"):

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench_corpus import CONTEXT, SIZE
-from bench_model import LEARNING_RATES, TinyTowers, towers_of
+from bench_model import LEARNING_RATES, towers_of
 from bench_selectors import ALL_STREAMED, ONLINE_WIDTH
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,12 +35,13 @@ from clipcov_stream import SELECTORS
 from clipcov_stream.embed import IN_TRAINING
 from clipcov_stream.model import forward_flops
 from clipcov_stream.rivals import NEEDS_LEARNER
+from clipcov_stream.towers import SmallTowers
 
 
 def flops_of(model: Any) -> int:
     """Of embedding an image and a caption."""
     if hasattr(model, "visual"):
-        return forward_flops(model)
+        return forward_flops(model, SIZE, CONTEXT)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_image(torch.zeros(1, 3, SIZE, SIZE))
         model.encode_text(torch.ones(1, CONTEXT, dtype=torch.int64))
@@ -51,7 +52,7 @@ def flops_of(model: Any) -> int:
 def online_share(online_width: int = ONLINE_WIDTH, model: str = "tiny") -> float:
     """Cost of the benchmark's online proxy over that of its learner."""
     learner = towers_of(model, 8, SIZE, CONTEXT).eval()
-    return flops_of(TinyTowers(8, width=online_width).eval()) / flops_of(learner)
+    return forward_flops(SmallTowers(online_width, SIZE), SIZE, CONTEXT) / flops_of(learner)
 
 
 def steps_of(row: dict[str, Any]) -> float:

@@ -44,10 +44,11 @@ from composer.core import DataSpec
 from torch import Tensor
 
 from clipcov_stream import ClipCov
-from clipcov_stream.build import affordable_towers, image_size_of
+from clipcov_stream.build import affordable_width, image_size_of
 from clipcov_stream.config import load_config
 from clipcov_stream.embed import EMBED_SOURCES, Proxy
 from clipcov_stream.model import ClipModel, build_towers
+from clipcov_stream.towers import SmallTowers, side_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,13 +167,12 @@ def proxy_of(
     if embed not in ("proxy", "online"):
         return None
     context = pool["text"].shape[1]
-    if args.proxy_config is not None:
-        built = build_towers(config=json.loads(args.proxy_config.read_text(encoding="utf-8")))
-    elif embed == "proxy":
-        built = build_towers(**towers)
-    else:
-        config = affordable_towers(build_towers(**towers), 1 - args.survivors / args.pool)
-        built = build_towers(config=config)
+    if embed == "online" and args.proxy_config is None:
+        learner = build_towers(**towers)
+        small = SmallTowers(affordable_width(learner, 1 - args.survivors / args.pool), side_for(image_size_of(learner)))
+        return Proxy(small, small.image_size)
+    described = towers if args.proxy_config is None else {"config": json.loads(args.proxy_config.read_text("utf-8"))}
+    built = build_towers(**described)
     return Proxy(built, image_size_of(built), context_length=context)
 
 

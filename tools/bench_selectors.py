@@ -49,7 +49,7 @@ import bench_report
 import torch
 import torch.multiprocessing as mp
 from bench_corpus import CONTEXT, SIZE, Corpus, Split, load_corpus
-from bench_model import LEARNING_RATES, TinyTowers, towers_of
+from bench_model import LEARNING_RATES, towers_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,6 +66,7 @@ from clipcov_stream.copies import thumbnails
 from clipcov_stream.embed import IN_TRAINING, is_native
 from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.model import ClampLogitScale, ClipModel, parameter_groups
+from clipcov_stream.towers import SmallTowers
 from clipcov_stream.zeroshot import RetrievalRecall, ZeroShotAccuracy, class_embeddings
 
 PROXY_KINDS = ("proxy-noisy", "proxy-clean")
@@ -281,8 +282,9 @@ def run(corpus: Corpus, proxy: Embeddings | None, job: dict[str, Any]) -> dict[s
             columns["thumbnail"] = torch.cat([thumbnails(normalize(part)) for part in parts])
     if options.get("embed") == "online":
         torch.manual_seed(seed + 2000)
-        online = TinyTowers(corpus.vocab_size, width=job.get("online_width", ONLINE_WIDTH))
-        options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"]}
+        online = SmallTowers(job.get("online_width", ONLINE_WIDTH), SIZE, corpus.vocab_size)
+        precision = "amp_bf16" if job.get("bfloat16") else None
+        options |= {"proxy": online, "proxy_lr": LEARNING_RATES["tiny"], "embed_precision": precision}
     start = time.perf_counter()
     softly = options["selector"] == "clipcov" and options.get("soft_start") != 0 and options.get("gate") != math.inf
     clipcov = ClipCov(1 - survivors / pool_size, warmup=0 if softly else warmup, seed=seed, **options)
