@@ -289,7 +289,8 @@ def check_same_tokens(proxy: Tokenizer, learner: Tokenizer) -> None:
             raise ValueError(
                 f"selection.proxy reads {caption!r} as tokens {ours[:12].tolist()}, the learner as "
                 f"{theirs[:12].tolist()}: a proxy gets the learner's tokens, so both need one tokenizer. Use "
-                "embed='teacher', or embed the captions beforehand and use embed='columns'"
+                "embed='online' without a proxy, which reads any, or embed the captions beforehand and use "
+                "embed='columns'"
             )
 
 

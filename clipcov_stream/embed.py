@@ -134,16 +134,16 @@ def check_embedder(
     for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
+    if embed_resolution is not None and embed_resolution < 1:
+        raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
+    if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:
+        raise ValueError(f"selection.embed_patch_dropout={embed_patch_dropout} must be in [0, 1), or null")
     for name in ("embed_resolution", "embed_patch_dropout"):
         if options[name] is not None and embed == "online":
             raise ValueError(
                 f"selection.{name}={options[name]}: an online proxy embeds images as it learns from them; give it an "
                 "image_size of its own (selection.proxy.config)"
             )
-    if embed_resolution is not None and embed_resolution < 1:
-        raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
-    if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:
-        raise ValueError(f"selection.embed_patch_dropout={embed_patch_dropout} must be in [0, 1), or null")
     if embed_precision not in (None, *EMBED_PRECISIONS):
         raise ValueError(
             f"selection.embed_precision={embed_precision!r} is not one of {list(EMBED_PRECISIONS)}, nor null"
@@ -384,7 +384,7 @@ def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, 
         if key not in batch:
             raise ValueError(
                 f"embed='columns' needs {key!r} in the batch, which has {sorted(batch)}; set stream.columns."
-                f"image_embedding and stream.columns.text_embedding, or use embed='teacher' or 'proxy'"
+                "image_embedding and stream.columns.text_embedding, or use embed='online'"
             )
     return batch[image_key], batch[text_key], logit_scale
 

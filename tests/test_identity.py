@@ -100,7 +100,7 @@ def test_state_is_tensors_and_primitives(tmp_path: Path, corpus: Path) -> None:
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
-    arguments: dict[str, Any] = {"filter_ratio": 0.75, "selector": "clipcov"}
+    arguments: dict[str, Any] = {"filter_ratio": 0.75, "selector": "clipcov", "embed": "teacher"}
     saved = ClipCov(**arguments).state_dict()
     ClipCov(**arguments).load_state_dict(saved)
     with pytest.raises(ValueError, match=rf"began with selection.*{key}=.*, not {value!r}.*load_weights_only"):
@@ -108,13 +108,13 @@ def test_the_checkpoint_of_another_run_is_refused(key: str, value: Any) -> None:
 
 
 def test_a_checkpoint_from_before_a_knob_is_of_a_run_without_it() -> None:
-    saved = ClipCov(filter_ratio=0.75).state_dict()
+    saved = ClipCov(0.75, "teacher").state_dict()
     saved["arguments"] = {name: value for name, value in saved["arguments"].items() if name not in LATER}
     before = {"unevenness": 0.0, "novelty": 0.0, "repeats": math.inf, "soft_start": 0.0, "warmup": "0ba"}
-    ClipCov(filter_ratio=0.75, **before).load_state_dict(saved)
+    ClipCov(0.75, "teacher", **before).load_state_dict(saved)
     wanted = "selection.unevenness=0.0, not 0.05; selection.novelty=0.0, not 3.0; selection.repeats=inf, not 2.0"
     with pytest.raises(ValueError, match=wanted):
-        ClipCov(filter_ratio=0.75).load_state_dict(saved)
+        ClipCov(0.75, "teacher").load_state_dict(saved)
 
 
 def test_the_checkpoint_of_another_proxy_pool_or_version_is_refused(tmp_path: Path, corpus: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_selector_keeps_its_name_in_another_process() -> None:
 def test_a_restored_state_is_saved_again_before_the_first_step(tmp_path: Path, corpus: Path) -> None:
     trainer, _, _ = run(tmp_path, recipe(corpus, max_duration="4ba"))
     saved = algorithm_of(trainer).state_dict()
-    again = ClipCov(filter_ratio=0.75, warmup="2ba", soft_start=0.0)
+    again = ClipCov(0.75, "teacher", warmup="2ba", soft_start=0.0)
     again.load_state_dict(saved)
     for name in ("selection", "teacher", "samples_seen", "num_invalid"):
         assert_same(again.state_dict()[name], saved[name])
