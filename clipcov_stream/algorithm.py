@@ -62,7 +62,7 @@ from clipcov_stream.tally import Tally
 from clipcov_stream.towers import SmallTowers
 
 SOFT_START = 0.5
-"""Of `ClipCov`, with the teacher; measured in tools/LOG.md."""
+"""Of `ClipCov`, with an embedder in training; measured in tools/LOG.md."""
 
 ONLINE_WIDTH = 16
 """Channels of the first convolution of an online proxy that nobody gave."""
@@ -104,7 +104,8 @@ class ClipCov(Algorithm):
             ranks (but for an online proxy's batch norm, whose statistics are a rank's own). It needs the samples' `id`,
             and reads the survivors' numbers back from the device once a step, with an online proxy the pool's too.
         proxy: model with `encode_image`, `encode_text` and `logit_scale`, for embed="proxy" and, to be trained from
-            whatever weights it has, "online"; for that None is `towers.SmallTowers`, ONLINE_WIDTH channels wide.
+            whatever weights it has, "online"; for that None is `towers.SmallTowers`, ONLINE_WIDTH channels wide, which
+            gets images at 64 pixels.
         proxy_lr: learning rate of an online proxy.
         teacher_momentum: of the moving average, per step; of an online proxy's, per update.
         logit_scale: of the columns' model, exponentiated; CLIP models end near 100.
@@ -220,9 +221,11 @@ class ClipCov(Algorithm):
         follows = f"embed={embed!r}, selector={self.selector!r}" * self.follows_learner
         check_ahead(run_ahead, lag_delay, follows, self.uses_lag)
         if embed == "online" and proxy is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                proxy = SmallTowers(ONLINE_WIDTH)
+            # Nobody else's random numbers, nor a GPU's, are touched.
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.default_generator.manual_seed(seed)
+                small = SmallTowers(ONLINE_WIDTH)
+            proxy = Proxy(small, small.image_size)
         self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
         self.logit_scale = logit_scale

@@ -37,7 +37,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """An open_clip model that embeds pools, frozen or, with `embed: online`, in training; see `model.build_towers`.
+    """The model that embeds pools: open_clip's (`model.build_towers`), frozen or, with `embed: online`, in training.
 
     An online one that has neither name nor config is `towers.SmallTowers`, `width` channels wide; without a width,
     as wide as `build.affordable_width` says.

@@ -1,4 +1,4 @@
-"""A pool -> image and text embeddings, from columns, a frozen proxy or the learner's moving average.
+"""A pool -> image and text embeddings, from columns, a proxy or the learner's moving average.
 
 An embedder is anything with `encode_image`, `encode_text` and a `logit_scale` kept as a logarithm: every open_clip
 model is one, and so is ClipModel. Passes run in eval mode, without gradients, in chunks, so that a pool five times the
@@ -141,8 +141,8 @@ def check_embedder(
     for name in ("embed_resolution", "embed_patch_dropout"):
         if options[name] is not None and embed == "online":
             raise ValueError(
-                f"selection.{name}={options[name]}: an online proxy embeds images as it learns from them; give it an "
-                "image_size of its own (selection.proxy.config)"
+                f"selection.{name}={options[name]}: an online proxy embeds images as it learns from them; give it "
+                "another model (selection.proxy), or use embed='teacher' or 'proxy'"
             )
     if embed_precision not in (None, *EMBED_PRECISIONS):
         raise ValueError(
@@ -504,6 +504,12 @@ class Proxy(nn.Module):
         return other
 
     def encode_image(self, image: Tensor) -> Tensor:
+        """Raises ValueError for what are no images of three channels."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(
+                f"the proxy reads images of shape (n, 3, height, width), not {tuple(image.shape)}: give ClipCov a "
+                "proxy=MODEL that reads these, or embed='teacher'"
+            )
         if self.image_size is not None and image.shape[-1] != self.image_size:
             image = F.interpolate(image, size=(self.image_size,) * 2, mode="bicubic", antialias=True)
         return self.towers.encode_image(image * self.gain + self.shift)  # pyright: ignore

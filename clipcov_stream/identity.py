@@ -25,7 +25,7 @@ LATER: dict[str, Any] = {
 """Arguments that checkpoints of before they existed lack, and what those runs did."""
 
 
-PROXIES = " (numbers that stand for the model; a run's about file, beside its metrics, has a default one's config)"
+PROXIES = " (numbers that stand for the model; a run's about file, beside its metrics, has its width or config)"
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

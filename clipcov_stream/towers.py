@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Integer
 
 SIDES = (32, 64)
 """Pixels of an image's side, at least and at most."""
 
 SMALLEST = 4
-"""Side of what the last convolution makes of an image."""
+"""Side of what the last convolution makes of an image of `image_size`."""
 
 WORDS = 49408
 """Rows of the table of word embeddings: OpenAI's tokens have one each."""
@@ -39,8 +39,7 @@ class SmallTowers(nn.Module):
     small ResNet and a transformer, at a thirtieth of their multiply-adds (measured in tools/LOG.md). That captions
     without their order teach image-text models nearly as well: Tejankar et al., "A Fistful of Words", arXiv 2112.13884.
 
-    They read images of any size, larger ones brought down to `image_size`, and tokens of any tokenizer: what a row of
-    tokens ends with is its padding or its end, and does not count.
+    They read images of any size, larger ones brought down to `image_size`, and token ids of any tokenizer (`counted`).
 
     Args:
         width: channels of the first convolution; each has twice those of the one before and half the side.
@@ -55,7 +54,7 @@ class SmallTowers(nn.Module):
         super().__init__()
         if not (isinstance(width, int) and width >= 1):
             raise ValueError(f"selection.proxy.width={width} must be a whole number of channels, at least 1")
-        num_halvings = math.log2(image_size / SMALLEST)
+        num_halvings = math.log2(max(image_size, 1) / SMALLEST)
         if num_halvings < 1 or num_halvings % 1:
             raise ValueError(f"image_size={image_size} must be a power of two from {2 * SMALLEST} on")
         channels = (3, *(width * 2**i for i in range(int(num_halvings))))
@@ -80,7 +79,8 @@ class SmallTowers(nn.Module):
                 f"the default online proxy reads images of shape (n, 3, height, width), not {tuple(image.shape)}: "
                 "give ClipCov a proxy=MODEL of your own, or embed='teacher'"
             )
-        if min(image.shape[2:]) > self.image_size:
+        image = image.to(self.image_head.weight.dtype)
+        if max(image.shape[2:]) > self.image_size:
             image = F.interpolate(image, size=(self.image_size,) * 2, mode="bicubic", antialias=True)
         features = self.convolutions(image)
         return self.image_head(features.mean((2, 3)) + features.amax((2, 3)))
@@ -92,6 +92,16 @@ class SmallTowers(nn.Module):
                 f"the default online proxy reads token ids of shape (n, context), not {tuple(text.shape)} of "
                 f"{text.dtype}: give ClipCov a proxy=MODEL of your own, or embed='teacher'"
             )
-        counts = (text != text[:, -1:])[..., None]
-        words = self.words(text % self.words.num_embeddings)
-        return self.text_head((words * counts).sum(1) / counts.sum(1).clamp_min(1))
+        counts = counted(text)[..., None]
+        words = self.words(text.long() % self.words.num_embeddings)
+        return self.text_head((words * counts).sum(1) / counts.sum(1))
+
+
+def counted(text: Integer[Tensor, "n context"]) -> Bool[Tensor, "n context"]:
+    """Which tokens count as words: of those that a row begins with, all the same, the first, of those that it ends with
+    the last, and all between. So padding is one word, whatever a tokenizer pads with and on whichever side."""
+    begun = (text != text[:, :1]).cumsum(1) > 0
+    to_come = (text != text[:, -1:]).flip(1).cumsum(1).flip(1) > 0
+    inside = begun & to_come
+    inside[:, 0] = inside[:, -1] = True
+    return inside

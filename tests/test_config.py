@@ -50,6 +50,7 @@ def test_a_minimal_recipe_has_the_defaults(recipe: Any) -> None:
         selection=SelectionConfig(seed=0),
         max_duration="10ba",
     )
+    assert (config.selection.selector, config.selection.embed) == ("clipcov", "online")
 
 
 def test_one_seed_seeds_everything_that_has_none_of_its_own(recipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import sys
 from contextlib import nullcontext
@@ -356,15 +357,25 @@ def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, co
 
 
 def test_a_recipe_needs_no_proxy_section(tmp_path: Path, corpus: Path) -> None:
-    trainer, _, _ = run(tmp_path, recipe(corpus, selection={"embed": "online", "warmup": 0}, max_duration="1ba"))
-    clipcov = algorithm_of(trainer)
-    assert isinstance(clipcov.proxy, Proxy) and clipcov.proxy.image_size == 32  # of images of 16
-    assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 64
+    """Of its own width, or as wide as is affordable: beside so small a learner the narrowest."""
+    for width, proxy in ((WIDTHS[0], {}), (5, {"proxy": {"width": 5}})):
+        selection = {"embed": "online", "warmup": 0, **proxy}
+        about = tmp_path / f"{width}.about.json"
+        tree = recipe(corpus, selection=selection, max_duration="1ba", metrics_file=str(tmp_path / f"{width}.jsonl"))
+        trainer, _, _ = run(tmp_path / str(width), tree)
+        clipcov = algorithm_of(trainer)
+        assert isinstance(clipcov.proxy, Proxy) and clipcov.proxy.image_size == 32  # of images of 16
+        assert clipcov.selection is not None and clipcov.selection.stream.image_dim == EMBED_DIM
+        assert isinstance(towers := clipcov.proxy.towers, SmallTowers)
+        assert next(iter(towers.convolutions.parameters())).shape[0] == width
+        assert json.loads(about.read_text(encoding="utf-8"))["recipe"]["selection"]["proxy"]["width"] == width
 
 
-def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("proxy", [{"config": SMALL}, {"width": 4}], ids=["of open_clip", "the default one"])
+def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, proxy: dict[str, Any]) -> None:
     """In the second pass over the data, of six steps each."""
-    tree = online_recipe(corpus, save_folder=str(tmp_path / "saved"), save_interval="2ba", autoresume=True)
+    saving = {"save_folder": str(tmp_path / "saved"), "save_interval": "2ba", "autoresume": True}
+    tree = online_recipe(corpus, selection={"proxy": proxy}, **saving)
     tree |= {"run_name": "online", "max_duration": "11ba"}
     straight = run(tmp_path / "straight", {**tree, "save_folder": str(tmp_path / "other")})
     trainer, _, _ = trainer_of(tmp_path / "first", tree)
@@ -429,8 +440,9 @@ def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: P
             run(tmp_path / "second", {**again, "selection": {**tree["selection"], **section}})
 
 
-def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path) -> None:
-    path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus))
+@pytest.mark.parametrize("proxy", [{"config": SMALL}, {"width": 4}], ids=["of open_clip", "the default one"])
+def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path, proxy: dict[str, Any]) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus, selection={"proxy": proxy}))
     ranks = run_ranks(tmp_path / "two", path, 2)
     assert_same(ranks[0]["algorithm"]["teacher"], ranks[1]["algorithm"]["teacher"])
     assert int(ranks[0]["algorithm"]["teacher"]["updates"]) == 6 * 4
@@ -613,7 +625,7 @@ def test_float16_is_for_embedding_alone(tmp_path: Path, corpus: Path, precision:
         ({"proxy": Linear(), "proxy_lr": 0.0}, "selection.proxy_lr=0.0 must be a finite number above 0"),
         (
             {"proxy": Linear(), "embed_resolution": 16},
-            "embed_resolution=16: an online proxy embeds images as it learns",
+            "embed_resolution=16: an online proxy embeds images as it learns .* or use embed='teacher' or 'proxy'",
         ),
         ({"proxy": Linear(), "embed_patch_dropout": 0.5}, "embed_patch_dropout=0.5: an online proxy embeds images"),
         ({"proxy": Linear(), "run_ahead": 2, "lag_delay": 1}, "run_ahead=2 must be at most selection.lag_delay=1"),
@@ -640,14 +652,16 @@ def test_a_proxy_that_is_described_twice_or_by_half_is_refused(
         trainer_of(tmp_path, recipe(corpus, selection={"embed": embed, "proxy": proxy}))
 
 
-def test_without_a_proxy_it_makes_one_of_its_own(tmp_path: Path, corpus: Path) -> None:
-    """The same whatever was drawn before, and another for another seed; it is what judges and learns."""
-    made = []
-    for seed in (0, 0, 1):
-        torch.rand(3)
-        made.append(ClipCov(embed="online", seed=seed).proxy)
-    first, again, other = (proxy.words.weight for proxy in made if isinstance(proxy, SmallTowers))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_without_a_proxy_it_makes_one_of_its_own(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each seed, and nobody's random numbers are touched; it is what judges and learns."""
+    made: list[Any] = []
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+        made.extend(ClipCov(seed=seed).proxy for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = (list(proxy.parameters()) for proxy in made)
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     trainer, _, _ = trainer_of(tmp_path, recipe(corpus, max_duration="3ba"))
     clipcov = ClipCov(0.75, warmup="1ba", soft_start=0.0)
     trainer.state.algorithms[:] = [clipcov]

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from clipcov_stream import ClipCov
 from clipcov_stream.batch import check_batch
 from clipcov_stream.embed import Teacher
+from clipcov_stream.online import OnlineProxy
 
 
 class OwnModel(ComposerModel):
@@ -53,7 +54,7 @@ def own_trainer(
     ]
     batches = {"batch_sampler": BatchSampler(range(64), rows, True)} if sampler else {"batch_size": rows}
     return Trainer(
-        model=OwnModel(),
+        model=kwargs.pop("model", None) or OwnModel(),
         train_dataloader=loader or DataLoader(data, **batches),  # pyright: ignore[reportArgumentType]
         optimizers=None,
         device="cpu",
@@ -334,3 +335,40 @@ class TestOwnTrainer:
         tower.register_buffer("computed", tower.weight * 2)
         with pytest.raises(ValueError, match=r"embed='teacher' cannot copy OwnModel: .*embed='online', 'proxy'"):
             trainer.fit()
+
+
+class Coloured(OwnModel):
+    """It reads images of three channels and token ids."""
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.image_tower(image.mean((2, 3)).repeat(1, 2))
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.text_tower(text.float() / 10)
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+@pytest.mark.filterwarnings("ignore:.*has no instructions for it")
+@pytest.mark.parametrize("precision", [None, "amp_bf16"])
+def test_by_default_a_small_model_of_its_own_judges(precision: str | None) -> None:
+    """Whatever the learner is: it takes what the loader gives, images of 24 pixels and five ids here."""
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "pixels": torch.randn(3, 24, 24, generator=generator),
+            "words": torch.randint(1, 60000, (5,), generator=generator),
+        }
+        for _ in range(64)
+    ]
+    clipcov = ClipCov(0.75, embed_precision=precision, image_key="pixels", text_key="words")
+    loader = DataLoader(data, batch_size=32)  # pyright: ignore[reportArgumentType]
+    trainer = own_trainer([clipcov], loader=loader, model=Coloured())
+    trainer.fit()
+    assert isinstance(clipcov.teacher, OnlineProxy) and clipcov.teacher.updates == 4 * 4
+    assert trainer.state.model.rows == [8] * 4 and clipcov.selection is not None
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+def test_what_the_default_judge_cannot_read_is_named() -> None:
+    with pytest.raises(ValueError, match=r"reads images of shape .* not \(8, 6\).*embed='teacher'"):
+        own_trainer([ClipCov(0.75, image_key="pixels", text_key="words")]).fit()

@@ -19,31 +19,42 @@ def towers() -> SmallTowers:
     return SmallTowers(4, 32).eval()
 
 
-def padded(words: list[int], context: int, end: int, padding: int) -> Tensor:
-    return torch.tensor([[*words, end, *[padding] * context][:context]])
+def padded(words: list[int], context: int, padding: int, left: bool = False) -> Tensor:
+    rest = [padding] * (context - len(words))
+    return torch.tensor([[*rest, *words] if left else [*words, *rest]])
 
 
+def of_words(towers: SmallTowers, words: list[int]) -> Tensor:
+    return towers.text_head(towers.words(torch.tensor(words)).mean(0))
+
+
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("padding", [0, 1, 49407])
-@pytest.mark.parametrize("context", [6, 16, 77])
-def test_padding_does_not_count(towers: SmallTowers, context: int, padding: int) -> None:
-    """Whatever a tokenizer pads with, and as far as it does."""
-    words, end = [49406, 320, 1929, 11], 49407
-    expected = towers.text_head(towers.words(torch.tensor([*words, *[end] * (padding != end)])).mean(0))
-    torch.testing.assert_close(towers.encode_text(padded(words, context, end, padding))[0], expected)
+@pytest.mark.parametrize("context", [7, 16, 77])
+def test_padding_is_one_word(towers: SmallTowers, context: int, padding: int, left: bool) -> None:
+    """Whatever a tokenizer pads with, on either side, and as far as it does."""
+    words = [49406, 320, 320, 1929, 11, 5]
+    found = towers.encode_text(padded(words, context, padding, left))[0]
+    torch.testing.assert_close(found, of_words(towers, [*words, padding]))
 
 
-def test_a_caption_that_fills_its_row_loses_its_end_alone(towers: SmallTowers) -> None:
-    words = [49406, 320, 1929]
-    expected = towers.text_head(towers.words(torch.tensor(words)).mean(0))
-    torch.testing.assert_close(towers.encode_text(torch.tensor([[*words, 49407]]))[0], expected)
+@pytest.mark.parametrize("row", [[7], [49406, 7], [49406, 320, 1929, 49407]])
+def test_of_a_row_without_padding_every_token_counts(towers: SmallTowers, row: list[int]) -> None:
+    torch.testing.assert_close(towers.encode_text(torch.tensor([row]))[0], of_words(towers, row))
 
 
-def test_an_empty_row_has_an_embedding(towers: SmallTowers) -> None:
-    assert towers.encode_text(torch.zeros(2, 8, dtype=torch.int64)).isfinite().all()
+def test_a_row_of_one_token_is_that_word(towers: SmallTowers) -> None:
+    torch.testing.assert_close(towers.encode_text(torch.full((1, 8), 3))[0], of_words(towers, [3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type(towers: SmallTowers, dtype: torch.dtype) -> None:
+    text = torch.tensor([[3, 4, 5, 9, 0]])
+    assert torch.equal(towers.encode_text(text.to(dtype)), towers.encode_text(text))
 
 
 def test_a_larger_vocabulary_shares_rows(towers: SmallTowers) -> None:
-    text = padded([5, 6], 8, 9, 0)
+    text = padded([5, 6, 9], 8, 0)
     assert torch.equal(towers.encode_text(text + WORDS * (text > 0)), towers.encode_text(text))
 
 
@@ -59,6 +70,7 @@ def test_larger_images_are_brought_down(towers: SmallTowers) -> None:
     small = F.interpolate(image, size=(32, 32), mode="bicubic", antialias=True)
     torch.testing.assert_close(towers.encode_image(image), towers.encode_image(small))
     assert towers.encode_image(image[:, :, :8, :8]).shape == (2, EMBED_DIM)
+    assert towers.encode_image((255 * small).byte()).dtype == torch.float32
 
 
 def test_sides() -> None:
@@ -71,7 +83,7 @@ def test_a_width_that_cannot_be_is_named(width: int) -> None:
         SmallTowers(width)
 
 
-@pytest.mark.parametrize("image_size", [4, 48, 100])
+@pytest.mark.parametrize("image_size", [-8, 0, 4, 48, 100])
 def test_a_side_that_cannot_be_is_named(image_size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size={image_size} must be a power of two from 8 on"):
         SmallTowers(4, image_size)
