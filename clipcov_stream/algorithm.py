@@ -68,7 +68,7 @@ ONLINE_WIDTH = 16
 """Channels of the first convolution of an online proxy that nobody gave."""
 
 HARD_WARMUP = "100ba"
-"""Of selection that would trust the teacher from the first step on."""
+"""Of selection that would trust an embedder in training from the first step on."""
 
 
 class ClipCov(Algorithm):
@@ -494,7 +494,7 @@ class ClipCov(Algorithm):
         if self._run is not None and self._run() is not state:
             if self.samples_seen:
                 raise ValueError(
-                    "this ClipCov has selected for another Trainer, and its teacher, sketch and counts are that run's: "
+                    "this ClipCov has selected for another Trainer, its embedder, sketch and counts are that run's: "
                     "give each Trainer a ClipCov of its own"
                 )
             self.teacher = None  # of a start that came to nothing

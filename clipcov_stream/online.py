@@ -1,8 +1,8 @@
 """An online proxy: a small model that judges every pool of candidates and then learns from all of it.
 
-The learner sees a fifth of the stream; a model of a tenth of its cost can afford to learn from the whole of it, and so
-is ahead of the learner in what it knows, at every step, without a reference model, a pass over the data beforehand or a
-forward pass of the learner over the pool. From a pair it learns the more, the likelier the pair is to match, as its
+The learner sees a fifth of the stream; a model of a hundredth of its cost can afford to learn from the whole of it, and
+so is ahead of the learner in what it knows, without a reference model, a pass over the data beforehand or a forward
+pass of the learner over the pool. From a pair it learns the more, the likelier the pair is to match, as its
 moving average judges before the update.
 """
 

@@ -22,7 +22,7 @@ class Pool:
     """Candidates of one step, as embeddings; rows need not be unit-norm, `select` normalizes them.
 
     Args:
-        image, text: (pool, dim) embeddings from the embedder: the teacher, a proxy or columns. Same width.
+        image, text: (pool, dim) embeddings from the embedder: a proxy, the teacher or columns. Same width.
         logit_scale: the embedder's, exponentiated (CLIP's is near 100 after training).
         learner_image, learner_text, learner_logit_scale: the same samples seen by the model in training. Selectors in
             `rivals.NEEDS_LEARNER` read them, and `selection.learn`, where without them the embedder stands in.
