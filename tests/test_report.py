@@ -65,6 +65,7 @@ def write_run(folder: Path, selector: str, seed: int, scores: list[float], **rec
                 times |= {"selection/embed_ms": 40.0, "selection/select_ms": 10.0, "selection/learn_ms": 5.0}
                 steps |= {"selection/residual_total": 1 / step, "selection/residual_total_random": 2 / step}
                 steps |= {"selection/aim_residual": 3 / step, "selection/aim_residual_bound": 4 / step}
+                steps |= {"selection/matched_share": number / 10, "selection/random_share": 1 / number}
             file.write(json.dumps({"step": step, **steps, **times}) + "\n")
             file.write(json.dumps({"step": step, METRIC: score, "samples_streamed": 640 * step}) + "\n")
     tree = {"run_name": f"{selector}_{seed}", "seed": seed, "selection": {"selector": selector, "seed": seed}, **recipe}
@@ -176,6 +177,21 @@ def test_the_random_twin_has_all_the_same_settings_and_a_step_in_common(tmp_path
     metrics.write_text(metrics.read_text().replace('"step": 10', '"step": 11'))
     rows = tables.headline(grouped([read_run(path / "metrics.jsonl") for path in apart]), [METRIC])
     assert [row["ratio"] for row in rows] == [None, None]
+
+
+def test_a_page_says_how_much_of_the_stream_matches(tmp_path: Path) -> None:
+    """By the mean of the last quarter of a run's steps; random survivors say nothing of it."""
+    for name, selector, seed in (("a", "clipcov", 0), ("b", "clipcov", 1), ("c", "random", 0)):
+        write_run(tmp_path / name, selector, seed, [0.1] * 8)
+    *ours, twin = (read_run(tmp_path / name / "metrics.jsonl") for name in ("a", "b", "c"))
+    assert tables.settled(ours, "selection/matched_share") == pytest.approx((0.7 + 0.8) / 2)
+    assert tables.settled(ours[:1], "selection/random_share") == pytest.approx((1 / 7 + 1 / 8) / 2)
+    assert tables.settled([twin], "selection/matched_share") is None
+    page = report.page([*ours, twin])
+    assert "<strong>75%</strong><span>of candidates match their caption, by the run" in page
+    assert re.search(r"clipcov: survivors still random ends at 0\.125", page)
+    alone = report.page([twin])
+    assert "No estimate was recorded" in alone and "of candidates match their caption, by" not in alone
 
 
 def test_runs_of_other_recipes_are_other_kinds(tmp_path: Path) -> None:

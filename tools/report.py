@@ -39,6 +39,8 @@ CERTIFICATE = (
     ("residual", "residual_random", RANDOM_SURVIVORS, "of each step's survivors"),
 )
 """Metric, the one drawn dashed beside it, what to call that, and the figure's title."""
+MATCHES = (("matched_share", "random_share", "{}: survivors still random", "of candidates that match"),)
+"""The same."""
 
 
 def curves(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -58,12 +60,18 @@ def curves(groups: Mapping[str, list[Run]], keys: Sequence[str]) -> list[dict[st
     return found
 
 
-def certificates(groups: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
-    """Residuals over time: from what selection aims at, beside their bound; and from the whole stream's, beside what
-    random survivors of the same pools would leave."""
+def pairs_of_lines(
+    groups: Mapping[str, list[Run]], of: Sequence[tuple[str, str, str, str]], unit: str
+) -> list[dict[str, Any]]:
+    """Figures of what selection logs, over samples_streamed.
+
+    CERTIFICATE: residuals from what selection aims at, beside their bound, and from the whole stream's, beside what
+    random survivors of the same pools would leave. MATCHES: the share of pairs that match, by the run's own estimate,
+    beside how many survivors were random because it knew little yet.
+    """
     style = figures.colours(list(groups))
     found = []
-    for name, beside, called, what in CERTIFICATE:
+    for name, beside, called, what in of:
         drawn = []
         for label, runs in groups.items():
             for key, title in ((name, label), (beside, called.format(label))):
@@ -71,7 +79,7 @@ def certificates(groups: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
                 if points := [points for points in curves_of if points[0]]:
                     drawn.append(figures.Line(title, points, style[label][0], dashed=key == beside))
         if drawn:
-            found.append({"title": what, "figures": [figures.lines(f"residual {what}", "samples_streamed", drawn)]})
+            found.append({"title": what, "figures": [figures.lines(f"{unit} {what}", "samples_streamed", drawn)]})
     return found
 
 
@@ -240,7 +248,12 @@ def without_empty(tree: Any) -> Any:
     return {key: without_empty(value) for key, value in tree.items() if value is not None and value != {}}
 
 
-def tiles(rows: Sequence[Mapping[str, Any]], title: str | None, who: Mapping[str, Any]) -> list[tuple[str, str]]:
+def tiles(
+    groups: Mapping[str, list[Run]],
+    rows: Sequence[Mapping[str, Any]],
+    title: str | None,
+    who: Mapping[str, Any],
+) -> list[tuple[str, str]]:
     """The few figures that say most, of the first kind of run that is not random: (figure, what it is)."""
     ours = next((row for row in rows if not is_random(row["label"])), rows[0])
     found = []
@@ -250,6 +263,8 @@ def tiles(rows: Sequence[Mapping[str, Any]], title: str | None, who: Mapping[str
         what = f"as much as random survivors reach with the same settings, at step {ours['ratio_step']:,}"
         found.append((f"{ours['ratio']:.2f}×", f"{what}, the last at which both were evaluated"))
     truth = who["truth"].get(ours["label"])
+    if (matched := tables.settled(groups[ours["label"]], "selection/matched_share")) is not None:
+        found.append((f"{matched:.0%}", "of candidates match their caption, by the run's own estimate"))
     if truth is None:
         return found
     for kind, what in (("clean", "match their caption"), ("near-duplicate", "are near-duplicates")):
@@ -293,10 +308,11 @@ def page(runs: Sequence[Run]) -> str:
         titles=list(titles.values()),
         headline=rows,
         every={label: [tables.figure(tables.numbers(of, key)) for key in keys] for label, of in groups.items()},
-        tiles=tiles(rows, titles[first[0]] if first else None, who),
+        tiles=tiles(groups, rows, titles[first[0]] if first else None, who),
         equal=tables.equal_samples(groups),
         curves=curves(groups, keys),
-        certificates=certificates(groups),
+        certificates=pairs_of_lines(groups, CERTIFICATE, "residual"),
+        matches=pairs_of_lines(groups, MATCHES, "share"),
         galleries=galleries(groups),
         who=who,
         times=step_times(groups),

@@ -29,6 +29,12 @@ def numbers(runs: Sequence[Run], key: str) -> list[float]:
     return [float(values[max(shared or values)]) for values in found]
 
 
+def settled(runs: Sequence[Run], key: str) -> float | None:
+    """A figure's mean over the last quarter of the steps that have it, and over runs; None where none has."""
+    found = [list(values.values()) for values in series(runs, key)]
+    return mean([statistics.fmean(values[-max(1, len(values) // 4) :]) for values in found])
+
+
 def series(runs: Sequence[Run], key: str) -> list[dict[int, float]]:
     """A figure by step, of each run that has it."""
     found = [{row["step"]: row[key] for row in run.rows if is_number(row.get(key))} for run in runs]
