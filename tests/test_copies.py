@@ -272,6 +272,6 @@ def test_a_recipe_says_where_copies_cannot_be_told(tmp_path: Path, corpus: Path)
     with pytest.raises(ValueError, match=r"selection.copies=3.0: with embed='columns' no image is decoded"):
         built(embed="columns", copies=3.0, logit_scale=9.0)
     with pytest.warns(UserWarning, match=r"stream.min_scale=0.9 crops them at random.*Set stream.min_scale=1"):
-        assert built(0.9, copies=3.0).settings.copies == 3.0
-    built(copies=3.0)
-    built(0.9, copies=0.0)
+        assert built(0.9, embed="teacher", copies=3.0).settings.copies == 3.0
+    built(embed="teacher", copies=3.0)
+    built(0.9, embed="teacher", copies=0.0)
