@@ -1,7 +1,7 @@
 """What a run was: its recipe, versions and hardware, in a file beside its metrics.
 
-runs/NAME.jsonl          metrics
-runs/NAME.about.json     {"recipe": ..., "versions": ..., "num_ranks": ..., "started": ..., "ended": ...}
+runs/NAME/metrics.jsonl          metrics
+runs/NAME/metrics.about.json     {"recipe": ..., "versions": ..., "num_ranks": ..., "started": ..., "ended": ...}
 """
 
 from __future__ import annotations

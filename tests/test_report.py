@@ -282,7 +282,7 @@ def test_runs_are_found_by_file_folder_and_folder_of_folders(tmp_path: Path) -> 
     both = [tmp_path / "runs" / name / "metrics.jsonl" for name in "ab"]
     assert find_runs(tmp_path / "runs") == both
     assert find_runs(both[0].parent) == find_runs(both[0]) == both[:1]
-    # The recipes of CC12M: runs/NAME.jsonl beside runs/NAME with the checkpoints.
+    # Also a file beside the folder of the same name that has the checkpoints.
     for name in ("metrics.jsonl", "metrics.about.json"):
         shutil.copy(tmp_path / "runs" / "a" / name, tmp_path / name.replace("metrics", "cc"))
     (tmp_path / "cc").mkdir()

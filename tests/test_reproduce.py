@@ -81,6 +81,7 @@ def test_what_was_not_run_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFi
         last = cell.steps(places)[-1].duration
         assert last is not None
         lines = [{"step": 1, "loss": 3.0}, {"step": int(share * last), "metrics/imagenet/top1": 0.125}]
+        cell.metrics(places).parent.mkdir()
         cell.metrics(places).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     theirs = Cell("datacomp_small", 30, "random").metrics(places)
     theirs.parent.mkdir()
@@ -135,14 +136,17 @@ def test_every_method_runs_from_end_to_end(tmp_path: Path, capfd: pytest.Capture
     embedded(data / "cc3m" / "train", data / "cc3m" / "train_b32", 0, tmp_path)
     embedded(data / "cc3m" / "train", data / "cc3m" / "train_learner_0", 1, tmp_path)
     np.save(data / "imagenet" / "classes_ViT-B-32-quickgelu.npy", np.random.default_rng(0).normal(size=(6, 16)))
-    (tmp_path / "repro_cc3m_learner_0.jsonl").write_text('{"step": 2}', encoding="utf-8")
+    learner = tmp_path / "repro_cc3m_learner_0" / "metrics.jsonl"
+    learner.parent.mkdir()
+    learner.write_text('{"step": 2}', encoding="utf-8")
     options = ["--data", str(data), "--runs", str(tmp_path)]
     for method in METHODS:
         small = [*SMALL, f"stream.global_pool_size={40 if method == 'clipcov_online' else 4}"]
         assert reproduce.main(["run", *options, f"cc3m_10_{method}", *small]) == 0, capfd.readouterr().err[-3000:]
     capfd.readouterr()
     for method in METHODS:
-        metrics = [json.loads(line) for line in (tmp_path / f"repro_cc3m_10_{method}_0.jsonl").read_text().splitlines()]
+        path = tmp_path / f"repro_cc3m_10_{method}_0" / "metrics.jsonl"
+        metrics = [json.loads(line) for line in path.read_text().splitlines()]
         (accuracy,) = [row["metrics/imagenet/top1"] for row in metrics if "metrics/imagenet/top1" in row]
         assert max(row["step"] for row in metrics) == 2 and 0 <= accuracy <= 1
         assert max(row.get("selection/samples_seen", 0) for row in metrics) == 2 * 4

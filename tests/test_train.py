@@ -68,8 +68,10 @@ def test_the_literal_cc12m_command_trains_on_a_local_folder(tmp_path: Path, corp
         *("yamls/clip_cc12m.yaml", "model.name=null", TINY, f"stream.local={corpus / 'train'}"),
         *("stream.global_pool_size=40", "stream.num_workers=0", "max_duration=4ba", "precision=fp32"),
         *("selection.warmup=1ba", f"save_folder={tmp_path / 'checkpoints'}", f"metrics_file={metrics}", *other),
+        *(f"ledger={tmp_path / 'ledger'}", f"gallery={tmp_path / 'gallery'}"),
     )
     assert last_metrics(metrics)["selection/samples_seen"] == 4 * 8
+    assert (tmp_path / "ledger" / "rank00000.ledger").exists() and (tmp_path / "gallery" / "gallery.jsonl").exists()
     assert (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
 
 

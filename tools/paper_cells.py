@@ -97,7 +97,7 @@ class Cell:
         """The file that `result` reads: our metrics, or DataComp's evaluation."""
         name = self.run_name(places)
         by_datacomp = places.runs / f"{name}_datacomp" / "eval_results.jsonl"
-        return by_datacomp if self.data in DATACOMP else places.runs / f"{name}.jsonl"
+        return by_datacomp if self.data in DATACOMP else places.runs / name / "metrics.jsonl"
 
     def result(self, places: Places) -> float | None:
         """ImageNet zero-shot top-1 at the end of the run; None if there is none yet."""
@@ -146,14 +146,16 @@ def num_pairs(data: str, places: Places) -> int:
 
 def training(cell: Cell, places: Places, local: Path, steps: int, name: str, *keys: str) -> Step:
     """A run of the data set's RN50 recipe, evaluated at its end."""
-    metrics = places.runs / f"{name}.jsonl"
+    run = places.runs / name
+    metrics = run / "metrics.jsonl"
     return Step(
         (
             *("composer", "-n", str(places.ranks), f"yamls/clip_{cell.data}_rn50.yaml"),
             *(f"run_name={name}", f"seed={places.seed}", f"stream.local={local}", *keys),
             *(f"max_duration={steps}ba", f"eval_interval={steps}ba"),
             *(f"eval_suite.root={places.data}", "eval_suite.sets=[imagenet]"),
-            *(f"save_folder={places.runs / name}", f"metrics_file={metrics}", *places.overrides),
+            *(f"save_folder={run}", f"metrics_file={metrics}", f"ledger={run / 'ledger'}"),
+            *(f"gallery={run / 'gallery'}", *places.overrides),
         ),
         metrics,
     )
@@ -214,13 +216,13 @@ def datacomp_steps(cell: Cell, places: Places) -> list[Step]:
     made = ("python", "tools/make_mds.py", "pairs", str(pool), str(columns), "--embeddings", "l14")
     steps = [Step(made, columns / "index.json")]
     if cell.method == "clipcov_online":
-        ledger = places.runs / name / "ledger"
+        run = places.runs / name
         argv = ("composer", "-n", str(places.ranks), "yamls/clip_datacomp.yaml", f"run_name={name}")
-        keys = (f"seed={places.seed}", f"stream.local={columns}", f"save_folder={places.runs / name}")
-        files = (f"metrics_file={places.runs / name}.jsonl", f"ledger={ledger}")
+        keys = (f"seed={places.seed}", f"stream.local={columns}", f"save_folder={run}")
+        files = (f"metrics_file={run / 'metrics.jsonl'}", f"ledger={run / 'ledger'}", f"gallery={run / 'gallery'}")
         # It ends with the pool's one pass, and its export makes what is looked for.
         steps.append(Step((*argv, *keys, *files, *places.overrides), subset))
-        source = ledger
+        source = run / "ledger"
     else:
         steps += subset_of(cell, places, columns, ("ViT-L-14-quickgelu", "openai"))
         source = steps[-1].makes
