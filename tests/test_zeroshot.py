@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import socket
 import time
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
-from ports import leave_group
+from ports import free_port, leave_group
 from streaming import MDSWriter
 from torch import Tensor
 
@@ -423,12 +422,6 @@ def evaluate_on_rank(rank: int, port: int, folder: str) -> None:
     found = evaluate(Path(folder), images=Path(folder).parent / "images")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     leave_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_ranks_report_what_one_reports(tmp_path: Path) -> None:
