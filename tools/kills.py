@@ -2,7 +2,7 @@
 
     python tools/kills.py --kills 200 --out tools/results
 
-A trajectory is one small run (columns or teacher, one or two ranks, with and without run-ahead) that is killed by
+A trajectory is one small run (columns, teacher or online, one or two ranks, with and without run-ahead) that is killed by
 SIGKILL up to `--per-run` times, resumed by the same command each time, and then finishes. A kill comes by the clock (a
 random moment from the process's start on), at a random event of a random step, within the write of a checkpoint after
 a random share of its bytes, or by the clock with the newest checkpoint then cut short, as a machine that lost power may
@@ -66,8 +66,9 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {"embed": "columns"}),
     "one rank, run-ahead": (1, {"embed": "columns", **AHEAD}),
     "one rank, teacher": (1, {"embed": "teacher"}),
-    "one rank, online, run-ahead": (1, {"embed": "online", "proxy": {"config": MODEL}, "proxy_lr": 1e-2, **AHEAD}),
+    "one rank, online, run-ahead": (1, {"embed": "online", **AHEAD}),
     "two ranks": (2, {"embed": "columns"}),
+    "two ranks, online": (2, {"embed": "online"}),
     "two ranks, global, run-ahead": (2, {"embed": "columns", "scope": "global", **AHEAD}),
 }
 """Name -> ranks, and `selection`."""
