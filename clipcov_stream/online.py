@@ -22,6 +22,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.collectives import summed
+from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
@@ -49,7 +50,7 @@ SHARPEST = 3.0
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "all ranks are negatives"
+VERSION = "copies teach as much as one"
 """In a state: how its proxy learned, which is also from small images."""
 
 COUNTS = ("updates", "samples_streamed", "dataset_size")
@@ -59,22 +60,28 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter. Steps may be fewer than updates: one that is not finite does not count."""
 
 
-def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[Tensor, " pool"]:
+def learning_weights(
+    pool: Pool, references: int, passes: float = 0.0, recurs: Float[Tensor, " pool"] | None = None
+) -> Float[Tensor, " pool"]:
     """How much an online proxy learns from each pair: p, its chance to match (`evidence.Matching.posterior`), in the
     first pass over the data; p to a power that rises evenly over the second and third to SHARPEST, and stays there.
-    Scaled to 1 in the mean of the valid pairs, 0 for the others.
+    Divided by 1 + how many candidates showed its picture lately. Scaled to 1 in the mean of the valid pairs, 0 for the
+    others.
 
     What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
     are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
     of them much the same weight, while one that kept to what it takes for matches would stay with the few that it began
     with. In the first pass every pair is judged before it was learned from. Later the proxy has seen them: of a
     mismatched pair that it took for a match it has learned something, takes it for one the sooner, and in some tens of
-    passes has many by heart. So doubt weighs more then (all measured in tools/LOG.md).
+    passes has many by heart. So doubt weighs more then. And a picture that is copied over and over with a caption that
+    is wrong comes as often in one pass: all its copies together teach about as much as one (all measured in
+    tools/LOG.md).
 
     Args:
         pool: as the embedder sees it, before it learns from it.
         references: as `objective.Settings`'.
         passes: over the data, complete before this pool, with their fraction (`OnlineProxy.passes`).
+        recurs: (pool,) log(1 + n), `OnlineProxy.recurring`; None: no picture recurs.
 
     Costs: as `evidence.matching`.
     """
@@ -82,6 +89,8 @@ def learning_weights(pool: Pool, references: int, passes: float = 0.0) -> Float[
         pool = prepared(pool)
         valid = valid_of(pool)
         chance = matching(pool, references).posterior(valid).pow(min(max(passes, 1.0), SHARPEST))
+        if recurs is not None:
+            chance = chance * recurs.neg().exp()
         return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
 
 
@@ -147,6 +156,8 @@ class OnlineProxy:
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
         self.lr, self.momentum = lr, momentum
         self.updates, self.samples_streamed, self.dataset_size = 0, 0, 0
+        self.pictures = torch.zeros(MEMORY, THUMBNAIL, device=next(proxy.parameters()).device)
+        """Thumbnails of the last candidates of all ranks, the newest last; zeros where there were none yet."""
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in proxy.modules())
         self.fewest = 2 if batch_norm else 1
         """Rows of a part that a rank can learn from."""
@@ -197,6 +208,16 @@ class OnlineProxy:
                 loss.backward()
             self._update(group)
         self._share_buffers(group)
+
+    def recurring(self, pictures: Float[Tensor, "pool thumbnail"]) -> Float[Tensor, " pool"]:
+        """How often each picture was a candidate lately, as `copies.log_copies`, of which these then are some.
+
+        Args:
+            pictures: `thumbnails` of all ranks' pools; zeros of samples that are not valid.
+        """
+        found = log_copies(pictures, self.pictures)
+        self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-MEMORY:].contiguous()
+        return found
 
     def begin(self, dataset_size: int) -> None:
         """Train on a data set of so many samples, of all ranks, 0 if that is not known: then every pass counts as the
@@ -277,9 +298,10 @@ class OnlineProxy:
             mine.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of weights, moving average, moments and COUNTS, by name."""
+        """Copies of weights, moving average, moments, pictures and COUNTS, by name."""
         counts = {name: getattr(self, name) for name in COUNTS} | {VERSION: True}
         state = {name: torch.tensor(count) for name, count in counts.items()}
+        state["pictures"] = self.pictures.clone()
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
@@ -296,6 +318,7 @@ class OnlineProxy:
                 "model's weights alone: load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed, self.dataset_size = (int(state[name]) for name in COUNTS)
+        self.pictures = state["pictures"].to(self.pictures, copy=True)
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)

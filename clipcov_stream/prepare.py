@@ -34,7 +34,7 @@ from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts
-from clipcov_stream.ranks import Gathering, Group, Placement, Shares, sum_over_ranks, travelling
+from clipcov_stream.ranks import Gathering, Group, Placement, Shares, gathered, sum_over_ranks, travelling
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import clipcov
 
@@ -294,6 +294,11 @@ class Preparation:
             """On the device, where they are brought once."""
             return self._pixels(batch)
 
+        @functools.cache
+        def pictures() -> Tensor:
+            """Thumbnails of what the embedder reads."""
+            return thumbnails(pixels()[0])
+
         def send(images: Tensor) -> None:
             sending.append(Gathering(travelling(images), self.group))
 
@@ -320,7 +325,7 @@ class Preparation:
             if selects and self.settings.copies > 0 and plain(self.function) is clipcov:
                 # Of what the embedder reads; with columns nothing is decoded, and a thumbnail is a column or not there.
                 reads = self.embed != "columns"
-                named["thumbnail"] = thumbnails(pixels()[0]) if reads else batch.get("thumbnail")
+                named["thumbnail"] = pictures() if reads else batch.get("thumbnail")
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
@@ -332,7 +337,9 @@ class Preparation:
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
             if self.online is not None:
-                self._teach(self.online, *pixels(), self._tokens(batch), valid, pool, placement)
+                images = pixels()[0]
+                shown = pictures() if images.ndim == 4 and images.shape[1] == 3 else None
+                self._teach(self.online, *pixels(), self._tokens(batch), valid, pool, placement, shown)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
     def _pixels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Normalize | None]:
@@ -355,13 +362,21 @@ class Preparation:
         valid: Tensor,
         pool: Pool,
         placement: Placement | None,
+        pictures: Tensor | None,
     ) -> None:
         """Have the online proxy learn from this rank's pool, or its share of all ranks', in parts of as many as are
-        trained on. Not in float16, whose gradients would need a scale."""
+        trained on. Not in float16, whose gradients would need a scale.
+
+        Args:
+            image, normalize, text, valid: this rank's, as for `OnlineProxy.learn`.
+            pool: as the embedder saw it; with a placement of all ranks.
+            pictures: thumbnails of the images, if they are pictures.
+        """
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"
         rows = count_survivors(len(valid), self.filter_ratio)
-        weights = learning_weights(pool, self.settings.references, online.passes)
+        recurs = None if pictures is None else self._recurring(online, pictures, valid, placement)
+        weights = learning_weights(pool, self.settings.references, online.passes, recurs)
         if placement is None:
             parts = parts_in_turn(len(valid), rows)
         else:
@@ -373,6 +388,14 @@ class Preparation:
         precision = nullcontext if half else self._precision
         width = pool.image.shape[1]
         online.learn(image, text, valid.cpu(), weights, parts, width, precision, normalize, self.group)
+
+    def _recurring(self, online: OnlineProxy, pictures: Tensor, valid: Tensor, placement: Placement | None) -> Tensor:
+        """`OnlineProxy.recurring` of the pool that is learned from: this rank's, or, with a placement, all ranks'."""
+        own = pictures * valid.to(pictures.device)[:, None]
+        if placement is not None:
+            return online.recurring(placement.whole(own))
+        at = dist.get_global_rank() * len(own)
+        return online.recurring(gathered(own, self.group))[at : at + len(own)]
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tensor:
         text = batch.get(self.text_key)

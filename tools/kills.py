@@ -2,7 +2,7 @@
 
     python tools/kills.py --kills 200 --out tools/results
 
-A trajectory is one small run (columns, teacher or online, one or two ranks, with and without run-ahead) that is killed by
+A trajectory is one small run (columns, teacher or online, one or two ranks, with and without run-ahead), killed by
 SIGKILL up to `--per-run` times, resumed by the same command each time, and then finishes. A kill comes by the clock (a
 random moment from the process's start on), at a random event of a random step, within the write of a checkpoint after
 a random share of its bytes, or by the clock with the newest checkpoint then cut short, as a machine that lost power may
