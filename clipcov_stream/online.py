@@ -215,6 +215,7 @@ class OnlineProxy:
         Args:
             pictures: `thumbnails` of all ranks' pools; zeros of samples that are not valid.
         """
+        pictures = pictures.nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would be like every other
         found = log_copies(pictures, self.pictures)
         self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-MEMORY:].contiguous()
         return found

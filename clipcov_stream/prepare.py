@@ -391,7 +391,7 @@ class Preparation:
 
     def _recurring(self, online: OnlineProxy, pictures: Tensor, valid: Tensor, placement: Placement | None) -> Tensor:
         """`OnlineProxy.recurring` of the pool that is learned from: this rank's, or, with a placement, all ranks'."""
-        own = pictures * valid.to(pictures.device)[:, None]
+        own = pictures.masked_fill(~valid.to(pictures.device)[:, None], 0.0)
         if placement is not None:
             return online.recurring(placement.whole(own))
         at = dist.get_global_rank() * len(own)
