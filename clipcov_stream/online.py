@@ -48,8 +48,8 @@ SHARPEST = 3.0
 """Largest power of `learning_weights`."""
 
 REMEMBERED = 1024
-"""Candidates that are known by their thumbnails. Four times as many, each with the plain 1 / (1 + n) and not its square,
-do no more (tools/LOG.md), and beside a tiny learner counting would cost half of what the proxy does."""
+"""Candidates that are known by their thumbnails. Four times as many, with the plain 1 / (1 + n) and not its square, do
+no more (tools/LOG.md), and beside a tiny proxy of 32 pixels counting them would cost half of what learning does."""
 
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
