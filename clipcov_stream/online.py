@@ -3,7 +3,7 @@
 The learner sees a fifth of the stream; a model of a hundredth of its cost can afford to learn from the whole of it, and
 so is ahead of the learner in what it knows, without a reference model, a pass over the data beforehand or a forward
 pass of the learner over the pool. From a pair it learns the more, the likelier the pair is to match, as its
-moving average judges before the update, and the less, the more often its picture came lately.
+moving average judges before the update.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from clipcov_stream.collectives import summed
-from clipcov_stream.copies import THUMBNAIL, log_copies
+from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
@@ -47,14 +47,10 @@ LARGEST_NORM = 1.0
 SHARPEST = 3.0
 """Largest power of `learning_weights`."""
 
-REMEMBERED = 1024
-"""Candidates that are known by their thumbnails. Four times as many, with the plain 1 / (1 + n) and not its square, do
-no more (tools/LOG.md), and beside a tiny proxy of 32 pixels counting them would cost half of what learning does."""
-
 LARGE = 1 << 18
 """Numbers in a table, from which on it is worth while to ask which rows are not zero."""
 
-VERSION = "copies teach less"
+VERSION = "all ranks are negatives"
 """In a state: how its proxy learned, which is also from small images."""
 
 COUNTS = ("updates", "samples_streamed", "dataset_size")
@@ -69,8 +65,8 @@ def learning_weights(
 ) -> Float[Tensor, " pool"]:
     """How much an online proxy learns from each pair: p, its chance to match (`evidence.Matching.posterior`), in the
     first pass over the data; p to a power that rises evenly over the second and third to SHARPEST, and stays there.
-    Divided by (1 + n)², n of the last candidates having shown its picture. Scaled to 1 in the mean of the valid pairs,
-    0 for the others.
+    Where copies are counted, divided by 1 + n, n of the last candidates having shown its picture. Scaled to 1 in the
+    mean of the valid pairs, 0 for the others.
 
     What is probably mismatched teaches little, as where noisy correspondences are divided from clean ones before they
     are learned from (Huang et al., NeurIPS 2021), but nothing is left out: an embedder that knows little yet gives most
@@ -85,7 +81,7 @@ def learning_weights(
         pool: as the embedder sees it, before it learns from it.
         references: as `objective.Settings`'.
         passes: over the data, complete before this pool, with their fraction (`OnlineProxy.passes`).
-        recurs: (pool,) log(1 + n), `OnlineProxy.recurring`; None: no picture recurs.
+        recurs: (pool,) log(1 + n), `OnlineProxy.recurring`; None: copies are not counted.
 
     Costs: as `evidence.matching`.
     """
@@ -94,7 +90,7 @@ def learning_weights(
         valid = valid_of(pool)
         chance = matching(pool, references).posterior(valid).pow(min(max(passes, 1.0), SHARPEST))
         if recurs is not None:
-            chance = chance * recurs.mul(-2).exp()
+            chance = chance * recurs.neg().exp()
         return chance * (valid.sum() / chance.sum().clamp_min(1e-12))
 
 
@@ -121,8 +117,7 @@ class OnlineProxy:
 
     Every pool is judged and then learned from, in parts of as many candidates as survive, one update of AdamW each, by
     the contrastive loss within the part (InfoNCE: van den Oord et al., arXiv 1807.03748; Radford et al., ICML 2021),
-    each pair's terms weighted (`learning_weights`). It remembers the last candidates by their thumbnails, to know what
-    recurs. Over ranks a part is what all have of it: embeddings are gathered,
+    each pair's terms weighted (`learning_weights`). Over ranks a part is what all have of it: embeddings are gathered,
     every candidate is a negative of every other, and weights are the same on all ranks. On another number of ranks they
     are those of the same parts up to the order of sums, but for batch norm, whose statistics are each rank's own.
 
@@ -132,16 +127,18 @@ class OnlineProxy:
             gradients.
         lr: of AdamW, after WARMUP updates.
         momentum: of the moving average, per update; it warms up as the teacher's does (`embed.Teacher`).
+        counts_copies: whether the last candidates are remembered by their thumbnails (`recurring`).
 
     Raises:
         ValueError: a proxy of other weights than float32.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
-        weights; per pool one pass over its pixels and `copies.log_copies`. With several ranks, per update, a gathering
-        of embeddings, all ranks' squared logits and a sum (by gloo two), and per pool one of each.
+        weights. With several ranks, per update, a gathering of embeddings, all ranks' squared logits and a sum (by gloo
+        two), and per pool one. Where copies are counted, per pool, a pass over its pixels, `copies.log_copies` and a
+        gathering.
     """
 
-    def __init__(self, proxy: nn.Module, lr: float, momentum: float) -> None:
+    def __init__(self, proxy: nn.Module, lr: float, momentum: float, counts_copies: bool = False) -> None:
         # On a CPU convolutions take three quarters of the time in this layout; it changes nothing for other layers.
         for tensor in (*proxy.parameters(), *proxy.buffers()):
             if tensor.ndim == 4:
@@ -161,8 +158,11 @@ class OnlineProxy:
         self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
         self.lr, self.momentum = lr, momentum
         self.updates, self.samples_streamed, self.dataset_size = 0, 0, 0
-        self.pictures = torch.zeros(REMEMBERED, THUMBNAIL, device=next(proxy.parameters()).device)
-        """Thumbnails of the last candidates of all ranks, the newest last; zeros where there were none yet."""
+        self.pictures = (
+            torch.zeros(MEMORY, THUMBNAIL, device=next(proxy.parameters()).device) if counts_copies else None
+        )
+        """Thumbnails of the last candidates of all ranks, the newest last; zeros where there were none yet. None where
+        copies are not counted."""
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in proxy.modules())
         self.fewest = 2 if batch_norm else 1
         """Rows of a part that a rank can learn from."""
@@ -220,9 +220,10 @@ class OnlineProxy:
         Args:
             pictures: `thumbnails` of all ranks' pools; zeros of samples that are not valid.
         """
+        assert self.pictures is not None
         pictures = pictures.nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would be like every other
         found = log_copies(pictures, self.pictures)
-        self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-REMEMBERED:].contiguous()
+        self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-MEMORY:].contiguous()
         return found
 
     def begin(self, dataset_size: int) -> None:
@@ -307,7 +308,8 @@ class OnlineProxy:
         """Copies of weights, moving average, moments, pictures and COUNTS, by name."""
         counts = {name: getattr(self, name) for name in COUNTS} | {VERSION: True}
         state = {name: torch.tensor(count) for name, count in counts.items()}
-        state["pictures"] = self.pictures.clone()
+        if self.pictures is not None:
+            state["pictures"] = self.pictures.clone()
         for kind, model in (("trained", self.trained), ("average", self.model)):
             state |= {f"{kind}.{name}": value.clone() for name, value in model.state_dict().items()}
         for name, parameter in self.trained.named_parameters():
@@ -324,7 +326,8 @@ class OnlineProxy:
                 "model's weights alone: load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed, self.dataset_size = (int(state[name]) for name in COUNTS)
-        self.pictures = state["pictures"].to(self.pictures, copy=True)
+        if self.pictures is not None and "pictures" in state:  # older versions did not count
+            self.pictures = state["pictures"].to(self.pictures, copy=True)
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}
             model.load_state_dict(own)

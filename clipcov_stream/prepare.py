@@ -337,8 +337,7 @@ class Preparation:
             if placement is not None:
                 pool = placement.whole_pool(pool, *sending)
             if self.online is not None:
-                images = pixels()[0]
-                shown = pictures() if images.ndim == 4 and images.shape[1] == 3 else None
+                shown = pictures() if self.online.pictures is not None else None
                 self._teach(self.online, *pixels(), self._tokens(batch), valid, pool, placement, shown)
         return pool, watch.milliseconds, None if alignment is None else alignment.cpu()
 
@@ -370,7 +369,7 @@ class Preparation:
         Args:
             image, normalize, text, valid: this rank's, as for `OnlineProxy.learn`.
             pool: as the embedder saw it; with a placement of all ranks.
-            pictures: thumbnails of the images, if they are pictures.
+            pictures: thumbnails of the images, where copies are counted.
         """
         half = self.state.precision == Precision.AMP_FP16 if self.embed_precision is None else False
         half = half or self.embed_precision == "amp_fp16"

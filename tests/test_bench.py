@@ -374,16 +374,16 @@ def test_compute_is_counted_in_plain_steps(tmp_path: Path) -> None:
     own = [row("clipcov", embed, 640, 240 * 128, 0.3) for embed in ("teacher", "online", "columns")]
     rivals = {**row("rho", "teacher", 640, 240 * 128, 0.3), "warmup": 60}, row("rho", "columns", 640, 240 * 128, 0.3)
     for kind, times in (("wide", 8.2), ("resnet", 4.3), ("vit-tiny", 19.7)):  # what docs say that these learners cost
-        assert bench_compute.online_cost() / bench_compute.online_cost(model=kind) == pytest.approx(times, abs=0.1)
-    cost = bench_compute.online_cost()
-    assert 4 / 7 < cost - 2 * 1024 * 108 / 3_031_040 < 4 / 6.5
+        assert bench_compute.online_share() / bench_compute.online_share(model=kind) == pytest.approx(times, abs=0.1)
+    share = bench_compute.online_share()
+    assert 1 / 8 < share < 1 / 6
     points = {p["source"]: p for p in bench_compute.points_of([*plain, *own])}
     assert points["clipcov, teacher"]["compute"] == round(240 * (1 + 5 / 3))
-    assert points["clipcov, online"]["compute"] == round(240 * (1 + cost * 5 / 3))
+    assert points["clipcov, online"]["compute"] == round(240 * (1 + 4 * share * 5 / 3))
     assert points["clipcov, columns"]["compute"] == 240
     # Beside a learner of eight times the cost, with a smaller proxy.
     small = {**own[1], "model": "wide", "online_width": 3}
-    assert 240 < bench_compute.steps_of(small) < 240 * (1 + cost / 8 * 5 / 3) / 1.05
+    assert 240 < bench_compute.steps_of(small) < 240 * (1 + 4 * share / 8 * 5 / 3) / 1.05
     assert bench_compute.source_of(small) == "clipcov, online of width 3"
     # rho asks the learner too, and neither pass is made in its warm-up.
     steps = [bench_compute.steps_of(rival) for rival in rivals]

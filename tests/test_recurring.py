@@ -1,4 +1,4 @@
-"""Pictures that come again and again: an online proxy learns from a copy the less, the more there are."""
+"""Pictures that come again and again: with `copies` an online proxy learns from all of one as much as from one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from corpora import draw_corpus, recipe, write_recipe
 from runs import algorithm_of, run, run_ranks
 from torch import Tensor, nn
 
-from clipcov_stream.copies import LIKE, THUMBNAIL, thumbnails
-from clipcov_stream.online import REMEMBERED, OnlineProxy, learning_weights, parts_in_turn
+from clipcov_stream.copies import LIKE, MEMORY, THUMBNAIL, thumbnails
+from clipcov_stream.online import OnlineProxy, learning_weights, parts_in_turn
 from clipcov_stream.pool import Pool
 
 
@@ -37,7 +37,7 @@ class Layers(nn.Module):
 
 
 def new_proxy() -> OnlineProxy:
-    return OnlineProxy(Layers(), lr=1e-2, momentum=0.9)
+    return OnlineProxy(Layers(), lr=1e-2, momentum=0.9, counts_copies=True)
 
 
 def drawn_pictures(num: int, generator: torch.Generator) -> Tensor:
@@ -49,17 +49,17 @@ def test_counts_are_of_the_last_candidates() -> None:
     generator, online = torch.Generator().manual_seed(0), new_proxy()
     few = drawn_pictures(40, generator)
     came = np.zeros((0, THUMBNAIL))
-    for size in (7, 500, 300, 700, REMEMBERED + 100, 300):
+    for size in (7, 2000, 300, 2500, MEMORY + 100, 300):
         shown = few[torch.randint(40, (size,), generator=generator)] + 0.1 * drawn_pictures(size, generator)
         pictures = thumbnails(shown)
         rows = pictures.double().numpy()
-        alike = np.maximum(rows @ came[-REMEMBERED:].T - LIKE, 0).sum(1) / (1 - LIKE)
+        alike = np.maximum(rows @ came[-MEMORY:].T - LIKE, 0).sum(1) / (1 - LIKE)
         came = np.concatenate([came, rows])
         np.testing.assert_allclose(online.recurring(pictures).exp().numpy(), 1 + alike, rtol=2e-3)
     assert alike.min() > 1
 
 
-def test_copies_teach_the_less_the_more_there_are() -> None:
+def test_of_n_copies_each_teaches_an_nth() -> None:
     generator = torch.Generator().manual_seed(1)
     image = F.normalize(torch.randn(300, 16, generator=generator), dim=1)
     valid = torch.rand(300, generator=generator) < 0.9
@@ -68,7 +68,7 @@ def test_copies_teach_the_less_the_more_there_are() -> None:
     plain = learning_weights(pool, 256)
     torch.testing.assert_close(learning_weights(pool, 256, recurs=torch.zeros(300)), plain)
     weights = learning_weights(pool, 256, recurs=counts.float().log1p())
-    wanted = plain / (1 + counts) ** 2
+    wanted = plain / (1 + counts)
     torch.testing.assert_close(weights, wanted * (valid.sum() / wanted.sum()))
 
 
@@ -128,7 +128,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_remembers_what_all_ranks_were_shown(tmp_path: Path, corpus: Path) -> None:
     """With pools of its own each rank counts copies in the others' too."""
-    tree = recipe(corpus, selection={"embed": "online", "proxy": {"width": 4}, "warmup": 0}, max_duration="2ba")
+    tree = recipe(
+        corpus, selection={"embed": "online", "proxy": {"width": 4}, "copies": 3, "warmup": 0}, max_duration="2ba"
+    )
     trainer, _, _ = run(tmp_path / "one", tree)
     online = algorithm_of(trainer).teacher
     assert isinstance(online, OnlineProxy)

@@ -5,9 +5,8 @@
 Compute is counted, not timed, in plain training steps on as many samples as survive: forward and backward pass of a
 sample are three forward passes, a candidate that the teacher, or a selector that asks the learner, embeds is one more,
 and one that an online proxy learns from and embeds is four of the proxy's, whose cost relative to the learner's is that
-of their multiply-adds, and the count of its copies. Selection itself and reading are left out, and so is what a frozen
-proxy or stored columns cost beforehand. `random (all streamed)` is plain training. Only runs of one learner and number
-of survivors are compared.
+of their multiply-adds. Selection itself and reading are left out, and so is what a frozen proxy or stored columns cost
+beforehand. `random (all streamed)` is plain training. Only runs of one learner and number of survivors are compared.
 Prints a table, in which `plain` is what plain training has for the same compute, by straight lines between its runs;
 draws NAME.png and writes NAME.md beside the first file; the last line is JSON.
 """
@@ -33,10 +32,8 @@ from bench_selectors import ALL_STREAMED, ONLINE_WIDTH
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipcov_stream import SELECTORS
-from clipcov_stream.copies import THUMBNAIL
 from clipcov_stream.embed import IN_TRAINING
 from clipcov_stream.model import forward_flops
-from clipcov_stream.online import REMEMBERED
 from clipcov_stream.rivals import NEEDS_LEARNER
 from clipcov_stream.towers import SmallTowers
 
@@ -52,11 +49,10 @@ def flops_of(model: Any) -> int:
 
 
 @functools.cache
-def online_cost(online_width: int = ONLINE_WIDTH, model: str = "tiny") -> float:
-    """Of a candidate that an online proxy learns from and embeds, in forward passes of the learner."""
+def online_share(online_width: int = ONLINE_WIDTH, model: str = "tiny") -> float:
+    """Cost of the benchmark's online proxy over that of its learner."""
     learner = towers_of(model, 8, SIZE, CONTEXT).eval()
-    forward = forward_flops(SmallTowers(online_width, SIZE), SIZE, CONTEXT)
-    return (4 * forward + 2 * REMEMBERED * THUMBNAIL) / flops_of(learner)
+    return forward_flops(SmallTowers(online_width, SIZE), SIZE, CONTEXT) / flops_of(learner)
 
 
 def steps_of(row: dict[str, Any]) -> float:
@@ -69,7 +65,7 @@ def steps_of(row: dict[str, Any]) -> float:
     selecting = steps - (row["warmup"] if name != bench_report.OURS and row["embed"] in IN_TRAINING else 0)
     forward = {"teacher": selecting}.get(row["embed"], 0.0)
     if row["embed"] == "online":
-        forward = steps * online_cost(row.get("online_width", ONLINE_WIDTH), row.get("model", "tiny"))
+        forward = 4 * steps * online_share(row.get("online_width", ONLINE_WIDTH), row.get("model", "tiny"))
     forward += selecting * (SELECTORS[name] in NEEDS_LEARNER)
     return steps + forward * row["pool"] / (3 * row["survivors"])
 
