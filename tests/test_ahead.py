@@ -186,7 +186,7 @@ def ahead_recipe(folder: Path, run_ahead: int, num_workers: int = 0, **selection
         {"embed": "proxy"},
         online_section(),
         online_section(8),  # of candidates decoded small
-        {"embed": "online"},  # the default one, with batch norm and a large table of words
+        {"embed": "online", "copies": 3},  # the default one, with batch norm and a large table of words
     ],
     ids=str,
 )

@@ -371,11 +371,15 @@ def test_a_recipe_needs_no_proxy_section(tmp_path: Path, corpus: Path) -> None:
         assert json.loads(about.read_text(encoding="utf-8"))["recipe"]["selection"]["proxy"]["width"] == width
 
 
-@pytest.mark.parametrize("proxy", [{"config": SMALL}, {"width": 4}], ids=["of open_clip", "the default one"])
-def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, proxy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "selection",
+    [{"proxy": {"config": SMALL}}, {"proxy": {"width": 4}}, {"proxy": {"width": 4}, "copies": 3}],
+    ids=["of open_clip", "the default one", "the default one, with copies"],
+)
+def test_a_resumed_run_equals_a_straight_one(tmp_path: Path, corpus: Path, selection: dict[str, Any]) -> None:
     """In the second pass over the data, of six steps each."""
     saving = {"save_folder": str(tmp_path / "saved"), "save_interval": "2ba", "autoresume": True}
-    tree = online_recipe(corpus, selection={"proxy": proxy}, **saving)
+    tree = online_recipe(corpus, selection=selection, **saving)
     tree |= {"run_name": "online", "max_duration": "11ba"}
     straight = run(tmp_path / "straight", {**tree, "save_folder": str(tmp_path / "other")})
     trainer, _, _ = trainer_of(tmp_path / "first", tree)
