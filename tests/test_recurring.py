@@ -40,6 +40,11 @@ def new_proxy() -> OnlineProxy:
     return OnlineProxy(Layers(), lr=1e-2, momentum=0.9, counts_copies=True)
 
 
+def remembered(online: object) -> Tensor:
+    assert isinstance(online, OnlineProxy) and online.pictures is not None
+    return online.pictures
+
+
 def drawn_pictures(num: int, generator: torch.Generator) -> Tensor:
     return torch.randn(num, 3, 6, 6, generator=generator)
 
@@ -48,7 +53,7 @@ def test_counts_are_of_the_last_candidates() -> None:
     """Against float64 and a list of all that came, in pools of several sizes, one larger than what is remembered."""
     generator, online = torch.Generator().manual_seed(0), new_proxy()
     few = drawn_pictures(40, generator)
-    came = np.zeros((0, THUMBNAIL))
+    came, alike = np.zeros((0, THUMBNAIL)), np.zeros(0)
     for size in (7, 2000, 300, 2500, MEMORY + 100, 300):
         shown = few[torch.randint(40, (size,), generator=generator)] + 0.1 * drawn_pictures(size, generator)
         pictures = thumbnails(shown)
@@ -81,7 +86,7 @@ def test_what_is_no_picture_is_like_no_other(what: float) -> None:
     for _ in range(2):
         found = online.recurring(thumbnails(shown))
     assert torch.equal(found[:5], torch.zeros(5)) and found[5:].min() > math.log(1.9)
-    assert online.pictures.isfinite().all() and int((online.pictures != 0).any(1).sum()) == 2 * 45
+    assert remembered(online).isfinite().all() and int((remembered(online) != 0).any(1).sum()) == 2 * 45
 
 
 def taken_for_matches(counted: bool) -> tuple[float, float]:
@@ -132,12 +137,11 @@ def test_a_run_remembers_what_all_ranks_were_shown(tmp_path: Path, corpus: Path)
         corpus, selection={"embed": "online", "proxy": {"width": 4}, "copies": 3, "warmup": 0}, max_duration="2ba"
     )
     trainer, _, _ = run(tmp_path / "one", tree)
-    online = algorithm_of(trainer).teacher
-    assert isinstance(online, OnlineProxy)
-    filled = (online.pictures != 0).any(1)
+    pictures = remembered(algorithm_of(trainer).teacher)
+    filled = (pictures != 0).any(1)
     assert int(filled.sum()) == 2 * 32 and filled[-2 * 32 :].all()
     ranks = run_ranks(tmp_path / "two", write_recipe(tmp_path / "recipe.yaml", tree), 2)
     found = [rank["algorithm"]["teacher"]["pictures"] for rank in ranks]
     assert torch.equal(found[0], found[1]) and int((found[0] != 0).any(1).sum()) == 2 * 32
     # Of equally many candidates, in pools that are halves of one rank's: the same ones.
-    assert sorted(map(tuple, found[0].tolist())) == sorted(map(tuple, online.pictures.tolist()))
+    assert sorted(map(tuple, found[0].tolist())) == sorted(map(tuple, pictures.tolist()))
