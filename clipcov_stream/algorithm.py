@@ -483,7 +483,8 @@ class ClipCov(Algorithm):
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)
             if self.embed == "online" and self.teacher is None:
-                self.teacher = OnlineProxy(self.proxy, self.proxy_lr, self.teacher_momentum, self.settings.copies > 0)
+                counts = self.settings.copies > 0 and plain(self.function) is clipcov
+                self.teacher = OnlineProxy(self.proxy, self.proxy_lr, self.teacher_momentum, counts)
         if self.teacher is not None and self._pending.get("teacher"):
             self.teacher.load_state_dict(self._pending.pop("teacher"))
         if isinstance(self.teacher, OnlineProxy):

@@ -64,8 +64,8 @@ class Settings:
             (`evidence.log_exposure`); like `balance` as far as the pool is uneven.
         copies: what a pair loses per unit of log copies, which is how often its picture, told by coarse pixels, was
             among the last `copies.MEMORY` survivors (`copies.log_copies`); like `balance` as far as the pool is uneven,
-            and only where pools have thumbnails. 0: nobody looks. 3 for a stream with pictures that recur with their
-            faults; an online proxy then learns from all copies of a picture about as much as from one, too.
+            and only where pools have thumbnails. 0: nobody looks. 1 to 3 for a stream with pictures that recur with
+            their faults; an online proxy then learns from all copies of a picture about as much as from one, too.
         recent: survivors that stand for all of the last RECENT_STEPS steps' there, those of more steps if a batch is
             smaller than recent / RECENT_STEPS.
         repeats: how often a pair may be trained on before it wears out: once it was `repeats` + n times, its chance to

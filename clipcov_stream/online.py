@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
-from clipcov_stream.collectives import summed
+from clipcov_stream.collectives import evenly, summed
 from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
@@ -223,6 +223,8 @@ class OnlineProxy:
         assert self.pictures is not None
         pictures = pictures.nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would be like every other
         found = log_copies(pictures, self.pictures)
+        if len(pictures) > MEMORY:  # of all of them: they come rank after rank, or in the order of their ids
+            pictures = pictures.index_select(0, evenly(len(pictures), MEMORY, pictures.device))
         self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-MEMORY:].contiguous()
         return found
 
@@ -319,14 +321,15 @@ class OnlineProxy:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError for the state of an older version's online proxy, which learned otherwise."""
-        if VERSION not in state:
+        pictures = state.get("pictures", torch.zeros(0))
+        if VERSION not in state or (self.pictures is not None and pictures.shape != self.pictures.shape):
             raise ValueError(
                 "the checkpoint's online proxy is of an older version, which learned from other images of the "
-                "candidates, weighted them otherwise or had other negatives, and cannot be gone on with. Take the "
-                "model's weights alone: load_path=... and load_weights_only=true"
+                "candidates, weighted them otherwise, counted no copies or had other negatives, and cannot be gone on "
+                "with. Take the model's weights alone: load_path=... and load_weights_only=true"
             )
         self.updates, self.samples_streamed, self.dataset_size = (int(state[name]) for name in COUNTS)
-        if self.pictures is not None and "pictures" in state:  # older versions did not count
+        if self.pictures is not None:
             self.pictures = state["pictures"].to(self.pictures, copy=True)
         for kind, model in (("trained", self.trained), ("average", self.model)):
             own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{kind}.")}

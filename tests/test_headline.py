@@ -59,6 +59,16 @@ def test_seeds_that_do_not_pair_are_named(tmp_path: Path) -> None:
         bench_headline.read_runs(tmp_path)
 
 
+def test_rows_of_the_default_are_of_one_version(tmp_path: Path) -> None:
+    for name in bench_headline.SOURCES:
+        (tmp_path / f"{name}.jsonl").write_text((RESULTS / f"{name}.jsonl").read_text(encoding="utf-8"))
+    own = tmp_path / "bench_online.jsonl"
+    first, *others = own.read_text().splitlines()
+    own.write_text("\n".join([json.dumps({**json.loads(first), "code": 1}), *others]) + "\n")
+    with pytest.raises(ValueError, match=r"rows of online are of 2 versions of the code"):
+        bench_headline.read_runs(tmp_path)
+
+
 def test_it_is_drawn(runs: bench_headline.Runs, tmp_path: Path) -> None:
     bench_headline.plot(runs, tmp_path / "headline.png")
     assert (tmp_path / "headline.png").stat().st_size > 20000

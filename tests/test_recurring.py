@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from corpora import draw_corpus, recipe, write_recipe
-from runs import algorithm_of, run, run_ranks
+from runs import algorithm_of, composer, launch, run
 from torch import Tensor, nn
 
-from clipcov_stream.copies import LIKE, MEMORY, THUMBNAIL, thumbnails
+from clipcov_stream.copies import LIKE, MEMORY, THUMBNAIL, log_copies, thumbnails
 from clipcov_stream.online import OnlineProxy, learning_weights, parts_in_turn
 from clipcov_stream.pool import Pool
+from clipcov_stream.prepare import Preparation
 
 
 class Layers(nn.Module):
@@ -50,16 +53,17 @@ def drawn_pictures(num: int, generator: torch.Generator) -> Tensor:
 
 
 def test_counts_are_of_the_last_candidates() -> None:
-    """Against float64 and a list of all that came, in pools of several sizes, one larger than what is remembered."""
+    """Against float64 and a list of all that came, in pools of several sizes; of one that is larger than what is
+    remembered, every so many-th."""
     generator, online = torch.Generator().manual_seed(0), new_proxy()
     few = drawn_pictures(40, generator)
     came, alike = np.zeros((0, THUMBNAIL)), np.zeros(0)
-    for size in (7, 2000, 300, 2500, MEMORY + 100, 300):
+    for size in (7, 2000, 300, 2500, 2 * MEMORY + 100, 300):
         shown = few[torch.randint(40, (size,), generator=generator)] + 0.1 * drawn_pictures(size, generator)
         pictures = thumbnails(shown)
         rows = pictures.double().numpy()
         alike = np.maximum(rows @ came[-MEMORY:].T - LIKE, 0).sum(1) / (1 - LIKE)
-        came = np.concatenate([came, rows])
+        came = np.concatenate([came, rows if size <= MEMORY else rows[np.arange(MEMORY) * size // MEMORY]])
         np.testing.assert_allclose(online.recurring(pictures).exp().numpy(), 1 + alike, rtol=2e-3)
     assert alike.min() > 1
 
@@ -131,17 +135,76 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def test_a_run_remembers_what_all_ranks_were_shown(tmp_path: Path, corpus: Path) -> None:
-    """With pools of its own each rank counts copies in the others' too."""
-    tree = recipe(
-        corpus, selection={"embed": "online", "proxy": {"width": 4}, "copies": 3, "warmup": 0}, max_duration="2ba"
-    )
-    trainer, _, _ = run(tmp_path / "one", tree)
-    pictures = remembered(algorithm_of(trainer).teacher)
-    filled = (pictures != 0).any(1)
-    assert int(filled.sum()) == 2 * 32 and filled[-2 * 32 :].all()
-    ranks = run_ranks(tmp_path / "two", write_recipe(tmp_path / "recipe.yaml", tree), 2)
-    found = [rank["algorithm"]["teacher"]["pictures"] for rank in ranks]
-    assert torch.equal(found[0], found[1]) and int((found[0] != 0).any(1).sum()) == 2 * 32
-    # Of equally many candidates, in pools that are halves of one rank's: the same ones.
-    assert sorted(map(tuple, found[0].tolist())) == sorted(map(tuple, pictures.tolist()))
+RECORDED = """
+import sys
+import torch
+from composer.utils import dist
+from clipcov_stream import prepare
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer, leave_group
+own, counts = [], []
+plainly = prepare.Preparation._recurring
+def recurring(self, online, pictures, valid, placement):
+    found = plainly(self, online, pictures, valid, placement)
+    own.append(pictures)
+    counts.append(found)
+    return found
+prepare.Preparation._recurring = recurring
+trainer = build_trainer(load_config(sys.argv[1]))
+trainer.fit()
+torch.save({"own": own, "counts": counts}, sys.argv[2].replace("RANK", str(dist.get_global_rank())))
+trainer.close()
+leave_group()
+"""
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_copies_are_counted_among_what_all_ranks_were_shown(tmp_path: Path, corpus: Path, scope: str) -> None:
+    """Into the second pass over the data, where every picture recurs."""
+    script = tmp_path / "recorded.py"
+    script.write_text(RECORDED, encoding="utf-8")
+    selection = {"embed": "online", "proxy": {"width": 4}, "copies": 3, "warmup": 0, "scope": scope}
+    tree = recipe(corpus, selection=selection, stream={"min_scale": 1.0}, max_duration="8ba")
+    path = write_recipe(tmp_path / "recipe.yaml", tree)
+    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path / "RANK.pt")])
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    came, most = torch.zeros(0, THUMBNAIL), 0.0
+    for step in range(8):
+        own = [rank["own"][step] for rank in ranks]
+        expected = [log_copies(pictures, came) if len(came) else torch.zeros(len(pictures)) for pictures in own]
+        found = [rank["counts"][step] for rank in ranks]
+        if scope == "local":
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        else:
+            torch.testing.assert_close(found[0], found[1])
+            torch.testing.assert_close(found[0].sort().values, torch.cat(expected).sort().values, atol=1e-4, rtol=1e-4)
+        came, most = torch.cat([came, *own]), max(most, float(found[0].min()))
+    assert most > math.log(1.9)
+
+
+def test_what_is_not_valid_is_not_remembered() -> None:
+    generator, online = torch.Generator().manual_seed(4), new_proxy()
+    pictures, valid = thumbnails(drawn_pictures(20, generator)), torch.arange(20) % 4 > 0
+    pictures[0] = math.nan
+    preparation: Any = SimpleNamespace(group=None)
+    for _ in range(2):
+        found = Preparation._recurring(preparation, online, pictures, valid, None)
+    torch.testing.assert_close(found, valid * math.log(2), atol=1e-3, rtol=0.0)
+    assert int((remembered(online) != 0).any(1).sum()) == 2 * 15
+
+
+def test_a_state_without_copies_is_refused_where_they_are_counted() -> None:
+    counting, plain = new_proxy(), OnlineProxy(Layers(), lr=1e-2, momentum=0.9)
+    with pytest.raises(ValueError, match="counted no copies"):
+        counting.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="counted no copies"):
+        counting.load_state_dict({**counting.state_dict(), "pictures": torch.zeros(3, THUMBNAIL)})
+    plain.load_state_dict(counting.state_dict())  # what it does not read does it no harm
+
+
+def test_only_clipcov_counts_copies(tmp_path: Path, corpus: Path) -> None:
+    for selector, counts in (("clipcov", True), ("rho", False)):
+        selection = {"embed": "online", "proxy": {"width": 4}, "selector": selector, "copies": 3, "warmup": 0}
+        trainer, _, _ = run(tmp_path / selector, recipe(corpus, selection=selection, max_duration="1ba"))
+        online = algorithm_of(trainer).teacher
+        assert isinstance(online, OnlineProxy) and (online.pictures is not None) == counts
