@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipcov_stream.collectives import evenly
 from clipcov_stream.products import product
 from clipcov_stream.scratch import LARGEST, scratch
 from clipcov_stream.sketch import sync_is_free
@@ -77,3 +78,14 @@ def log_copies(
         out = scratch("copies", len(rows), len(seen)) if sync_is_free(rows) else None
         parts.append(product(rows, seen, offset, positive=True, out=out) @ ones)
     return torch.cat(parts).div_(1 - LIKE).log1p_()
+
+
+def remembered(
+    seen: Float[Tensor, "memory thumbnail"], shown: Float[Tensor, "new thumbnail"]
+) -> Float[Tensor, "memory thumbnail"]:
+    """The memory with new thumbnails at its end, in the place of its oldest; of more than it holds, evenly spaced ones:
+    they may come rank after rank, or in the order of their ids."""
+    num = len(seen)
+    if len(shown) > num:
+        shown = shown.index_select(0, evenly(len(shown), num, shown.device))
+    return torch.cat([seen, shown.to(seen)])[-num:]

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
-from clipcov_stream.collectives import evenly, summed
-from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies
+from clipcov_stream.collectives import summed
+from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies, remembered
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
 from clipcov_stream.pool import Pool, prepared, valid_of
@@ -223,9 +223,7 @@ class OnlineProxy:
         assert self.pictures is not None
         pictures = pictures.nan_to_num(0.0, 0.0, 0.0)  # one that is not finite would be like every other
         found = log_copies(pictures, self.pictures)
-        if len(pictures) > MEMORY:  # of all of them: they come rank after rank, or in the order of their ids
-            pictures = pictures.index_select(0, evenly(len(pictures), MEMORY, pictures.device))
-        self.pictures = torch.cat([self.pictures, pictures.to(self.pictures)])[-MEMORY:].contiguous()
+        self.pictures = remembered(self.pictures, pictures).contiguous()
         return found
 
     def begin(self, dataset_size: int) -> None:

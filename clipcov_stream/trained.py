@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
+from clipcov_stream.copies import remembered
 from clipcov_stream.objective import RECENT, RECENT_STEPS, SelectionState
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ def updated_memory(
             places = torch.where(places == UNKNOWN, known, places).clamp_min(0)
     updated = joined(state, recent, ranks) if recent else {}
     if looks:
-        num = len(state.looks)
-        new = looks[0] if len(looks[0]) <= num else looks[0].index_select(0, evenly(len(looks[0]), num, image.device))
-        updated["looks"] = torch.cat([state.looks, new])[-num:]
+        updated["looks"] = remembered(state.looks, looks[0])
     if counts and places is not None:
         times = state.times.index_select(0, places)
         more = times.clamp_max(MOST_TIMES - 1) + 1
