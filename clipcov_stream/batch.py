@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset
 
+from clipcov_stream.fused import brought
+
 NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding", "thumbnail")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
@@ -99,7 +101,7 @@ def trained_on(batch: Mapping[str, Any]) -> dict[str, Any]:
 def rows_of(value: Any, survivors: Tensor) -> Any:
     """The survivors' rows of a tensor or a list."""
     if isinstance(value, Tensor):
-        return value.index_select(0, survivors.to(value.device))
+        return value.index_select(0, brought(survivors, value.device))
     return [value[i] for i in survivors.tolist()]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clipcov_stream.folded import folded
+from clipcov_stream.fused import brought
 from clipcov_stream.patches import fewer_patches
 from clipcov_stream.sketch import sync_is_free
 
@@ -196,7 +197,7 @@ def embed_with_towers(
                 on_images(images)
             short = None if plain or not sync_is_free(text) else reads_to_end(model)
             if short is None:
-                texts = torch.cat([model.encode_text(part.to(image.device)) for part in text.split(chunk)])
+                texts = torch.cat([model.encode_text(part) for part in brought(text, image.device).split(chunk)])
             else:
                 texts = encoded_captions(model, text, chunk, *short, image.device)
     finally:
@@ -347,10 +348,10 @@ def encoded_captions(model: nn.Module, text: Tensor, chunk: int, name: str, towe
             tensors[f"{prefix}positional_embedding"] = positions[:longest]
             tensors[f"{prefix}attn_mask"] = mask[:longest, :longest]
             reads = model.reading(context_length=longest) if isinstance(model, Proxy) else model
-        found.append(call_with(reads, tensors, "encode_text", text[rows, :longest].to(device)))
+        found.append(call_with(reads, tensors, "encode_text", brought(text[rows, :longest], device)))
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
-    return torch.cat(found).index_select(0, place.to(device))
+    return torch.cat(found).index_select(0, brought(place, device))
 
 
 def scale_of(model: Any) -> float | Tensor:

@@ -68,6 +68,15 @@ def aside(run: Callable[[], Result], device: torch.device) -> Callable[[], Resul
     return wait
 
 
+def brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for what a GPU has yet to do: from the CPU the copy takes its turn there.
+
+    Memory need not be pinned: of what is not CUDA keeps a copy before it returns, so it may be written to at once. The
+    other way round nothing would say when the values have come, so that waits.
+    """
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 @functools.cache
 def side_stream(device: torch.device) -> Any:
     """One per device, always the same: memory that was allocated on it is used again on it, in order."""

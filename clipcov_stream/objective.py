@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.copies import MEMORY, THUMBNAIL
-from clipcov_stream.fused import fused
+from clipcov_stream.fused import brought, fused
 from clipcov_stream.herding import centred_squares, row_dots, top
 from clipcov_stream.pool import Pool, log_sum_exp, softmax, valid_of
 from clipcov_stream.products import product
@@ -332,7 +332,7 @@ def random_survivors(
     valid: Bool[Tensor, " pool"], num_survivors: int, generator: torch.Generator
 ) -> Int64[Tensor, " survivors"]:
     """A uniform draw without replacement from the valid samples."""
-    keys = torch.rand(len(valid), generator=generator).to(valid.device)
+    keys = brought(torch.rand(len(valid), generator=generator), valid.device)
     return top(keys.masked_fill(~valid, -torch.inf), num_survivors)
 
 

@@ -25,6 +25,7 @@ from clipcov_stream.collectives import summed
 from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies, remembered
 from clipcov_stream.embed import Proxy
 from clipcov_stream.evidence import matching
+from clipcov_stream.fused import brought
 from clipcov_stream.pool import Pool, prepared, valid_of
 from clipcov_stream.ranks import Group, gathered, sum_over_ranks
 
@@ -198,15 +199,16 @@ class OnlineProxy:
             group: of processes, as for `ranks.sum_over_ranks`.
         """
         self.samples_streamed += len(valid) * dist.get_world_size()
+        text = brought(text, image.device)
         for part in parts:
             # Every rank makes as many updates, whatever it has to leave out.
             index = part.index[valid[part.index]]
             index = index if len(index) >= self.fewest else index[:0]
-            pixels = image.index_select(0, index.to(image.device))
-            tokens = text[index.to(text.device)].to(image.device)
+            pixels = image.index_select(0, brought(index, image.device))
+            tokens = text.index_select(0, brought(index, text.device))
             if normalize is not None and len(index):
                 pixels = normalize(pixels)
-            own_weights = weights.index_select(0, index.to(weights.device))
+            own_weights = weights.index_select(0, brought(index, weights.device))
             self.optimizer.zero_grad()
             loss = self._loss(pixels, tokens, own_weights, part.most, width, precision, group)
             if loss.requires_grad:

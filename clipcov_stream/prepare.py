@@ -28,6 +28,7 @@ from clipcov_stream.clock import Stopwatch
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.copies import thumbnails
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
+from clipcov_stream.fused import brought
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
@@ -102,7 +103,7 @@ class ReadyPool(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Chosen:
-    """Survivors of a pool, and what they leave behind; arguments as in `Prepared`."""
+    """Survivors of a pool, by number, on the CPU, and what they leave behind; arguments as in `Prepared`."""
 
     index: Tensor
     gain: Tensor
@@ -200,7 +201,7 @@ class Preparation:
             rows, failed = self._made(rows, shares, num_chosen, made)
             if failed is None:
                 break
-            bad = chosen.index.cpu()[failed]
+            bad = chosen.index[failed]
             anew = valid[bad].any().to(torch.int64).reshape(1)
             if placement is None:
                 sum_over_ranks(anew := device.tensor_to_device(anew), self.group)
@@ -233,13 +234,15 @@ class Preparation:
         with Stopwatch(self.state) as watch:
             all_reduce = all_reduce_of(self.scope, self.group)
             after, index, report, gain = self.selecting(state, pool, num_chosen, self.function, all_reduce)
+        survivors = survivors_of(pool, index) if self.uses_lag else None
         # Read together: each by itself would wait for the device.
-        values = torch.cat([torch.stack([value.float() for value in report.values()]), gain.float()]).cpu()
+        values = torch.cat([torch.stack([value.float() for value in report.values()]), gain.float()])
+        bits = torch.cat([values.view(torch.int32), index.int()]).cpu()
+        values, index = bits[: len(values)].view(torch.float32), bits[len(values) :].long()
         figures = dict(zip(report, values.tolist(), strict=False))
-        gain = values[len(report) :].clone()
         num_invalid = int(figures.pop("num_invalid"))
         figures["select_ms"] = watch.milliseconds()
-        return Chosen(index, gain, num_invalid, after, survivors_of(pool, index) if self.uses_lag else None, figures)
+        return Chosen(index, values[len(report) :].clone(), num_invalid, after, survivors, figures)
 
     def _rows(
         self, batch: Mapping[str, Any], index: Tensor, placement: Placement | None, pool_size: int
@@ -250,7 +253,7 @@ class Preparation:
             rows["id"] = batch["id"]
         if placement is None:
             return {key: rows_of(value, index) for key, value in rows.items()}, None
-        origin = placement.origin.index_select(0, index.to(placement.origin.device))
+        origin = placement.origin.index_select(0, brought(index, placement.origin.device))
         shares = Shares.of(origin.tolist(), pool_size, dist.get_world_size(), self.group)
         return shares.exchange(rows, placement.origin.device), shares
 
@@ -390,7 +393,7 @@ class Preparation:
 
     def _recurring(self, online: OnlineProxy, pictures: Tensor, valid: Tensor, placement: Placement | None) -> Tensor:
         """`OnlineProxy.recurring` of the pool that is learned from: this rank's, or, with a placement, all ranks'."""
-        own = pictures.masked_fill(~valid.to(pictures.device)[:, None], 0.0)
+        own = pictures.masked_fill(~brought(valid, pictures.device)[:, None], 0.0)
         if placement is not None:
             return online.recurring(placement.whole(own))
         at = dist.get_global_rank() * len(own)

@@ -18,6 +18,7 @@ from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor, nn
 
+from clipcov_stream.fused import brought
 from clipcov_stream.pool import Pool
 
 SCOPES = ("local", "global")
@@ -250,8 +251,7 @@ class Shares:
     def in_order(self, rows: Tensor) -> Tensor:
         """All survivors' rows, in the order chosen, from those of the survivors that this rank trains."""
         numbers = [number for rank in range(dist.get_world_size()) for number in self.of_rank(rank)]
-        order = torch.tensor(numbers, device=rows.device).argsort()
-        return gathered(rows).index_select(0, order)
+        return gathered(rows).index_select(0, brought(torch.tensor(numbers).argsort(), rows.device))
 
 
 def rows_of(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clipcov_stream.collectives import AllReduce, evenly, gathered, ranks_of
+from clipcov_stream.fused import brought
 from clipcov_stream.herding import top
 from clipcov_stream.objective import (
     SelectionState,
@@ -103,7 +104,7 @@ def sem_dedup(
     recent = state.own.get("recent")
     if recent is not None and len(recent):
         closest = torch.maximum(closest, product(pool.image, recent).amax(1))
-    keys = torch.rand(len(pool), generator=state.generator()).to(closest.device)
+    keys = brought(torch.rand(len(pool), generator=state.generator()), closest.device)
     # Duplicates come after all others, the closest last.
     keys = torch.where(closest > 1 - eps, -closest, keys)
     return top(keys.masked_fill(~valid, -torch.inf), num_survivors)
@@ -174,7 +175,7 @@ def dissect(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     fall = (history - learner_alignment(pool)).masked_fill(~known, 0.0)
     fall = (fall - fall.sum() / known.sum().clamp_min(1)).masked_fill(~known, 0.0)
     # Ties, which all samples without history are, fall at random.
-    order = torch.rand(len(pool), generator=state.generator()).argsort().to(fall.device)
+    order = brought(torch.rand(len(pool), generator=state.generator()).argsort(), fall.device)
     score = fall.masked_fill(~valid_of(pool), -torch.inf)
     return order[top(score[order], num_survivors)]
 
@@ -227,7 +228,7 @@ def sampled(
 ) -> Int64[Tensor, " num"]:
     """Draws without replacement with probability proportional to exp(log_weight), by the Gumbel top-k trick."""
     noise = gumbel(len(log_weight), generator)
-    return top((log_weight.double() + noise.to(log_weight.device)).masked_fill(~open_, -torch.inf), num)
+    return top((log_weight.double() + brought(noise, log_weight.device)).masked_fill(~open_, -torch.inf), num)
 
 
 def joint(

@@ -1,0 +1,220 @@
+"""A pretended CUDA device, for tests where there is none.
+
+To Python a `Pretended` tensor lies on `cuda:0`; its numbers lie on the CPU and are computed there, so that results can
+be compared. What a GPU would refuse is refused: an operation on tensors of both devices. What a GPU would make the host
+wait for is counted (`CudaPretended.waits`): values that are read, shapes that depend on values, copies back, and copies
+there of memory that is not pinned unless they may overlap (`non_blocking`).
+
+It runs the branches for GPUs, and the kernels by Triton's interpreter, but neither compilers nor graphs nor streams:
+those are `pytest -m gpu`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from composer.devices import DeviceCPU
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+from clipcov_stream import graphed, kernels, selection
+
+DEVICE = torch.device("cuda", 0)
+STANDS_FOR = torch.device("meta")
+"""What torch itself takes a pretended tensor's device for: one that needs no driver."""
+
+ATEN = torch.ops.aten
+READS = frozenset({
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount",
+    "argwhere", "linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_cholesky", "linalg_inv", "repeat_interleave",
+})  # fmt: skip
+"""Operations that hand the host a value, a shape that depends on values, or whether a factorization went well."""
+
+INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
+"""What takes indices from either device, those of the CPU by a copy, and looks for a mask's numbers first."""
+
+COPIES = frozenset({"copy_", "_to_copy", "copy"})
+
+
+class Pretended(Tensor):
+    """A tensor whose numbers, `held`, lie on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Pretended:
+        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=STANDS_FOR,
+        )
+        made.held = held
+        return made
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return DEVICE
+
+    @property
+    def is_cuda(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True
+
+    @property
+    def is_meta(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"Pretended({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError("a pretended tensor outside of CudaPretended")
+
+
+class Devices(TorchFunctionMode):
+    """Has torch take the pretended device for the one that stands for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cuda:
+            func, args = Tensor.to, (args[0], DEVICE)
+        if func is Tensor.tolist and isinstance(args[0], Pretended):
+            return args[0].cpu().tolist()
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func in (torch.tensor, torch.as_tensor) and standing((kwargs or {}).get("device")) is STANDS_FOR:
+            made = func(*args, **{**kwargs, "device": None})
+            return made if isinstance(made, Pretended) else made.to(STANDS_FOR)
+        return func(*tree_map(standing, args), **tree_map(standing, kwargs or {}))
+
+
+def standing(value: Any) -> Any:
+    named = isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] == "cuda")
+    return STANDS_FOR if named and torch.device(value).type == "cuda" else value
+
+
+class CudaPretended(TorchDispatchMode):
+    """Runs operations of pretended tensors on what they hold, and says where a GPU would make the host wait.
+
+    Args:
+        ours: part of a path; `waits` are told by the innermost line of a file that has it.
+    """
+
+    def __init__(self, ours: str = "clipcov_stream/") -> None:
+        super().__init__()
+        self.ours = ours
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        tensors = [part for part in tree_flatten((args, kwargs))[0] if isinstance(part, Tensor)]
+        there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
+        here = [tensor for tensor in tensors if not isinstance(tensor, Pretended)]
+        device = kwargs.get("device")
+        if not there and device != STANDS_FOR:
+            return func(*args, **kwargs)
+        if there and name not in COPIES | INDEXED and any(tensor.ndim for tensor in here):
+            shapes = [(tuple(tensor.shape), "cuda" if isinstance(tensor, Pretended) else "cpu") for tensor in tensors]
+            raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
+        self._note(name, args, kwargs, there, here)
+        back = device is not None and device != STANDS_FOR
+        if device is not None:
+            kwargs["device"] = "cpu"
+        found = func(*tree_map(held, args), **tree_map(held, kwargs))
+        if back or name in ("_local_scalar_dense", "equal", "is_nonzero"):
+            return found.clone() if isinstance(found, Tensor) else found
+        if name == "copy_" and not isinstance(args[0], Pretended):
+            return args[0]
+        if name == "_to_copy" and not there:
+            found = found.clone()
+        wrapped = tree_map(lambda part: Pretended(part) if isinstance(part, Tensor) else part, found)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+
+    def _note(self, name: str, args: Any, kwargs: Any, there: list[Pretended], here: list[Tensor]) -> None:
+        if name in READS and there:
+            self._wait(name)
+        if name in INDEXED:
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+                self._wait("a mask's numbers")
+            if any(index.ndim and not isinstance(index, Pretended) for index in indices):
+                self._wait("indices from the CPU")
+        if name in COPIES:
+            source = args[0] if name == "_to_copy" else args[1]
+            target = kwargs.get("device") if name == "_to_copy" else args[0]
+            to_there = target == STANDS_FOR if name == "_to_copy" else isinstance(target, Pretended)
+            overlaps = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+            if isinstance(source, Pretended) and not (to_there or target is None):
+                self._wait("a copy to the CPU")
+            elif not isinstance(source, Pretended) and to_there and not overlaps and source.ndim:
+                self._wait("a copy from the CPU")
+
+    def _wait(self, what: str) -> None:
+        frames = [frame for frame in traceback.extract_stack() if self.ours in frame.filename]
+        where = f"{frames[-1].filename.rpartition('/')[2]}: {frames[-1].line}" if frames else "elsewhere"
+        self.waits.append(f"{what} ({where})")
+
+
+def held(value: Any) -> Any:
+    return value.held if isinstance(value, Pretended) else value
+
+
+@contextlib.contextmanager
+def pretended_cuda() -> Iterator[CudaPretended]:
+    """Within it tensors, and modules by `moved`, can be on a CUDA device that there is not."""
+    run, launch = threading.Thread.run, kernels.launch
+
+    def run_too(thread: threading.Thread) -> None:
+        """Modes are a thread's own."""
+        with CudaPretended(mode.ours) as another, Devices():
+            another.waits = mode.waits
+            run(thread)
+
+    def launch_there(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, *map(held, arguments), **options)
+
+    with (
+        mock.patch.object(threading.Thread, "run", run_too),
+        mock.patch.object(kernels, "launch", launch_there),
+        mock.patch.object(selection, "aside", lambda run, device: run),
+        mock.patch.object(graphed, "WARMUP", math.inf),
+        mock.patch("torch.compile", lambda function, **_: function),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        CudaPretended() as mode,
+        Devices(),
+    ):
+        yield mode
+
+
+class DevicePretended(DeviceCPU):
+    """For a Trainer."""
+
+    def module_to_device(self, module: Any) -> Any:
+        return moved(module)
+
+    def tensor_to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(DEVICE, non_blocking=True)
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """The module, its parameters and buffers on the pretended device."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.data.to(DEVICE), parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = buffer.to(DEVICE)
+    return module

@@ -1,0 +1,147 @@
+"""What a GPU would refuse, or wait for: the branches for GPUs on a pretended one (`pretended`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pools
+import pytest
+import torch
+from corpora import draw_corpus, recipe
+from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda
+from runs import run
+from torch import Tensor
+
+from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.pool import Pool, survivors_of, with_learner
+from clipcov_stream.rivals import NEEDS_LEARNER
+from clipcov_stream.selection import SELECTORS, Selected, learn, select
+
+TABLES = ("concept_balance", "dissect")
+"""Selectors whose tables are as long as what they read asks for."""
+
+READ_BACK = "a copy to the CPU (prepare.py: bits = torch.cat([values.view(torch.int32), index.int()]).cpu())"
+"""The choice, which must be known where the rows are, and the metrics with it."""
+
+
+def there(pool: Pool) -> Pool:
+    """The pool on the device."""
+    return replace(pool, **{name: value.to(DEVICE) for name, value in vars(pool).items() if isinstance(value, Tensor)})
+
+
+def chosen(selector: str, on_device: bool) -> list[Selected]:
+    """Of three pools, some of whose samples are not valid, with a lag after each."""
+    device = DEVICE if on_device else torch.device("cpu")
+    state = SelectionState.initial(16, Settings(half_life=1e3, copies=1.0, soft_start=0.5), 0, device, 40)
+    function, found = SELECTORS[selector], []
+    for seed in range(3):
+        pool = pools.draw(96, 16, seed, learner=function in NEEDS_LEARNER)
+        generator = torch.Generator().manual_seed(seed)
+        looks = torch.randn(96, state.looks.shape[1], generator=generator)
+        pool = replace(pool, thumbnail=looks, valid=torch.arange(96) % 9 != 0)
+        pool = there(pool) if on_device else pool
+        found.append(select(state, pool, 24, function))
+        rows = torch.randn(24, 8, generator=generator).to(device)
+        seen = with_learner(survivors_of(pool, found[-1].survivors), rows, rows, torch.ones((), device=device))
+        state = learn(found[-1].state, seen)
+    return found
+
+
+class TestPretence:
+    def test_computes_what_a_cpu_does(self) -> None:
+        torch.manual_seed(0)
+        x, y = torch.randn(5, 4), torch.randn(4, 3)
+        with pretended_cuda():
+            ours = x.cuda()
+            assert isinstance(ours, Pretended) and ours.device == DEVICE and ours.is_cuda
+            ours[ours < 0] = 0.0
+            assert torch.equal((ours @ y.to(DEVICE))[1:, None].cpu(), (x.clamp_min(0) @ y)[1:, None])
+
+    def test_a_gradient_too(self) -> None:
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+        layer(x).square().sum().backward()
+        with pretended_cuda():
+            twin = DevicePretended().module_to_device(torch.nn.Linear(4, 3))
+            twin.load_state_dict(layer.state_dict())
+            twin(x.to(DEVICE)).square().sum().backward()
+            assert torch.equal(twin.weight.grad.cpu(), layer.weight.grad)
+
+    def test_refuses_tensors_of_both_devices_but_numbers(self) -> None:
+        with pretended_cuda():
+            ours = torch.ones(3, device=DEVICE)
+            assert (ours + torch.tensor(2.0)).cpu().tolist() == [3.0] * 3
+            for mixed in (lambda: ours + torch.ones(3), lambda: torch.cat([torch.ones(1), ours])):
+                with pytest.raises(RuntimeError, match="to be on the same device"):
+                    mixed()
+
+    def test_counts_what_a_host_waits_for(self) -> None:
+        with pretended_cuda() as mode:
+            ours = torch.ones(3, device=DEVICE)
+            torch.ones(3).to(DEVICE, non_blocking=True)
+            assert ours.sum().shape == () and mode.waits == []
+            float(ours.sum()), ours.tolist(), ours[ours > 0], ours.nonzero(), torch.ones(3).to(DEVICE), ours.cpu()
+        kinds = [wait.partition(" (")[0] for wait in mode.waits]
+        assert {"_local_scalar_dense", "nonzero", "a copy to the CPU", "a copy from the CPU"} <= set(kinds)
+        assert len(kinds) >= 6
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's interpreter
+class TestSelection:
+    @pytest.mark.parametrize("selector", pools.NAMES)
+    def test_chooses_as_on_a_cpu_and_waits_for_nothing(self, selector: str) -> None:
+        expected = chosen(selector, on_device=False)
+        with pretended_cuda() as mode:
+            found = chosen(selector, on_device=True)
+            waits = {wait.partition(":")[0] for wait in ours_of(mode.waits)}
+            assert waits == ({"_local_scalar_dense (rivals.py"} if selector in TABLES else set())
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.survivors.is_cuda
+                picked = set(ours.survivors.cpu().tolist())
+                assert len(picked) == 24 and len(picked & set(theirs.survivors.tolist())) >= 22
+                assert float(ours.report["residual"]) == pytest.approx(float(theirs.report["residual"]), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+class TestRuns:
+    @pytest.mark.parametrize(
+        "selection",
+        [
+            {"embed": "online"},
+            {"embed": "online", "run_ahead": 1, "lag_delay": 1},
+            {"embed": "online", "copies": 1.0},
+            {"embed": "teacher", "embed_resolution": 8},
+            {"embed": "teacher", "embed_patch_dropout": 0.5},
+            {"embed": "teacher", "selector": "jest"},
+        ],
+        ids=lambda selection: "-".join(map(str, selection.values())),
+    )
+    def test_a_step_waits_once_to_read_its_choice(
+        self, tmp_path: Path, corpus: Path, selection: dict[str, Any]
+    ) -> None:
+        selection = {"run_ahead": 0, "lag_delay": 0, "warmup": "0ba", **selection}
+        waits = [waits_of(tmp_path / steps, corpus, steps, selection) for steps in ("2ba", "6ba")]
+        assert {wait: number / 4 for wait, number in (waits[1] - waits[0]).items()} == {READ_BACK: 1}
+
+
+def waits_of(folder: Path, corpus: Path, max_duration: str, selection: dict[str, Any]) -> Counter[str]:
+    """Our own of a run."""
+    device = mock.patch("composer.trainer.trainer.get_device", lambda _: DevicePretended())
+    with pretended_cuda() as mode, device:
+        trainer, *_ = run(folder, recipe(corpus, selection=selection, max_duration=max_duration))
+        assert all(parameter.is_cuda for parameter in trainer.state.model.parameters())
+        trainer.close()
+    return Counter(ours_of(mode.waits))
+
+
+def ours_of(waits: list[str]) -> list[str]:
+    return [wait for wait in waits if not wait.endswith("(elsewhere)")]
