@@ -203,7 +203,7 @@ class Preparation:
                 break
             bad = chosen.index[failed]
             anew = valid[bad].any().to(torch.int64).reshape(1)
-            if placement is None:
+            if placement is None and dist.get_world_size() > 1:
                 sum_over_ranks(anew := device.tensor_to_device(anew), self.group)
             if not int(anew):
                 break

@@ -13,7 +13,7 @@ import pytest
 import torch
 from corpora import draw_corpus, recipe
 from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda
-from runs import run
+from runs import columns_recipe, run, write_columns
 from torch import Tensor
 
 from clipcov_stream.objective import SelectionState, Settings
@@ -129,18 +129,47 @@ class TestRuns:
         self, tmp_path: Path, corpus: Path, selection: dict[str, Any]
     ) -> None:
         selection = {"run_ahead": 0, "lag_delay": 0, "warmup": "0ba", **selection}
-        waits = [waits_of(tmp_path / steps, corpus, steps, selection) for steps in ("2ba", "6ba")]
-        assert {wait: number / 4 for wait, number in (waits[1] - waits[0]).items()} == {READ_BACK: 1}
+        waits = [waits_of(tmp_path / steps, corpus, steps, selection) for steps in ("2ba", "4ba")]
+        assert {wait: number / 2 for wait, number in (waits[1] - waits[0]).items()} == {READ_BACK: 1}
+
+    def test_columns_too(self, tmp_path: Path) -> None:
+        tree = columns_recipe(write_columns(tmp_path / "columns", 192))
+        waits = [steps_of(tmp_path / steps, {**tree, "max_duration": steps})[1] for steps in ("2ba", "4ba")]
+        assert {wait: number / 2 for wait, number in (waits[1] - waits[0]).items()} == {READ_BACK: 1}
+
+    def test_one_choice_for_all_ranks_waits_for_their_pools_numbers(self, tmp_path: Path, corpus: Path) -> None:
+        waits = [
+            waits_of(tmp_path / steps, corpus, steps, {"embed": "online", "scope": "global", "warmup": "0ba"})
+            for steps in ("2ba", "4ba")
+        ]
+        found = {wait: number / 2 for wait, number in (waits[1] - waits[0]).items()}
+        assert found.pop(READ_BACK) == 1 and set(found.values()) == {1} and len(found) == 3
+        assert all(wait.startswith("a copy to the CPU") for wait in found)
+
+    def test_evaluates_there_as_on_a_cpu(self, tmp_path: Path, corpus: Path) -> None:
+        split = {"tasks": ["zeroshot", "retrieval"], "local": str(corpus / "eval"), "batch_size": 9}
+        tree = recipe(corpus, selection={"selector": "random"}, max_duration="2ba", eval={"shapes": split})
+        expected = run(tmp_path / "cpu", tree)[2].data
+        found, _ = steps_of(tmp_path / "there", tree)
+        metrics = [name for name in expected if name.startswith("metrics/shapes")]
+        assert len(metrics) >= 5
+        for name in metrics:
+            assert found[name] == pytest.approx(expected[name])
 
 
 def waits_of(folder: Path, corpus: Path, max_duration: str, selection: dict[str, Any]) -> Counter[str]:
     """Our own of a run."""
+    return steps_of(folder, recipe(corpus, selection=selection, max_duration=max_duration))[1]
+
+
+def steps_of(folder: Path, tree: dict[str, Any]) -> tuple[dict[str, list[float]], Counter[str]]:
+    """What a run logs, and our own waits in it."""
     device = mock.patch("composer.trainer.trainer.get_device", lambda _: DevicePretended())
     with pretended_cuda() as mode, device:
-        trainer, *_ = run(folder, recipe(corpus, selection=selection, max_duration=max_duration))
+        trainer, _, memory = run(folder, tree)
         assert all(parameter.is_cuda for parameter in trainer.state.model.parameters())
         trainer.close()
-    return Counter(ours_of(mode.waits))
+    return memory.data, Counter(ours_of(mode.waits))
 
 
 def ours_of(waits: list[str]) -> list[str]:
