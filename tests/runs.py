@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from composer import Callback, Trainer
 from composer.loggers import LoggerDestination
 from corpora import TINY_MODEL, recipe, write_recipe
+from forked import run_forked
 from streaming import MDSWriter
 
 from clipcov_stream import ClipCov
@@ -127,7 +126,7 @@ def run_ranks(folder: Path, recipe_path: Path, num_ranks: int, *overrides: str) 
     folder.mkdir()
     script = folder / "ranks.py"
     script.write_text(GLOBAL, encoding="utf-8")
-    launch([*composer(), "-n", str(num_ranks), str(script), str(recipe_path), str(folder), *overrides])
+    launch(num_ranks, script, str(recipe_path), str(folder), *overrides)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
@@ -135,11 +134,11 @@ def composer() -> list[str]:
     return [str(Path(sys.executable).with_name("composer"))]
 
 
-def launch(command: list[str]) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+def launch(num_ranks: int, script: Path, *arguments: str) -> str:
+    """What ranks of a script write, which all must end well."""
+    code, said = run_forked(script.parent, num_ranks, script, *arguments)
+    assert code == 0, f"exit code {code}\n{said[-6000:]}"
+    return said
 
 
 def write_columns(folder: Path, rows: int, spoil: int = 0, text_dim: int = 8, bad_images: int = 0) -> Path:

@@ -11,7 +11,6 @@ from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from runs import (
     algorithm_of,
     assert_same,
-    composer,
     launch,
     run_ranks,
     trained_rows,
@@ -65,7 +64,7 @@ def test_two_ranks_agree(tmp_path: Path, corpus: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")
     path = write_recipe(tmp_path / "recipe.yaml", recipe(corpus))
-    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path)])
+    launch(2, script, str(path), str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(ranks[0], ranks[1])
     assert ranks[0]["algorithm"]["samples_seen"] == 6 * 8
@@ -142,7 +141,7 @@ def test_ranks_share_batch_norm_statistics(tmp_path: Path, corpus: Path, selecto
         selection={"selector": selector},
         max_duration="3ba",
     )
-    launch([*composer(), "-n", "2", str(script), str(write_recipe(tmp_path / "recipe.yaml", tree)), str(tmp_path)])
+    launch(2, script, str(write_recipe(tmp_path / "recipe.yaml", tree)), str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     means = [name for name in ranks[0]["model"] if name.endswith("running_mean")]
     assert means and all(ranks[0]["model"][name].any() for name in means)
@@ -157,7 +156,7 @@ def test_two_ranks_agree_on_what_a_selector_remembers(tmp_path: Path, corpus: Pa
     tree = recipe(corpus, selection={"selector": selector})
     tree["stream"]["columns"] = {"concepts": "class_id"}
     path = write_recipe(tmp_path / "recipe.yaml", tree)
-    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path)])
+    launch(2, script, str(path), str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["algorithm"] for rank in range(2)]
     own = ranks[0]["selection"]["own"]
     assert_same(ranks[0], ranks[1])
@@ -174,7 +173,7 @@ def test_ranks_that_are_given_other_sizes_of_the_data_set_all_say_so(tmp_path: P
     script = tmp_path / "sizes.py"
     script.write_text(SIZES, encoding="utf-8")
     path = write_recipe(tmp_path / "recipe.yaml", recipe(corpus))
-    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path)])
+    launch(2, script, str(path), str(tmp_path))
     for rank in range(2):
         said = (tmp_path / f"rank{rank}.txt").read_text(encoding="utf-8")
         assert said == "dataset_size must be the same on all ranks, not [0, 32]"

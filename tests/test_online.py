@@ -21,7 +21,6 @@ from runs import (
     algorithm_of,
     assert_same,
     assert_same_run,
-    composer,
     launch,
     run,
     run_ranks,
@@ -425,7 +424,7 @@ def test_a_pass_is_one_over_all_ranks_data_sets(tmp_path: Path, corpus: Path, si
     script = tmp_path / "sizes.py"
     script.write_text(OF_THEIR_OWN, encoding="utf-8")
     path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus, max_duration="1ba"))
-    said = launch([*composer(), "-n", "2", str(script), str(path), sizes])
+    said = launch(2, script, str(path), sizes)
     assert f"passes of {known} and ids below 0" in said
 
 
@@ -492,7 +491,7 @@ print("as it should be on rank", rank)
 def test_gradients_are_averaged_whatever_rows_were_read(tmp_path: Path, num_ranks: int, group: str) -> None:
     script = tmp_path / "averages.py"
     script.write_text(AVERAGES, encoding="utf-8")
-    said = launch([*composer(), "-n", str(num_ranks), str(script), group])
+    said = launch(num_ranks, script, group)
     assert "as it should be on rank 0" in said
 
 
@@ -542,7 +541,7 @@ def test_ranks_learn_together_what_one_learns_from_all(tmp_path: Path, num_ranks
     script = tmp_path / "learns.py"
     script.write_text(LEARNS, encoding="utf-8")
     paths = os.pathsep.join(sys.path)
-    launch([*composer(), "-n", str(num_ranks), str(script), str(tmp_path), paths, group, "plain"])
+    launch(num_ranks, script, str(tmp_path), paths, group, "plain")
     alone = OnlineProxy(Linear(), lr=1e-2, momentum=0.9)
     for image, text, valid, weights, parts in shared_pool(num_ranks):
         alone.learn(image, text, valid, weights, [Part(part, len(part)) for part in parts], 4, nullcontext)
@@ -558,7 +557,7 @@ def test_ranks_learn_together_with_batch_norm_too(tmp_path: Path) -> None:
     """Of a part of which a rank has one row it takes none: batch norm would have no statistics."""
     script = tmp_path / "learns.py"
     script.write_text(LEARNS, encoding="utf-8")
-    launch([*composer(), "-n", "2", str(script), str(tmp_path), os.pathsep.join(sys.path), "default", "norm"])
+    launch(2, script, str(tmp_path), os.pathsep.join(sys.path), "default", "norm")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(*ranks)
     assert int(ranks[0]["updates"]) == 15 and all(value.isfinite().all() for value in ranks[0].values())

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpora import draw_corpus, recipe, write_recipe
-from runs import algorithm_of, composer, launch, run
+from runs import algorithm_of, launch, run
 from torch import Tensor, nn
 
 from clipcov_stream.copies import LIKE, MEMORY, THUMBNAIL, log_copies, thumbnails
@@ -166,7 +166,7 @@ def test_copies_are_counted_among_what_all_ranks_were_shown(tmp_path: Path, corp
     selection = {"embed": "online", "proxy": {"width": 4}, "copies": 3, "warmup": 0, "scope": scope}
     tree = recipe(corpus, selection=selection, stream={"min_scale": 1.0}, max_duration="8ba")
     path = write_recipe(tmp_path / "recipe.yaml", tree)
-    launch([*composer(), "-n", "2", str(script), str(path), str(tmp_path / "RANK.pt")])
+    launch(2, script, str(path), str(tmp_path / "RANK.pt"))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     came, most = torch.zeros(0, THUMBNAIL), 0.0
     for step in range(8):
