@@ -19,10 +19,14 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ports import free_port
+
+KINDS = ("out", "err")
+"""Of a rank's files, of what it writes."""
 
 GRACE = 10.0
 """Seconds between SIGTERM to the ranks that are left and SIGKILL."""
@@ -58,28 +62,46 @@ class Stem:
 stem: Stem | None = None
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What ranks wrote, one after the other, and the first exit code that is not 0."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run_forked(
-    folder: Path, num_ranks: int, script: Path | str, *arguments: str, timeout: float = 200
-) -> tuple[int, str]:
-    """The exit code, 0 if every rank's is, and all that ranks wrote.
+    folder: Path,
+    num_ranks: int,
+    *arguments: str | Path,
+    timeout: float = 200,
+    cwd: Path | None = None,
+    **environment: str,
+) -> Ended:
+    """`python ARGUMENTS` on so many ranks: a script, or "-m" and a module, with what it is given.
+
+    Args:
+        folder: for what ranks write.
+        environment: beside one's own.
 
     Raises:
         TimeoutError: they took longer than `timeout` seconds; they are ended then.
     """
     global stem
     stem = stem or Stem()
-    said = [folder / f"said_{time.monotonic_ns()}_{rank}.txt" for rank in range(num_ranks)]
+    said = [str(folder / f"said_{time.monotonic_ns()}_{rank}") for rank in range(num_ranks)]
     answer = stem.ask(
-        argv=[str(script), *arguments],
-        environment={**os.environ, "OMP_NUM_THREADS": "1"},
-        directory=os.getcwd(),
-        said=[str(path) for path in said],
+        argv=list(map(str, arguments)),
+        environment={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        directory=str(cwd or os.getcwd()),
+        said=said,
         timeout=timeout,
     )
-    written = "".join(path.read_text(encoding="utf-8", errors="replace") for path in said)
+    out, err = ("".join(Path(f"{name}.{kind}").read_text(encoding="utf-8") for name in said) for kind in KINDS)
     if answer["late"]:
-        raise TimeoutError(f"{script} on {num_ranks} ranks took longer than {timeout} s\n{written[-6000:]}")
-    return next((code for code in answer["codes"] if code), 0), written
+        raise TimeoutError(f"{arguments} on {num_ranks} ranks took longer than {timeout} s\n{out[-3000:]}{err[-3000:]}")
+    return Ended(next((code for code in answer["codes"] if code), 0), out, err)
 
 
 def serve() -> None:
@@ -132,16 +154,20 @@ def become(request: dict[str, Any], environment: dict[str, str], said: str) -> N
     code = 1
     try:
         os.setpgid(0, 0)
-        written = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(written, 1)
-        os.dup2(written, 2)
+        for number, kind in enumerate(KINDS, 1):
+            os.dup2(os.open(f"{said}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.close(0)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(request["directory"])
         sys.argv = request["argv"]
-        sys.path[0] = str(Path(sys.argv[0]).parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            sys.path[0] = request["directory"]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)

@@ -136,9 +136,9 @@ def composer() -> list[str]:
 
 def launch(num_ranks: int, script: Path, *arguments: str) -> str:
     """What ranks of a script write, which all must end well."""
-    code, said = run_forked(script.parent, num_ranks, script, *arguments)
-    assert code == 0, f"exit code {code}\n{said[-6000:]}"
-    return said
+    done = run_forked(script.parent, num_ranks, script, *arguments)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
 
 
 def write_columns(folder: Path, rows: int, spoil: int = 0, text_dim: int = 8, bad_images: int = 0) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from composer import Callback, Trainer
 from composer.core import Event
 from corpora import draw_corpus, recipe, write_recipe
+from forked import run_forked
 from runs import (
     Interrupt,
     MemoryLog,
@@ -24,7 +24,6 @@ from runs import (
     assert_same,
     assert_same_run,
     columns_recipe,
-    composer,
     online_section,
     proxy_section,
     run,
@@ -368,9 +367,8 @@ def test_an_error_in_training_ends_every_process(tmp_path: Path, num_ranks: int)
     path = write_recipe(tmp_path / "recipe.yaml", ahead_recipe(folder, 3, num_workers=1))
     script = tmp_path / "raises.py"
     script.write_text(RAISES, encoding="utf-8")
-    command = [*composer(), "-n", str(num_ranks), str(script), str(path)]
-    # Well below what a thread gets to end by itself, on top of the start.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    # Well below what a thread gets to end by itself.
+    done = run_forked(tmp_path, num_ranks, script, path, timeout=100)
     assert done.returncode != 0
     assert "InterruptedError: stop here" in done.stdout + done.stderr
 
@@ -415,8 +413,7 @@ def test_an_epoch_that_is_short_on_one_rank_ends_on_all(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", ahead_recipe(write_columns(tmp_path / "mds", 128), 3))
     script = tmp_path / "short.py"
     script.write_text(SHORT, encoding="utf-8")
-    command = [*composer(), "-n", "2", str(script), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = run_forked(tmp_path, 2, script, path, timeout=100)
     assert done.returncode != 0
     assert "of 4 pools" in done.stdout + done.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import pytest
 import torch
 from bench_corpus import Corpus, identical, load_corpus
 from corpora import draw_corpus
+from forked import run_forked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,16 +285,8 @@ def test_a_filter_without_a_model_of_its_own_is_refused(arguments, message, monk
 def test_a_small_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, folder: Path) -> None:
     def bench(*arguments: str) -> dict:
         shape = ["--warmup", "0.25", "--proxy-steps", "3", "--jobs", "1"]
-        command = [sys.executable, "tools/bench_selectors.py", "--corpus", f"shapes={folder}", "--out", str(tmp_path)]
-        done = subprocess.run(
-            [*command, *shape, *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        command = ["tools/bench_selectors.py", "--corpus", f"shapes={folder}", "--out", str(tmp_path)]
+        done = run_forked(tmp_path, 1, *command, *shape, *arguments, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

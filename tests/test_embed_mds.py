@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from ports import free_port
+from forked import run_forked
 from streaming import MDSWriter, StreamingDataset
 from subset_folder import PairFolder
 
@@ -116,14 +116,14 @@ def test_killed_and_resumed_makes_the_same_bytes(tmp_path: Path, corpus: Path, m
     folder = in_shards(corpus, tmp_path / "mds", rows=120)
     arguments = [*options(tmp_path, folder, "straight"), *mode]
 
-    def begun() -> subprocess.Popen[bytes]:
+    def command() -> list[str]:
         # One sample at a time, so that the kill finds it at work; all three alike, as rounding depends on the batch.
-        command = [sys.executable, str(ROOT / "tools" / "embed_mds.py"), *arguments, "--batch-size", "1"]
-        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+        return [str(ROOT / "tools" / "embed_mds.py"), *arguments, "--batch-size", "1"]
 
-    assert begun().wait(120) == 0
+    assert run_forked(tmp_path, 1, *command()).returncode == 0
     arguments[1] = str(tmp_path / "resumed")
-    process = begun()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command()], env=environment, stderr=subprocess.DEVNULL)
     staging = tmp_path / ".resumed.embedding"
     deadline = time.monotonic() + 120
     while len(list(staging.glob("part.?????"))) < 2:
@@ -133,7 +133,7 @@ def test_killed_and_resumed_makes_the_same_bytes(tmp_path: Path, corpus: Path, m
     process.wait()
     finished = list(staging.glob("part.?????"))
     assert not (tmp_path / "resumed").exists() and len(finished) >= 2
-    assert begun().wait(120) == 0
+    assert run_forked(tmp_path, 1, *command()).returncode == 0
     assert same_files(tmp_path / "straight", tmp_path / "resumed")
     assert not staging.exists()
 
@@ -154,14 +154,7 @@ def test_two_ranks_make_the_same_folder(tmp_path: Path, corpus: Path, mode: list
     folder = in_shards(corpus, tmp_path / "mds")
     embed_mds.main([*options(tmp_path, folder, "alone"), *mode])
     arguments = [*options(tmp_path, folder, "together"), *mode]
-    port = str(free_port())
-    ranks = []
-    for rank in range(2):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "NODE_RANK": 0}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "tools" / "embed_mds.py"), *arguments]
-        ranks.append(subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in env.items()}}))
-    assert [process.wait(200) for process in ranks] == [0, 0]
+    assert run_forked(tmp_path, 2, ROOT / "tools" / "embed_mds.py", *arguments).returncode == 0
     # Not the same bytes: ranks have fewer threads each, which changes the order of sums.
     names = ["image_embedding", "text_embedding"]
     tables = [PairFolder(str(tmp_path / out)).samples(range(60), decode=names) for out in ("alone", "together")]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from corpora import draw_corpus, recipe, write_recipe
+from forked import run_forked
 from streaming import MDSWriter, StreamingDataset
 
 from clipcov_stream import Pool, Selector
@@ -216,10 +214,7 @@ def test_two_ranks_killed_and_resumed_equal_straight(tmp_path: Path, corpus: Pat
     path = str(write_recipe(tmp_path / "recipe.yaml", {**tree, "save_folder": str(tmp_path / "saved")}))
 
     def launch(kill_at: int, *overrides: str, num_ranks: int = 2) -> int:
-        composer = str(Path(sys.executable).with_name("composer"))
-        command = [composer, "-n", str(num_ranks), str(script), path, str(kill_at), *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, timeout=200, env=environment, check=False, text=True)
+        done = run_forked(tmp_path, num_ranks, script, path, str(kill_at), *overrides)
         said.append(done.stdout + done.stderr)
         return done.returncode
 

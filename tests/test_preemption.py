@@ -16,6 +16,7 @@ import pytest
 import torch
 from composer import Callback
 from corpora import draw_corpus, recipe, write_recipe
+from forked import run_forked
 from runs import assert_same_run, columns_recipe, composer, run, run_ranks, trainer_of, write_columns
 
 from clipcov_stream.checkpoints import checkpoints_in
@@ -291,9 +292,8 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, folde
     straight = run_ranks(tmp_path / "straight", write_recipe(tmp_path / "straight.yaml", tree_of(folder)), 2)
     path, script = write_recipe(tmp_path / "told.yaml", tree), tmp_path / "told.py"
     script.write_text(TOLD, encoding="utf-8")
-    command = [*composer(), "-n", "2", str(script), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
-    assert done.returncode != 0 and "exited with code 143" in done.stdout + done.stderr
+    done = run_forked(tmp_path, 2, script, path)
+    assert done.returncode == 143
     assert "Traceback" not in done.stdout + done.stderr
     (checkpoint,) = checkpoints_in(tmp_path / "saved")
     assert checkpoint.name == "ep0-ba3-rank0.pt"
