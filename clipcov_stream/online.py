@@ -294,14 +294,16 @@ class OnlineProxy:
         What is not finite in them, of a candidate that was not, is as it was.
         """
         pairs = list(zip(self.model.buffers(), self.trained.buffers(), strict=True))
-        found = [(mine, theirs) for mine, theirs in pairs if theirs.is_floating_point()]
-        for mine, theirs in found:
-            theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
-        if found and dist.get_world_size() > 1:
-            # The other ranks add zeros, not products with 0: masks of attention are buffers too, and have -inf.
-            own = [torch.zeros_like(theirs) if dist.get_global_rank() else theirs for _, theirs in found]
-            of_first = summed(own, functools.partial(sum_over_ranks, group=group))
-            for (_, theirs), value in zip(found, of_first, strict=True):
+        for mine, theirs in pairs:
+            if theirs.is_floating_point():
+                theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
+        shared = [theirs for _, theirs in pairs if theirs.dtype != torch.bool]
+        if shared and dist.get_world_size() > 1:
+            # The other ranks add zeros, not products with 0: masks of attention are buffers too, and have -inf. In
+            # double, where counts are exact.
+            own = [theirs.double() for theirs in shared]
+            own = [torch.zeros_like(theirs) for theirs in own] if dist.get_global_rank() else own
+            for theirs, value in zip(shared, summed(own, functools.partial(sum_over_ranks, group=group)), strict=True):
                 theirs.copy_(value)
         for mine, theirs in pairs:
             mine.copy_(theirs)

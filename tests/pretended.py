@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 from composer.devices import DeviceCPU
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from clipcov_stream import graphed, kernels, selection
@@ -43,6 +44,10 @@ INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_u
 """What takes indices from either device, those of the CPU by a copy, and looks for a mask's numbers first."""
 
 COPIES = frozenset({"copy_", "_to_copy", "copy"})
+
+
+OF_OBJECTS = frozenset({"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"})
+"""Of torch.distributed: they choose the device of what travels themselves."""
 
 
 class Pretended(Tensor):
@@ -89,6 +94,8 @@ class Devices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], DEVICE)
+        if func == Tensor.data.__set__ and isinstance(args[0], Pretended):  # pyright: ignore[reportAttributeAccessIssue]
+            args[0].held = args[1].held
         if func is Tensor.tolist and isinstance(args[0], Pretended):
             return args[0].cpu().tolist()
         if func is Tensor.pin_memory:
@@ -118,6 +125,8 @@ class CudaPretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func.namespace == "c10d":
+            return self._collective(func, args, kwargs)
         name = func.overloadpacket.__name__
         tensors = [part for part in tree_flatten((args, kwargs))[0] if isinstance(part, Tensor)]
         there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
@@ -139,8 +148,27 @@ class CudaPretended(TorchDispatchMode):
             return args[0]
         if name == "_to_copy" and not there:
             found = found.clone()
-        wrapped = tree_map(lambda part: Pretended(part) if isinstance(part, Tensor) else part, found)
-        return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+        # What was changed in place is what it was.
+        known = {id(tensor.held): tensor for tensor in there}
+
+        def wrapped(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            return known[id(part)] if id(part) in known else Pretended(part)
+
+        return tree_map(wrapped, found)
+
+    def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The default group moves what is on the device, as NCCL does, and every other what is on the CPU, as gloo."""
+        tensors = [part for part in tree_flatten((args, kwargs))[0] if isinstance(part, Tensor)]
+        group = next(part for part in args if isinstance(part, torch.ScriptObject))
+        ours = ProcessGroup.unbox(group).group_name == distributed.group.WORLD.group_name  # pyright: ignore
+        wrong = [tensor for tensor in tensors if isinstance(tensor, Pretended) != ours]
+        of_objects = any(frame.name in OF_OBJECTS for frame in traceback.extract_stack())
+        if wrong and not of_objects and func.overloadpacket.__name__ != "barrier":
+            raise RuntimeError(f"{func} of the {'default' if ours else 'own'} group got tensors of the other device")
+        found = func(*tree_map(held, args), **tree_map(held, kwargs))
+        return (*args[:1], *found[1:]) if isinstance(found, tuple) else found
 
     def _note(self, name: str, args: Any, kwargs: Any, there: list[Pretended], here: list[Tensor]) -> None:
         if name in READS and there:
@@ -218,3 +246,22 @@ def moved(module: nn.Module) -> nn.Module:
             if buffer is not None:
                 part._buffers[name] = buffer.to(DEVICE)
     return module
+
+
+def averaging_gradients(module: nn.Module, _: Any = None) -> nn.Module:
+    """In place of DistributedDataParallel, whose work is not done in Python."""
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        distributed.all_reduce(parameter.grad)
+        parameter.grad.div_(distributed.get_world_size())
+
+    for parameter in module.parameters():
+        distributed.broadcast(parameter.data, 0)
+        parameter.register_post_accumulate_grad_hook(average)
+    return module
+
+
+def taken_back(value: Any) -> Any:
+    """A state on the CPU."""
+    return tree_map(lambda part: part.detach().cpu() if isinstance(part, Tensor) else part, value)
