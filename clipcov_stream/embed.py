@@ -27,7 +27,8 @@ from torch.func import functional_call
 from clipcov_stream.folded import folded
 from clipcov_stream.fused import brought
 from clipcov_stream.patches import fewer_patches
-from clipcov_stream.sketch import sync_is_free
+from clipcov_stream.sketch import FREE_SYNC, sync_is_free
+from clipcov_stream.towers import SmallTowers
 
 EMBED_SOURCES = ("teacher", "proxy", "online", "columns")
 IN_TRAINING = ("teacher", "online")
@@ -43,6 +44,9 @@ Embeddings = tuple[Tensor, Tensor, float | Tensor]
 
 LENGTH_STEP = 8
 """Captions are cut at multiples of it, so that few shapes occur."""
+
+AT_ONCE = 2048
+"""Rows that SmallTowers read in one forward pass on a GPU."""
 
 
 def is_native(dtype: torch.dtype, device: str) -> bool:
@@ -204,6 +208,17 @@ def embed_with_towers(
         for part in training:
             part.training = True  # not model.train(), which would wake parts their owner put to sleep
     return images, texts.float(), scale_of(model)
+
+
+def rows_at_once(model: nn.Module, pool_size: int, chunk: int, device: torch.device) -> int:
+    """Rows per forward pass of an embedder: `chunk`, but of `SmallTowers` on a GPU as many as AT_ONCE.
+
+    Their operations end before a GPU is told of the next, so there a pass costs as much as it has operations.
+    """
+    small = isinstance(model.towers if isinstance(model, Proxy) else model, SmallTowers)
+    if not small or device.type in FREE_SYNC:
+        return chunk
+    return max(chunk, -(-pool_size // -(-pool_size // AT_ONCE)))
 
 
 class Call(nn.Module):

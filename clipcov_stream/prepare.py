@@ -27,7 +27,7 @@ from clipcov_stream.batch import Normalize, check_batch, count_survivors, normal
 from clipcov_stream.clock import Stopwatch
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.copies import thumbnails
-from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers
+from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers, rows_at_once
 from clipcov_stream.fused import brought
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.lags import Lag
@@ -310,10 +310,11 @@ class Preparation:
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True, normalize=normalize)
+            rows = self.embed_chunk or rows_at_once(model, len(image), chunk, image.device)
             options: dict[str, Any] = {"normalize": normalize}
             options |= {"resolution": self.embed_resolution, "patch_dropout": self.embed_patch_dropout}
             options["on_images"] = None if placement is None else send
-            return embed_with_towers(model, image, text, chunk, self._precision(), **options)
+            return embed_with_towers(model, image, text, rows, self._precision(), **options)
 
         with Stopwatch(self.state) as watch:
             if self.embed == "columns":

@@ -122,6 +122,8 @@ class CudaPretended(TorchDispatchMode):
         super().__init__()
         self.ours = ours
         self.waits: list[str] = []
+        self.launches = 0
+        """Operations on the device but for views: what a GPU is told one by one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -138,6 +140,8 @@ class CudaPretended(TorchDispatchMode):
             shapes = [(tuple(tensor.shape), "cuda" if isinstance(tensor, Pretended) else "cpu") for tensor in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
         self._note(name, args, kwargs, there, here)
+        aliases = [of.alias_info for of in func._schema.returns if of.alias_info is not None]
+        self.launches += not (name.startswith(("empty", "new_empty")) or any(not of.is_write for of in aliases))
         back = device is not None and device != STANDS_FOR
         if device is not None:
             kwargs["device"] = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda
 from runs import columns_recipe, run, write_columns
 from torch import Tensor
 
+from clipcov_stream.embed import AT_ONCE, embed_with_towers, rows_at_once
 from clipcov_stream.objective import SelectionState, Settings
+from clipcov_stream.online import OnlineProxy, parts_in_turn
 from clipcov_stream.pool import Pool, survivors_of, with_learner
 from clipcov_stream.rivals import NEEDS_LEARNER
 from clipcov_stream.selection import SELECTORS, Selected, learn, select
+from clipcov_stream.towers import SmallTowers
 
 TABLES = ("concept_balance", "dissect")
 """Selectors whose tables are as long as what they read asks for."""
@@ -104,6 +108,34 @@ class TestSelection:
                 picked = set(ours.survivors.cpu().tolist())
                 assert len(picked) == 24 and len(picked & set(theirs.survivors.tolist())) >= 22
                 assert float(ours.report["residual"]) == pytest.approx(float(theirs.report["residual"]), rel=0.1)
+
+
+def test_an_online_proxy_tells_a_gpu_little() -> None:
+    """Of a pool in four parts: so small a model takes as long as the host needs to name its operations."""
+    torch.manual_seed(0)
+    image, text = torch.rand(96, 3, 64, 64), torch.randint(1, 49000, (96, 77))
+    told = []
+    with pretended_cuda() as mode:
+        online = OnlineProxy(DevicePretended().module_to_device(SmallTowers(4)), 1e-3, 0.99)
+        image, device = image.to(DEVICE), torch.device(DEVICE)
+        rows = rows_at_once(online.model, 96, 24, device)
+        for _ in range(2):  # the optimizer's state is made in the first
+            told = [mode.launches]
+            x, y, _ = embed_with_towers(online.model, image, text, rows, contextlib.nullcontext())
+            told.append(mode.launches)
+            weights = torch.ones(96, device=DEVICE)
+            parts = parts_in_turn(96, 24)
+            online.learn(image, text, torch.ones(96).bool(), weights, parts, x.shape[1], contextlib.nullcontext)
+            told.append(mode.launches)
+    assert [rows_at_once(online.model, size, 24, device) for size in (AT_ONCE, AT_ONCE + 2)] == [
+        AT_ONCE,
+        AT_ONCE // 2 + 1,
+    ]
+    assert rows_at_once(torch.nn.Linear(2, 2), 96, 24, device) == rows_at_once(
+        online.model, 96, 24, torch.device("cpu")
+    )
+    assert rows == 96 and x.shape == y.shape == (96, 64)
+    assert told[1] - told[0] <= 50 and told[2] - told[1] <= 4 * 200
 
 
 @pytest.fixture(scope="module")
