@@ -71,8 +71,9 @@ def aside(run: Callable[[], Result], device: torch.device) -> Callable[[], Resul
 def brought(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for what a GPU has yet to do: from the CPU the copy takes its turn there.
 
-    Memory need not be pinned: of what is not CUDA keeps a copy before it returns, so it may be written to at once. The
-    other way round nothing would say when the values have come, so that waits.
+    Memory that is not pinned CUDA copies before it returns, and for that may wait after all; pinned memory must not be
+    written to until the device has read it: nothing that is brought here is ever written to. The other way round
+    nothing would say when the values have come, so that waits.
     """
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 

@@ -297,14 +297,13 @@ class OnlineProxy:
         for mine, theirs in pairs:
             if theirs.is_floating_point():
                 theirs.copy_(torch.where(theirs.isfinite(), theirs, mine))
-        shared = [theirs for _, theirs in pairs if theirs.dtype != torch.bool]
-        if shared and dist.get_world_size() > 1:
-            # The other ranks add zeros, not products with 0: masks of attention are buffers too, and have -inf. In
-            # double, where counts are exact.
-            own = [theirs.double() for theirs in shared]
+        if pairs and dist.get_world_size() > 1:
+            # As bytes, to which the other ranks add zeros: counts and masks are buffers too, and masks have -inf.
+            own = [theirs.reshape(-1).view(torch.uint8) for _, theirs in pairs]
             own = [torch.zeros_like(theirs) for theirs in own] if dist.get_global_rank() else own
-            for theirs, value in zip(shared, summed(own, functools.partial(sum_over_ranks, group=group)), strict=True):
-                theirs.copy_(value)
+            of_first = summed(own, functools.partial(sum_over_ranks, group=group))
+            for (_, theirs), value in zip(pairs, of_first, strict=True):
+                theirs.copy_(value.clone().view(theirs.dtype).view_as(theirs))
         for mine, theirs in pairs:
             mine.copy_(theirs)
 

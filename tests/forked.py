@@ -1,8 +1,9 @@
 """Ranks as forks of one process that has imported the package.
 
 To start Python and import Composer takes each of them longer than what most tests ask of it. `run_forked` takes the
-place of `composer -n N SCRIPT ARGUMENTS`: the same environment, every rank a process of its own, and one that fails
-ends the others. What is about the launcher itself starts the launcher.
+place of `composer -n N SCRIPT ARGUMENTS`: the same environment, every rank a process of its own with random numbers of
+its own, and one that fails ends the others. What is unlike: hashes of strings, which all forks of a process share, and
+the end of an interpreter, which a fork leaves out. What is about these, or about the launcher, starts the launcher.
 
 Run as a script this is that process: a request per line of its input, an answer per line of its output.
 """
@@ -10,8 +11,11 @@ Run as a script this is that process: a request per line of its input, an answer
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import json
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -21,8 +25,10 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+import numpy as np
+import torch
 from ports import free_port
 
 KINDS = ("out", "err")
@@ -50,13 +56,18 @@ class Stem:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        assert answer, f"the process that ranks are forks of has ended: {self.process.wait()}"
+        assert answer, f"the process that ranks are forks of has ended: {self.process.wait(GRACE)}"
         return json.loads(answer)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """With its ranks, which end when it does."""
+        atexit.unregister(self.close)
+        self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 stem: Stem | None = None
@@ -64,11 +75,16 @@ stem: Stem | None = None
 
 @dataclass(frozen=True)
 class Ended:
-    """What ranks wrote, one after the other, and the first exit code that is not 0."""
+    """Ranks' exit codes, and what they wrote, one after the other."""
 
-    returncode: int
+    codes: list[int]
     stdout: str
     stderr: str
+
+    @property
+    def returncode(self) -> int:
+        """The first that is not 0."""
+        return next((code for code in self.codes if code), 0)
 
 
 def run_forked(
@@ -77,31 +93,35 @@ def run_forked(
     *arguments: str | Path,
     timeout: float = 200,
     cwd: Path | None = None,
-    **environment: str,
 ) -> Ended:
     """`python ARGUMENTS` on so many ranks: a script, or "-m" and a module, with what it is given.
 
     Args:
         folder: for what ranks write.
-        environment: beside one's own.
 
     Raises:
         TimeoutError: they took longer than `timeout` seconds; they are ended then.
     """
     global stem
-    stem = stem or Stem()
+    if stem is None or stem.process.poll() is not None:
+        stem = Stem()
     said = [str(folder / f"said_{time.monotonic_ns()}_{rank}") for rank in range(num_ranks)]
-    answer = stem.ask(
-        argv=list(map(str, arguments)),
-        environment={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        directory=str(cwd or os.getcwd()),
-        said=said,
-        timeout=timeout,
-    )
+    try:
+        answer = stem.ask(
+            argv=list(map(str, arguments)),
+            environment={**os.environ, "OMP_NUM_THREADS": "1"},
+            directory=str(cwd or os.getcwd()),
+            said=said,
+            timeout=timeout,
+        )
+    except BaseException:  # a test's own time is over, or Ctrl-C: the answer to come is nobody's
+        stem.close()
+        stem = None
+        raise
     out, err = ("".join(Path(f"{name}.{kind}").read_text(encoding="utf-8") for name in said) for kind in KINDS)
     if answer["late"]:
         raise TimeoutError(f"{arguments} on {num_ranks} ranks took longer than {timeout} s\n{out[-3000:]}{err[-3000:]}")
-    return Ended(next((code for code in answer["codes"] if code), 0), out, err)
+    return Ended(answer["codes"], out, err)
 
 
 def serve() -> None:
@@ -111,10 +131,10 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(served(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(served(json.loads(line), answers)), file=answers, flush=True)
 
 
-def served(request: dict[str, Any]) -> dict[str, Any]:
+def served(request: dict[str, Any], answers: IO[str]) -> dict[str, Any]:
     num_ranks, port = len(request["said"]), free_port()
     ranks = {}
     for rank in range(num_ranks):
@@ -124,6 +144,7 @@ def served(request: dict[str, Any]) -> dict[str, Any]:
         environment["MASTER_ADDR"] = "127.0.0.1"
         child = os.fork()
         if child == 0:
+            answers.close()
             become(request, environment, request["said"][rank])
         ranks[child] = rank
     codes, ends, late = [0] * num_ranks, time.monotonic() + request["timeout"], False
@@ -149,14 +170,24 @@ def end(processes: list[int], number: int) -> None:
         os.kill(process, number)
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that it is a fork of ends."""
+    parent_death_signal = 1
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+
+
 def become(request: dict[str, Any], environment: dict[str, str], said: str) -> NoReturn:
     """A rank, from here on."""
     code = 1
     try:
+        end_with_parent()
         os.setpgid(0, 0)
+        random.seed()
+        np.random.seed(os.getpid() % 2**31)
+        torch.manual_seed(os.getpid())
         for number, kind in enumerate(KINDS, 1):
             os.dup2(os.open(f"{said}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.close(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(request["directory"])
@@ -171,6 +202,8 @@ def become(request: dict[str, Any], environment: dict[str, str], said: str) -> N
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

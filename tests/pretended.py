@@ -5,17 +5,20 @@ be compared. What a GPU would refuse is refused: an operation on tensors of both
 wait for is counted (`CudaPretended.waits`): values that are read, shapes that depend on values, copies back, and copies
 there of memory that is not pinned unless they may overlap (`non_blocking`).
 
-It runs the branches for GPUs, and the kernels by Triton's interpreter, but neither compilers nor graphs nor streams:
-those are `pytest -m gpu`'s.
+It runs the branches for GPUs that ask a tensor, and the kernels by Triton's interpreter, but neither compilers nor
+graphs nor streams, nor what asks Composer's device for its name: those are `pytest -m gpu`'s. Nor does it know when a
+driver waits on its own, as it may to copy memory that is not pinned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,24 +30,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import clipcov_stream
 from clipcov_stream import graphed, kernels, selection
 
 DEVICE = torch.device("cuda", 0)
+OURS = str(Path(clipcov_stream.__file__).parent) + os.sep
 STANDS_FOR = torch.device("meta")
 """What torch itself takes a pretended tensor's device for: one that needs no driver."""
 
-ATEN = torch.ops.aten
 READS = frozenset({
-    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount",
-    "argwhere", "linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_cholesky", "linalg_inv", "repeat_interleave",
+    "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "_unique2",
+    "unique_dim", "unique_consecutive", "bincount", "multinomial", "_linalg_check_errors", "_linalg_eigh",
+    "_linalg_svd", "repeat_interleave",
 })  # fmt: skip
 """Operations that hand the host a value, a shape that depends on values, or whether a factorization went well."""
 
+VALUES = frozenset({"_local_scalar_dense", "is_nonzero", "equal", "allclose"})
+"""Those of them whose result is the host's."""
+
 INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
-"""What takes indices from either device, those of the CPU by a copy, and looks for a mask's numbers first."""
+"""What takes indices of the CPU too, by a copy, and looks for a mask's numbers first."""
 
 COPIES = frozenset({"copy_", "_to_copy", "copy"})
 
+UNMIXED = frozenset({"stack", "cat", "index_select"})
+"""What takes no number of the other device either."""
 
 OF_OBJECTS = frozenset({"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"})
 """Of torch.distributed: they choose the device of what travels themselves."""
@@ -80,6 +90,17 @@ class Pretended(Tensor):
     def is_meta(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = Pretended(self.held.clone())
+            is_parameter = isinstance(self, nn.Parameter)
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a file they are the CPU's, as what torch.load is told to map there is."""
+        return self.held.clone().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"Pretended({self.held})"
 
@@ -114,13 +135,11 @@ def standing(value: Any) -> Any:
 class CudaPretended(TorchDispatchMode):
     """Runs operations of pretended tensors on what they hold, and says where a GPU would make the host wait.
 
-    Args:
-        ours: part of a path; `waits` are told by the innermost line of a file that has it.
+    Waits are told by the innermost line of the package.
     """
 
-    def __init__(self, ours: str = "clipcov_stream/") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.ours = ours
         self.waits: list[str] = []
         self.launches = 0
         """Operations on the device but for views: what a GPU is told one by one."""
@@ -136,7 +155,7 @@ class CudaPretended(TorchDispatchMode):
         device = kwargs.get("device")
         if not there and device != STANDS_FOR:
             return func(*args, **kwargs)
-        if there and name not in COPIES | INDEXED and any(tensor.ndim for tensor in here):
+        if there and mixed(name, args, here):
             shapes = [(tuple(tensor.shape), "cuda" if isinstance(tensor, Pretended) else "cpu") for tensor in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
         self._note(name, args, kwargs, there, here)
@@ -146,7 +165,7 @@ class CudaPretended(TorchDispatchMode):
         if device is not None:
             kwargs["device"] = "cpu"
         found = func(*tree_map(held, args), **tree_map(held, kwargs))
-        if back or name in ("_local_scalar_dense", "equal", "is_nonzero"):
+        if back or name in VALUES:
             return found.clone() if isinstance(found, Tensor) else found
         if name == "copy_" and not isinstance(args[0], Pretended):
             return args[0]
@@ -190,13 +209,23 @@ class CudaPretended(TorchDispatchMode):
             overlaps = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
             if isinstance(source, Pretended) and not (to_there or target is None):
                 self._wait("a copy to the CPU")
-            elif not isinstance(source, Pretended) and to_there and not overlaps and source.ndim:
+            elif not isinstance(source, Pretended) and to_there and not overlaps:
                 self._wait("a copy from the CPU")
 
     def _wait(self, what: str) -> None:
-        frames = [frame for frame in traceback.extract_stack() if self.ours in frame.filename]
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OURS)]
         where = f"{frames[-1].filename.rpartition('/')[2]}: {frames[-1].line}" if frames else "elsewhere"
         self.waits.append(f"{what} ({where})")
+
+
+def mixed(name: str, args: Any, here: list[Tensor]) -> bool:
+    """Whether an operation on tensors of the device, and on those `here` on the CPU, is one that a GPU refuses."""
+    if name in COPIES:
+        return False
+    if name in INDEXED:  # args: what is indexed, indices and, if they are put there, values
+        values = args[2] if len(args) > 2 else None
+        return not isinstance(args[0], Pretended) or any(values is tensor and tensor.ndim for tensor in here)
+    return any(tensor.ndim or name in UNMIXED for tensor in here)
 
 
 def held(value: Any) -> Any:
@@ -210,7 +239,7 @@ def pretended_cuda() -> Iterator[CudaPretended]:
 
     def run_too(thread: threading.Thread) -> None:
         """Modes are a thread's own."""
-        with CudaPretended(mode.ours) as another, Devices():
+        with CudaPretended() as another, Devices():
             another.waits = mode.waits
             run(thread)
 
@@ -241,14 +270,13 @@ class DevicePretended(DeviceCPU):
 
 
 def moved(module: nn.Module) -> nn.Module:
-    """The module, its parameters and buffers on the pretended device."""
+    """The module, its parameters, which stay what they are to an optimizer, and buffers on the pretended device."""
     for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.data.to(DEVICE), parameter.requires_grad)
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                part._buffers[name] = buffer.to(DEVICE)
+        for parameter in part.parameters(recurse=False):
+            there = nn.Parameter(parameter.data.to(DEVICE), parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, there)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part._buffers[name] = buffer.to(DEVICE)
     return module
 
 

@@ -513,6 +513,9 @@ for image, text, valid, weights, parts in shared_pool(num_ranks):
     most = [max(int((part // 8 == of).sum()) for of in range(num_ranks)) for part in parts]
     mine = [Part(part[part // 8 == rank] % 8, size) for part, size in zip(parts, most)]
     online.learn(image[own], text[own], valid[own], weights[own], mine, 4, nullcontext, group=group)
+if norm:  # a part of which rank 0 alone has any
+    part = [Part(torch.arange(8), 8)]
+    online.learn(image[own], text[own], valid[own] & (rank == 0), weights[own], part, 4, nullcontext, group=group)
 torch.save(online.state_dict(), f"{sys.argv[1]}/rank{rank}.pt")
 """
 
@@ -560,7 +563,8 @@ def test_ranks_learn_together_with_batch_norm_too(tmp_path: Path) -> None:
     launch(2, script, str(tmp_path), os.pathsep.join(sys.path), "default", "norm")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(*ranks)
-    assert int(ranks[0]["updates"]) == 15 and all(value.isfinite().all() for value in ranks[0].values())
+    assert int(ranks[0]["trained.norm.num_batches_tracked"]) == 3 * 2 + 1
+    assert int(ranks[0]["updates"]) == 16 and all(value.isfinite().all() for value in ranks[0].values())
     assert ranks[0]["average.norm.running_mean"].any()
     before = OnlineProxy(Linear(norm=True), lr=1e-2, momentum=0.9).state_dict()
     assert not torch.equal(ranks[0]["trained.image.weight"], before["trained.image.weight"])

@@ -13,10 +13,11 @@ import pools
 import pytest
 import torch
 from corpora import draw_corpus, recipe
-from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda
-from runs import columns_recipe, run, write_columns
-from torch import Tensor
+from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda, taken_back
+from runs import Interrupt, algorithm_of, assert_same, columns_recipe, run, trainer_of, write_columns
+from torch import Tensor, distributed
 
+from clipcov_stream import kernels
 from clipcov_stream.embed import AT_ONCE, embed_with_towers, rows_at_once
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.online import OnlineProxy, parts_in_turn
@@ -28,6 +29,11 @@ from clipcov_stream.towers import SmallTowers
 TABLES = ("concept_balance", "dissect")
 """Selectors whose tables are as long as what they read asks for."""
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not kernels.AVAILABLE, reason="needs Triton's interpreter, which is for CPUs"
+)
+
+ON_DEVICE = mock.patch("composer.trainer.trainer.get_device", lambda _: DevicePretended())
 READ_BACK = "a copy to the CPU (prepare.py: bits = torch.cat([values.view(torch.int32), index.int()]).cpu())"
 """The choice, which must be known where the rows are, and the metrics with it."""
 
@@ -79,7 +85,17 @@ class TestPretence:
         with pretended_cuda():
             ours = torch.ones(3, device=DEVICE)
             assert (ours + torch.tensor(2.0)).cpu().tolist() == [3.0] * 3
-            for mixed in (lambda: ours + torch.ones(3), lambda: torch.cat([torch.ones(1), ours])):
+            index, number = torch.zeros(1, dtype=torch.int64), torch.tensor(2.0)
+            for mixed in (
+                lambda: ours + torch.ones(3),
+                lambda: torch.cat([torch.ones(1), ours]),
+                lambda: torch.stack([ours.sum(), number]),
+                lambda: torch.ones(3)[index.to(DEVICE)],
+                lambda: torch.ones(3)[ours > 0],
+                lambda: torch.ones(3).index_put_((index,), ours[:1]),
+                lambda: ours.index_put_((index,), torch.ones(1)),
+                lambda: ours.index_select(0, index),
+            ):
                 with pytest.raises(RuntimeError, match="to be on the same device"):
                     mixed()
 
@@ -88,10 +104,33 @@ class TestPretence:
             ours = torch.ones(3, device=DEVICE)
             torch.ones(3).to(DEVICE, non_blocking=True)
             assert ours.sum().shape == () and mode.waits == []
-            float(ours.sum()), ours.tolist(), ours[ours > 0], ours.nonzero(), torch.ones(3).to(DEVICE), ours.cpu()
-        kinds = [wait.partition(" (")[0] for wait in mode.waits]
-        assert {"_local_scalar_dense", "nonzero", "a copy to the CPU", "a copy from the CPU"} <= set(kinds)
-        assert len(kinds) >= 6
+            for kind, waiting in {
+                "_local_scalar_dense": lambda: float(ours.sum()),
+                "a copy to the CPU": ours.tolist,
+                "a mask's numbers": lambda: ours[ours > 0],
+                "indices from the CPU": lambda: ours[torch.zeros(1, dtype=torch.int64)],
+                "nonzero": ours.nonzero,
+                "_unique2": ours.unique,
+                "_linalg_check_errors": lambda: torch.linalg.inv(torch.eye(2, device=DEVICE)),
+                "a copy from the CPU": lambda: torch.tensor(2.0, device=DEVICE),
+            }.items():
+                mode.waits.clear()
+                waiting()
+                assert mode.waits == [f"{kind} (elsewhere)"]
+
+    def test_moves_the_devices_tensors_in_the_default_group_alone(self, tmp_path: Path) -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+        own = distributed.new_group(backend="gloo")
+        try:
+            with pretended_cuda():
+                here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+                distributed.all_reduce(there)
+                distributed.all_reduce(here, group=own)
+                for tensor, group in ((here, None), (there, own)):
+                    with pytest.raises(RuntimeError, match="group got tensors of the other device"):
+                        distributed.all_reduce(tensor, group=group)
+        finally:
+            distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's interpreter
@@ -188,6 +227,28 @@ class TestRuns:
         for name in metrics:
             assert found[name] == pytest.approx(expected[name])
 
+    @pytest.mark.parametrize(
+        "selection", [{"embed": "online", "run_ahead": 1, "lag_delay": 1, "copies": 1.0}, {"embed": "teacher"}]
+    )
+    def test_a_resumed_run_equals_a_straight_one(self, tmp_path: Path, corpus: Path, selection: dict[str, Any]) -> None:
+        kept = {"run_name": "there", "save_folder": str(tmp_path / "saved"), "save_interval": "4ba", "autoresume": True}
+        kept |= {"ledger": str(tmp_path / "ledger"), "gallery": str(tmp_path / "gallery"), "gallery_interval": "2ba"}
+
+        def ended(name: str, stops: int | None, **sections: Any) -> dict[str, Any]:
+            with pretended_cuda(), ON_DEVICE:
+                trainer, *_ = trainer_of(tmp_path / name, recipe(corpus, selection=selection, **sections))
+                if stops is not None:
+                    trainer.state.callbacks.append(Interrupt(stops))
+                with contextlib.suppress(InterruptedError):
+                    trainer.fit()
+                state = {"model": trainer.state.model.state_dict(), "algorithm": algorithm_of(trainer).state_dict()}
+                trainer.close()
+                return taken_back(state)
+
+        straight = ended("straight", None)
+        ended("interrupted", 5, **kept)
+        assert_same(ended("resumed", None, **kept), straight)
+
 
 def waits_of(folder: Path, corpus: Path, max_duration: str, selection: dict[str, Any]) -> Counter[str]:
     """Our own of a run."""
@@ -196,8 +257,7 @@ def waits_of(folder: Path, corpus: Path, max_duration: str, selection: dict[str,
 
 def steps_of(folder: Path, tree: dict[str, Any]) -> tuple[dict[str, list[float]], Counter[str]]:
     """What a run logs, and our own waits in it."""
-    device = mock.patch("composer.trainer.trainer.get_device", lambda _: DevicePretended())
-    with pretended_cuda() as mode, device:
+    with pretended_cuda() as mode, ON_DEVICE:
         trainer, _, memory = run(folder, tree)
         assert all(parameter.is_cuda for parameter in trainer.state.model.parameters())
         trainer.close()

@@ -10,6 +10,8 @@ import torch
 from corpora import draw_corpus, recipe, write_recipe
 from runs import assert_same, launch
 
+from clipcov_stream import kernels
+
 RANKS = """
 import sys
 from unittest import mock
@@ -34,6 +36,10 @@ with (
     trainer.close()
 leave_group()
 """
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not kernels.AVAILABLE, reason="needs Triton's interpreter, which is for CPUs"
+)
 
 
 @pytest.fixture(scope="module")
