@@ -260,6 +260,7 @@ class ClipCov(Algorithm):
         """State of an online proxy that is ahead of `teacher`, and of the step."""
         self._group: Group = None
         self._asked, self._begun = 0.0, False
+        self._learning: Stopwatch | None = None
         self.tally = Tally()
         self._run: weakref.ref[State] | None = None
         """The Trainer's state that all of this is of, while it lives."""
@@ -367,14 +368,19 @@ class ClipCov(Algorithm):
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
         elif event == Event.AFTER_FORWARD:
-            self._learn(state, logger)
+            self._learn(state)
         elif event == Event.FIT_END:
             self._catch_up()
             if getattr(loader := state.dataloader, "as_bytes", False):
                 loader.normalizes = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         else:
             self._end_step(state)
-            logger.log_metrics({"selection/step_ms": 1e3 * (time.perf_counter() - self._asked)})
+            figures = {"selection/step_ms": 1e3 * (time.perf_counter() - self._asked)}
+            if self._learning is not None:
+                # Now that Composer has read the loss: after the forward pass a GPU would stand still for it.
+                figures["selection/learn_ms"] = self._learning.milliseconds()
+                self._learning = None
+            logger.log_metrics(figures)
 
     def _end_step(self, state: State) -> None:
         if self.uses_lag and self.selection is not None:
@@ -647,13 +653,13 @@ class ClipCov(Algorithm):
             self.teacher.load_state_dict(self._newest)
             self._newest = None
 
-    def _learn(self, state: State, logger: Logger) -> None:
+    def _learn(self, state: State) -> None:
         """Note what the model makes of the survivors, of which it has just made its training pass."""
         if self._survivors is None or self.selection is None:
             return
         outputs: Any = state.outputs
         model = unwrap(state.model)
-        with Stopwatch(state) as watch:
+        with Stopwatch(state) as self._learning:
             if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
                 image, text = outputs["image_features"], outputs["text_features"]
                 # Not the parameter, if it can be helped: FSDP leaves some ranks without it.
@@ -670,4 +676,3 @@ class ClipCov(Algorithm):
             seen = with_learner(self._survivors, image, text, scale)
             self.selection = learn(self.selection, seen, all_reduce_of(self.scope))
         self._survivors = None
-        logger.log_metrics({"selection/learn_ms": watch.milliseconds()})

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import clipcov_stream
 from clipcov_stream import graphed, kernels, selection
+from clipcov_stream.clock import Stopwatch
 
 DEVICE = torch.device("cuda", 0)
 OURS = str(Path(clipcov_stream.__file__).parent) + os.sep
@@ -195,24 +196,24 @@ class CudaPretended(TorchDispatchMode):
 
     def _note(self, name: str, args: Any, kwargs: Any, there: list[Pretended], here: list[Tensor]) -> None:
         if name in READS and there:
-            self._wait(name)
+            self.wait(name)
         if name in INDEXED:
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-                self._wait("a mask's numbers")
+                self.wait("a mask's numbers")
             if any(index.ndim and not isinstance(index, Pretended) for index in indices):
-                self._wait("indices from the CPU")
+                self.wait("indices from the CPU")
         if name in COPIES:
             source = args[0] if name == "_to_copy" else args[1]
             target = kwargs.get("device") if name == "_to_copy" else args[0]
             to_there = target == STANDS_FOR if name == "_to_copy" else isinstance(target, Pretended)
             overlaps = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
             if isinstance(source, Pretended) and not (to_there or target is None):
-                self._wait("a copy to the CPU")
+                self.wait("a copy to the CPU")
             elif not isinstance(source, Pretended) and to_there and not overlaps:
-                self._wait("a copy from the CPU")
+                self.wait("a copy from the CPU")
 
-    def _wait(self, what: str) -> None:
+    def wait(self, what: str) -> None:
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OURS)]
         where = f"{frames[-1].filename.rpartition('/')[2]}: {frames[-1].line}" if frames else "elsewhere"
         self.waits.append(f"{what} ({where})")
@@ -235,13 +236,17 @@ def held(value: Any) -> Any:
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[CudaPretended]:
     """Within it tensors, and modules by `moved`, can be on a CUDA device that there is not."""
-    run, launch = threading.Thread.run, kernels.launch
+    run, launch, milliseconds = threading.Thread.run, kernels.launch, Stopwatch.milliseconds
 
     def run_too(thread: threading.Thread) -> None:
         """Modes are a thread's own."""
         with CudaPretended() as another, Devices():
             another.waits = mode.waits
             run(thread)
+
+    def read(watch: Stopwatch) -> float:
+        mode.wait("a stopwatch")
+        return milliseconds(watch)
 
     def launch_there(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         launch(kernel, grid, *map(held, arguments), **options)
@@ -251,6 +256,7 @@ def pretended_cuda() -> Iterator[CudaPretended]:
         mock.patch.object(kernels, "launch", launch_there),
         mock.patch.object(selection, "aside", lambda run, device: run),
         mock.patch.object(graphed, "WARMUP", math.inf),
+        mock.patch.object(Stopwatch, "milliseconds", read),
         mock.patch("torch.compile", lambda function, **_: function),
         mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
         CudaPretended() as mode,
