@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from corpora import write_recipe
-from runs import Interrupt, assert_same_run, columns_recipe, composer, run, run_ranks, synthetic_bytes, trainer_of
+from forked import run_forked
+from runs import Interrupt, assert_same_run, columns_recipe, run, run_ranks, synthetic_bytes, trainer_of
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.compression import compress, decompress, get_compressions
 
@@ -514,9 +514,7 @@ def test_a_bad_shard_ends_all_ranks(tmp_path: Path, folder: Path, num_ranks: int
     own = copied(folder, tmp_path / "own")
     damage(shard_of(own))
     path = write_recipe(tmp_path / "recipe.yaml", tree_of(own))
-    command = [*composer(), "-n", str(num_ranks), "-m", "clipcov_stream", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+    done = run_forked(tmp_path, num_ranks, "-m", "clipcov_stream", path, timeout=150)
     assert done.returncode != 0
     assert f"shard {shard_of(own).name} of {own} cannot be used" in done.stdout + done.stderr
 
