@@ -1,9 +1,10 @@
 """Ranks as forks of one process that has imported the package.
 
 To start Python and import Composer takes each of them longer than what most tests ask of it. `run_forked` takes the
-place of `composer -n N SCRIPT ARGUMENTS`: the same environment, every rank a process of its own with random numbers of
-its own, and one that fails ends the others. What is unlike: hashes of strings, which all forks of a process share, and
-the end of an interpreter, which a fork leaves out. What is about these, or about the launcher, starts the launcher.
+place of `composer -n N SCRIPT ARGUMENTS`: ranks are told who they are by the same variables, each is a process of its
+own with random numbers of its own, and one that fails ends the others. What is unlike: hashes of strings, and what
+modules read from the environment when they were imported, which all forks share; one OpenMP thread; the end of an
+interpreter, but for its exit functions. What is about these, or about the launcher, starts the launcher.
 
 Run as a script this is that process: a request per line of its input, an answer per line of its output.
 """

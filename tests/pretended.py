@@ -1,9 +1,9 @@
 """A pretended CUDA device, for tests where there is none.
 
 To Python a `Pretended` tensor lies on `cuda:0`; its numbers lie on the CPU and are computed there, so that results can
-be compared. What a GPU would refuse is refused: an operation on tensors of both devices. What a GPU would make the host
-wait for is counted (`CudaPretended.waits`): values that are read, shapes that depend on values, copies back, and copies
-there of memory that is not pinned unless they may overlap (`non_blocking`).
+be compared. What a GPU would refuse is refused: an operation on tensors of both devices, and a collective of a group
+that is not for theirs. What it would make the host wait for is counted (`CudaPretended.waits`): values that are read,
+shapes that depend on values, copies back, copies there unless they are `non_blocking`, and stopwatches that are read.
 
 It runs the branches for GPUs that ask a tensor, and the kernels by Triton's interpreter, but neither compilers nor
 graphs nor streams, nor what asks Composer's device for its name: those are `pytest -m gpu`'s. Nor does it know when a
@@ -143,7 +143,7 @@ class CudaPretended(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.launches = 0
-        """Operations on the device but for views: what a GPU is told one by one."""
+        """Torch's operations on the device but for views, in this thread: what a GPU is told one by one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

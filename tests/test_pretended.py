@@ -14,7 +14,7 @@ import pytest
 import torch
 from corpora import draw_corpus, recipe
 from pretended import DEVICE, DevicePretended, Pretended, pretended_cuda, taken_back
-from runs import Interrupt, algorithm_of, assert_same, columns_recipe, run, trainer_of, write_columns
+from runs import Interrupt, algorithm_of, assert_same, columns_recipe, proxy_section, run, trainer_of, write_columns
 from torch import Tensor, distributed
 
 from clipcov_stream import kernels
@@ -204,13 +204,15 @@ class TestRuns:
             {"embed": "teacher", "embed_resolution": 8},
             {"embed": "teacher", "embed_patch_dropout": 0.5},
             {"embed": "teacher", "selector": "jest"},
+            {"embed": "proxy"},
         ],
         ids=lambda selection: "-".join(map(str, selection.values())),
     )
     def test_a_step_waits_once_to_read_its_choice(
         self, tmp_path: Path, corpus: Path, selection: dict[str, Any]
     ) -> None:
-        selection = {"run_ahead": 0, "lag_delay": 0, "warmup": "0ba", **selection}
+        given = proxy_section(tmp_path) if selection["embed"] == "proxy" else {}
+        selection = {"run_ahead": 0, "lag_delay": 0, "warmup": "0ba", **given, **selection}
         waits = [waits_of(tmp_path / steps, corpus, steps, selection) for steps in ("2ba", "4ba")]
         expected = {wait: 1 for wait in OF_A_STEP if wait != AFTER_THE_LOSS or "selector" not in selection}
         assert {wait: number / 2 for wait, number in (waits[1] - waits[0]).items()} == expected
