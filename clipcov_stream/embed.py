@@ -27,7 +27,7 @@ from torch.func import functional_call
 from clipcov_stream.folded import folded
 from clipcov_stream.fused import brought
 from clipcov_stream.patches import fewer_patches
-from clipcov_stream.sketch import FREE_SYNC, sync_is_free
+from clipcov_stream.sketch import sync_is_free
 from clipcov_stream.towers import SmallTowers
 
 EMBED_SOURCES = ("teacher", "proxy", "online", "columns")
@@ -210,15 +210,15 @@ def embed_with_towers(
     return images, texts.float(), scale_of(model)
 
 
-def rows_at_once(model: nn.Module, pool_size: int, chunk: int, device: torch.device) -> int:
-    """Rows per forward pass of an embedder: `chunk`, but of `SmallTowers` on a GPU as many as AT_ONCE.
+def rows_at_once(model: nn.Module, image: Tensor, chunk: int) -> int:
+    """Rows per forward pass of an embedder over a pool: `chunk`, but of `SmallTowers` on a GPU as many as AT_ONCE.
 
     Their operations end before a GPU is told of the next, so there a pass costs as much as it has operations.
     """
     small = isinstance(model.towers if isinstance(model, Proxy) else model, SmallTowers)
-    if not small or device.type in FREE_SYNC:
+    if not small or sync_is_free(image):
         return chunk
-    return max(chunk, -(-pool_size // -(-pool_size // AT_ONCE)))
+    return max(chunk, -(-len(image) // -(-len(image) // AT_ONCE)))
 
 
 class Call(nn.Module):

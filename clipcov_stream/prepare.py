@@ -310,7 +310,7 @@ class Preparation:
             if learner:
                 precision = get_precision_context(self.state.precision, self.state.precision_config)
                 return embed_with_towers(model, image, text, chunk, precision, plain=True, normalize=normalize)
-            rows = self.embed_chunk or rows_at_once(model, len(image), chunk, image.device)
+            rows = self.embed_chunk or rows_at_once(model, image, chunk)
             options: dict[str, Any] = {"normalize": normalize}
             options |= {"resolution": self.embed_resolution, "patch_dropout": self.embed_patch_dropout}
             options["on_images"] = None if placement is None else send

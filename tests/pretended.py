@@ -159,7 +159,7 @@ class CudaPretended(TorchDispatchMode):
         if there and mixed(name, args, here):
             shapes = [(tuple(tensor.shape), "cuda" if isinstance(tensor, Pretended) else "cpu") for tensor in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
-        self._note(name, args, kwargs, there, here)
+        self._note(name, args, kwargs, there)
         aliases = [of.alias_info for of in func._schema.returns if of.alias_info is not None]
         self.launches += not (name.startswith(("empty", "new_empty")) or any(not of.is_write for of in aliases))
         back = device is not None and device != STANDS_FOR
@@ -194,7 +194,7 @@ class CudaPretended(TorchDispatchMode):
         found = func(*tree_map(held, args), **tree_map(held, kwargs))
         return (*args[:1], *found[1:]) if isinstance(found, tuple) else found
 
-    def _note(self, name: str, args: Any, kwargs: Any, there: list[Pretended], here: list[Tensor]) -> None:
+    def _note(self, name: str, args: Any, kwargs: Any, there: list[Pretended]) -> None:
         if name in READS and there:
             self.wait(name)
         if name in INDEXED:

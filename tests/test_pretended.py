@@ -167,8 +167,8 @@ def test_an_online_proxy_tells_a_gpu_little() -> None:
     told = []
     with pretended_cuda() as mode:
         online = OnlineProxy(DevicePretended().module_to_device(SmallTowers(4)), 1e-3, 0.99)
-        image, device = image.to(DEVICE), torch.device(DEVICE)
-        rows = rows_at_once(online.model, 96, 24, device)
+        image, here = image.to(DEVICE), image
+        rows = rows_at_once(online.model, image, 24)
         for _ in range(2):  # the optimizer's state is made in the first
             told = [mode.launches]
             x, y, _ = embed_with_towers(online.model, image, text, rows, contextlib.nullcontext())
@@ -177,13 +177,9 @@ def test_an_online_proxy_tells_a_gpu_little() -> None:
             parts = parts_in_turn(96, 24)
             online.learn(image, text, torch.ones(96).bool(), weights, parts, x.shape[1], contextlib.nullcontext)
             told.append(mode.launches)
-    assert [rows_at_once(online.model, size, 24, device) for size in (AT_ONCE, AT_ONCE + 2)] == [
-        AT_ONCE,
-        AT_ONCE // 2 + 1,
-    ]
-    assert rows_at_once(torch.nn.Linear(2, 2), 96, 24, device) == rows_at_once(
-        online.model, 96, 24, torch.device("cpu")
-    )
+        large = [torch.empty(size, device=DEVICE) for size in (AT_ONCE, AT_ONCE + 2)]
+        assert [rows_at_once(online.model, of, 24) for of in large] == [AT_ONCE, AT_ONCE // 2 + 1]
+        assert rows_at_once(torch.nn.Linear(2, 2), image, 24) == rows_at_once(online.model, here, 24) == 24
     assert rows == 96 and x.shape == y.shape == (96, 64)
     assert told[1] - told[0] <= 50 and told[2] - told[1] <= 4 * 200
 
