@@ -443,13 +443,18 @@ def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: P
             run(tmp_path / "second", {**again, "selection": {**tree["selection"], **section}})
 
 
-@pytest.mark.parametrize("proxy", [{"config": SMALL}, {"width": 4}], ids=["of open_clip", "the default one"])
-def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path, proxy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("proxy", "num_ranks"),
+    [({"config": SMALL}, 2), ({"width": 4}, 2), ({"width": 4}, 4)],
+    ids=["of open_clip", "the default one", "the default one, on four"],
+)
+def test_ranks_have_one_proxy(tmp_path: Path, corpus: Path, proxy: dict[str, Any], num_ranks: int) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", online_recipe(corpus, selection={"proxy": proxy}))
-    ranks = run_ranks(tmp_path / "two", path, 2)
-    assert_same(ranks[0]["algorithm"]["teacher"], ranks[1]["algorithm"]["teacher"])
+    ranks = run_ranks(tmp_path / "ranks", path, num_ranks)
+    for other in ranks[1:]:
+        assert_same(ranks[0]["algorithm"]["teacher"], other["algorithm"]["teacher"])
     assert int(ranks[0]["algorithm"]["teacher"]["updates"]) == 6 * 4
-    assert int(ranks[0]["algorithm"]["teacher"]["samples_streamed"]) == 6 * 32  # over both ranks
+    assert int(ranks[0]["algorithm"]["teacher"]["samples_streamed"]) == 6 * 32  # over all ranks
     assert_same(ranks[0]["model"], ranks[1]["model"])
 
 
