@@ -385,8 +385,7 @@ class ClipCov(Algorithm):
     def _end_step(self, state: State) -> None:
         if self.uses_lag and self.selection is not None:
             self._lags.note((self.selection.lag, self.selection.lag_weight))
-        if not state.fsdp_enabled:
-            share_buffers(unwrap(state.model))
+        share_buffers(unwrap(state.model))
         if isinstance(self.teacher, Teacher):
             self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 
@@ -484,7 +483,7 @@ class ClipCov(Algorithm):
         towers_with_patches(unwrap(state.model) if self.proxy is None else self.proxy, self.embed_patch_dropout)
         if self.embed == "teacher" and self.teacher is None:
             if state.fsdp_enabled:
-                raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use embed='proxy' or 'columns'")
+                raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use another of selection.embed")
             self.teacher = Teacher(unwrap(state.model), self.teacher_momentum)
         if self.proxy is not None:
             state.device.module_to_device(self.proxy)

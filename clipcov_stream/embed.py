@@ -27,6 +27,7 @@ from torch.func import functional_call
 from clipcov_stream.folded import folded
 from clipcov_stream.fused import brought
 from clipcov_stream.patches import fewer_patches
+from clipcov_stream.sharded import whole
 from clipcov_stream.sketch import sync_is_free
 from clipcov_stream.towers import SmallTowers
 
@@ -372,7 +373,7 @@ def encoded_captions(model: nn.Module, text: Tensor, chunk: int, name: str, towe
 def scale_of(model: Any) -> float | Tensor:
     """The model's logit scale, exponentiated; CLIP's 100 if it has none."""
     scale = getattr(model, "logit_scale", None)
-    return scale.detach().float().exp().reshape(()) if isinstance(scale, Tensor) else 100.0
+    return whole(scale.detach()).float().exp().reshape(()) if isinstance(scale, Tensor) else 100.0
 
 
 def scale_in(outputs: Mapping[str, Any]) -> float | Tensor:

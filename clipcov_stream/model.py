@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
 from clipcov_stream.embed import passes_on
+from clipcov_stream.sharded import reshaped
 from clipcov_stream.weights import load_inert
 
 MAX_LOG_SCALE = math.log(100)
@@ -141,6 +142,7 @@ def load_towers(towers: nn.Module, path: str) -> None:
         else:
             weights = saved.get("state_dict", saved)
             weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        weights = reshaped(weights, towers)  # those of a sharded run have one dimension more
         check_same_model(towers, weights)
         towers.load_state_dict(weights)
     except Exception as error:  # torch.load raises a dozen types; all mean the same to the user

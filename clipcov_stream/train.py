@@ -35,6 +35,7 @@ from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
+from clipcov_stream.sharded import AverageGradients, check_sharding, fsdp_of, make_shardable, saves_in_full
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import checked_loading
 from clipcov_stream.zeroshot import ZeroShotHead
@@ -59,7 +60,7 @@ class EndThreads(Callback):
 
 def saves_files_here(config: TrainConfig) -> bool:
     """Whether checkpoints are files of their own on a local disk; else they are Composer's matter."""
-    return not is_remote(config.save_folder) and not config.fsdp_config
+    return not is_remote(config.save_folder) and saves_in_full(config.fsdp_config)
 
 
 def written_by(config: TrainConfig) -> Alone:
@@ -115,10 +116,8 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)
     algorithms = build.build_named("algorithms", config.algorithms)
-    if config.fsdp_config and config.selection.embed == "teacher":
-        raise ValueError(
-            "selection.embed='teacher' cannot copy a model sharded by fsdp_config; use embed='proxy' or 'columns'"
-        )
+    if config.fsdp_config is not None:
+        check_sharding(config.fsdp_config, config.selection.embed, config.model.activation_chunk)
     device = get_device(config.device)
     # Before any StreamingDataset: it would make, and destroy, a process group of its own.
     dist.initialize_dist(device, timeout=config.dist_timeout)
@@ -129,6 +128,9 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     evals = evaluators.eval_sections(config.eval, config.eval_suite)
     tasks = {task for section in evals.values() for task in evaluators.tasks_of(section)}
     model = build.build_model(config.model, num_survivors, tasks & set(evaluators.TASKS))
+    fsdp = fsdp_of(config.fsdp_config)
+    if fsdp is not None:
+        make_shardable(model.towers, fsdp)
     tokenizer = build.tokenizer_of(model.towers, config.model)
     config = replace(config, selection=build.with_online_proxy(config.selection, model.towers))
     embedder = build.columns_embedder(config.stream) if config.selection.embed == "columns" else None
@@ -157,7 +159,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
         keep = config.save_num_checkpoints_to_keep
         saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
-    parallelism: dict[str, Any] = {"parallelism_config": {"fsdp": config.fsdp_config}} if config.fsdp_config else {}
+    parallelism: dict[str, Any] = {} if fsdp is None else {"parallelism_config": {"fsdp": fsdp}}
     with checked_loading():
         trainer = Trainer(
             model=model,
@@ -176,6 +178,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
                 SkippedShards(),
                 ZeroShotHead(prompts),
                 RecordedRecipe(config),
+                *([] if fsdp is None else [AverageGradients()]),
                 *callbacks,
             ],
             loggers=loggers or None,

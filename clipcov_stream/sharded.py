@@ -1,0 +1,132 @@
+"""The learner's weights, gradients and moments divided among ranks: FSDP2, as Composer has it, for open_clip models.
+
+Of a model too large for each rank to hold it three times over. A block's weights are gathered where its forward or
+backward pass begins and let go after it, what is in no block with the first pass of the model. Selection is none the
+wiser: embeddings come out whole, and an online proxy, which is small, is every rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation_checkpointing": (False, True),
+    "activation_cpu_offload": (False, True),
+    "load_monolith_rank0_only": (False, True),
+    "mixed_precision": ("DEFAULT", "PURE", "FULL"),
+    "reshard_after_forward": (True, False),
+    "state_dict_type": ("full", "sharded"),
+    "verbose": (False, True),
+}
+"""Keys of a recipe's `fsdp_config`, Composer's FSDP2Config but for its mesh, and what each may be, the default first.
+Composer's own default of state_dict_type is sharded; of files in full there is more that reads them."""
+
+SCALARS = ("logit_scale", "logit_bias")
+
+
+def check_sharding(given: Mapping[str, Any], embed: str, activation_chunk: int | None) -> None:
+    """Raise ValueError unless a recipe's `fsdp_config` is one of FSDP2, and of a run that can be sharded."""
+    for key, value in given.items():
+        if key not in CHOICES:
+            raise ValueError(f"fsdp_config.{key} is not one of FSDP2's {sorted(CHOICES)}")
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in CHOICES[key]):
+            raise ValueError(f"fsdp_config.{key}={value!r} is not one of {list(CHOICES[key])}")
+    if embed == "teacher":
+        raise ValueError(
+            "selection.embed='teacher' cannot copy a model sharded by fsdp_config; use embed='online', 'proxy' or "
+            "'columns'"
+        )
+    if activation_chunk is not None:
+        raise ValueError(
+            f"model.activation_chunk={activation_chunk} does not go with fsdp_config; set it to null, and "
+            "fsdp_config.activation_checkpointing=true, which saves memory block by block"
+        )
+
+
+def saves_in_full(given: Mapping[str, Any] | None) -> bool:
+    """Whether checkpoints of a recipe with this `fsdp_config` are one file each."""
+    return {"state_dict_type": CHOICES["state_dict_type"][0], **(given or {})}["state_dict_type"] == "full"
+
+
+def fsdp_of(given: Mapping[str, Any] | None) -> FSDP2Config | None:
+    """Composer's configuration, of a recipe's `fsdp_config` that was checked; None if it has none. An empty one is one
+    of defaults. Composer warns that its FSDP2 is experimental."""
+    if given is None:
+        return None
+    return FSDP2Config(**{"state_dict_type": CHOICES["state_dict_type"][0], **given})
+
+
+def make_shardable(towers: nn.Module, config: FSDP2Config) -> None:
+    """Prepare towers, before there is an optimizer, so that Composer shards them block by block.
+
+    Their logit scale and bias become vectors of one number, because FSDP takes no scalars.
+
+    Raises:
+        ValueError: activations that are to be computed twice, with batch norm, which would count them twice.
+    """
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules())
+    if config.activation_checkpointing and has_norms:
+        raise ValueError("fsdp_config.activation_checkpointing=True is not exact with batch norm; set it to false")
+    for name in SCALARS:
+        parameter = getattr(towers, name, None)
+        if isinstance(parameter, nn.Parameter) and parameter.ndim == 0:
+            setattr(towers, name, nn.Parameter(parameter.detach()[None], parameter.requires_grad))
+    blocks = blocks_of(towers)
+    # Composer asks these of every module.
+    for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
+        setattr(towers, name, blocks.__contains__)
+
+
+def blocks_of(towers: nn.Module) -> set[nn.Module]:
+    """Modules of one kind in a row, as transformers' layers and the blocks of a ResNet's stages are."""
+    found: set[nn.Module] = set()
+    for row in towers.modules():
+        if isinstance(row, (nn.ModuleList, nn.Sequential)) and len(row) > 1 and len({type(each) for each in row}) == 1:
+            found.update(each for each in row if next(each.parameters(), None) is not None)
+    return found
+
+
+class AverageGradients(Callback):
+    """Has sharded gradients be the mean over ranks with every backend.
+
+    torch 2.7's gloo adds up where FSDP asks it for the mean, and says nothing: on CPUs gradients would be as many times
+    too large as there are ranks. What the backend makes of ones tells; NCCL averages.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        found = state.device.tensor_to_device(torch.zeros(1))
+        distributed.reduce_scatter_tensor(found, found.new_ones(dist.get_world_size()), distributed.ReduceOp.AVG)
+        self.factor = float(found)
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if self.factor != 1.0:
+            for parameter in state.model.parameters():
+                if isinstance(parameter.grad, DTensor):
+                    parameter.grad.to_local().div_(self.factor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter in full; of one that is sharded every rank must ask at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshaped(weights: Mapping[str, Any], towers: nn.Module) -> dict[str, Any]:
+    """Weights by name, their logit scale and bias in the shape that the towers have."""
+    found = dict(weights)
+    for name in SCALARS:
+        own, given = getattr(towers, name, None), found.get(name)
+        if isinstance(own, Tensor) and isinstance(given, Tensor) and own.numel() == given.numel() == 1:
+            found[name] = given.reshape(own.shape)
+    return found

@@ -1,0 +1,214 @@
+"""A learner that is sharded over ranks: real processes, gloo, Composer's FSDP2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
+from runs import assert_same, launch, trained_rows, trainer_of
+
+from clipcov_stream.model import build_towers
+from clipcov_stream.sharded import blocks_of
+
+SHARDED = """
+import sys, torch
+from composer import Callback
+from composer.utils import dist
+from clipcov_stream.algorithm import ClipCov
+from clipcov_stream.config import load_config
+from clipcov_stream.sharded import whole
+from clipcov_stream.train import build_trainer, leave_group
+class Record(Callback):
+    batches = []
+    def before_train_batch(self, state, logger):
+        self.batches.append({"image": state.batch["image"].clone(), "text": state.batch["text"].clone()})
+trainer = build_trainer(load_config(sys.argv[1], sys.argv[3:]))
+trainer.state.callbacks.append(Record())
+trainer.fit()
+clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
+model = getattr(trainer.state.model, "module", trainer.state.model)
+# The optimizer's: after an evaluation the model's own outermost ones are whole until the next backward pass.
+held = [p for group in trainer.state.optimizers[0].param_groups for p in group["params"]]
+units = [name for name, of in model.named_modules() if type(of).__name__.startswith("FSDP")]
+kept = {"algorithm": clipcov.state_dict(), "batches": Record.batches, "units": units}
+kept["numbers"] = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in held)
+kept["figures"] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+kept["model"] = {name: whole(value).clone() for name, value in model.state_dict().items()}
+optimizer = trainer.state.optimizers[0].state
+kept["moments"] = [whole(of["exp_avg"]).clone() for of in optimizer.values()]
+torch.save(kept, f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+trainer.close()
+leave_group()
+"""
+
+LAYERS = {
+    **TINY_MODEL,
+    "vision_cfg": {**TINY_MODEL["vision_cfg"], "layers": 2},
+    "text_cfg": {**TINY_MODEL["text_cfg"], "layers": 2},
+}
+RESNET = {
+    **TINY_MODEL,
+    "vision_cfg": {"image_size": 32, "layers": [2, 1, 1, 1], "width": 8, "head_width": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+def online(corpus: Path, **sections: Any) -> dict[str, Any]:
+    selection = {"embed": "online", "proxy": {"width": 4}, **sections.pop("selection", {})}
+    return recipe(corpus, **{"model": {"config": LAYERS}, "selection": selection, **sections})
+
+
+def ranks_of(folder: Path, tree: dict[str, Any], num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    folder.mkdir(parents=True)
+    script = folder / "sharded.py"
+    script.write_text(SHARDED, encoding="utf-8")
+    launch(num_ranks, script, str(write_recipe(folder / "recipe.yaml", tree)), str(folder), *overrides)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def assert_close_runs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """The same survivors; weights and moments up to the order of sums. Moments tell a sum over ranks from a mean."""
+    for got, want in zip(trained_rows(ours), trained_rows(theirs), strict=True):
+        assert torch.equal(got, want)
+    assert ours[0]["figures"] == pytest.approx(theirs[0]["figures"])
+    for got, want in zip(ours[0]["moments"], theirs[0]["moments"], strict=True):
+        torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-3, atol=1e-4)
+    for name, weight in theirs[0]["model"].items():
+        got = ours[0]["model"][name].reshape(weight.shape)
+        if name.endswith("in_proj_bias"):
+            # A key's bias changes no softmax: its gradient is rounding alone, which AdamW makes as large as any.
+            got, weight = (torch.cat(bias.chunk(3)[::2]) for bias in (got, weight))
+        torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_sharded_run_is_the_unsharded_one(tmp_path: Path, corpus: Path) -> None:
+    """The same survivors, and the same weights up to the order of sums; of these a rank holds its share."""
+    split = {"tasks": ["zeroshot", "retrieval"], "local": str(corpus / "eval"), "batch_size": 5}
+    tree = online(corpus, eval={"shapes": split}, eval_interval="3ba")
+    sharded = ranks_of(tmp_path / "sharded", tree, 2, "fsdp_config={}")
+    plain = ranks_of(tmp_path / "plain", tree, 2)
+    assert_close_runs(sharded, plain)
+    assert plain[0]["units"] == [] and plain[0]["figures"]
+    blocks = [f"towers.{of}.resblocks.{i}" for of in ("visual.transformer", "transformer") for i in (0, 1)]
+    assert sorted(sharded[0]["units"]) == sorted(["towers", *blocks])
+    numbers = [rank["numbers"] for rank in sharded]
+    assert sum(numbers) == plain[0]["numbers"] and max(numbers) < 0.6 * sum(numbers)
+    for name in ("algorithm", "model"):
+        assert_same(sharded[0][name], sharded[1][name])
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("full", "ep0-ba3-rank0.pt"), ("sharded", "ep0-ba3")])
+def test_it_resumes_bit_for_bit(tmp_path: Path, corpus: Path, kind: str, saved: str) -> None:
+    tree = online(corpus, fsdp_config={"state_dict_type": kind}, save_interval="3ba")
+    straight = ranks_of(tmp_path / "straight", tree, 2, f"save_folder={tmp_path}/saved")
+    resumed = ranks_of(tmp_path / "resumed", tree, 2, f"load_path={tmp_path}/saved/{saved}")
+    for ours, theirs in zip(resumed, straight, strict=True):
+        for got, want in zip(ours["batches"], theirs["batches"][3:], strict=True):
+            assert_same(got, want)
+        for name in ("model", "moments", "algorithm"):
+            assert_same(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_it_goes_on_on_another_number_of_ranks(tmp_path: Path, corpus: Path, kind: str) -> None:
+    proxy = {"scope": "global", "proxy": {"config": TINY_MODEL}, "proxy_lr": 1e-2}  # without batch norm
+    tree = online(corpus, fsdp_config={"state_dict_type": kind}, save_interval="3ba", selection=proxy)
+    two = ranks_of(tmp_path / "two", tree, 2, f"save_folder={tmp_path}/saved")
+    saved = tmp_path / "saved" / ("ep0-ba3-rank0.pt" if kind == "full" else "ep0-ba3")
+    later = [{**rank, "batches": rank["batches"][3:]} for rank in two]
+    for num_ranks in (4, 1):
+        others = ranks_of(tmp_path / str(num_ranks), tree, num_ranks, f"load_path={saved}")
+        assert_close_runs(others, later)
+        assert len(others[0]["batches"]) == 3
+        assert others[0]["numbers"] < sum(rank["numbers"] for rank in two) / num_ranks * 1.2
+
+
+def test_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
+    places = {"run_name": "run", "save_folder": str(tmp_path / "{run_name}"), "autoresume": True}
+    tree = online(corpus, fsdp_config={}, save_interval="2ba", **places)
+    straight = ranks_of(tmp_path / "straight", tree, 2)
+    (tmp_path / "run" / "ep0-ba6-rank0.pt").unlink()  # as if it had been stopped before
+    resumed = ranks_of(tmp_path / "again", tree, 2)
+    assert len(resumed[0]["batches"]) == 2
+    for name in ("model", "moments", "algorithm"):
+        assert_same(resumed[0][name], straight[0][name])
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"selection": {"selector": "rho", "warmup": 0}},
+        {"fsdp_config": {"activation_checkpointing": True}},
+        {"model": {"config": LAYERS, "loss": "siglip"}},
+        {"fsdp_config": {"reshard_after_forward": False, "mixed_precision": "FULL"}},
+    ],
+    ids=["the learner embeds pools", "activations made twice", "siglip", "kept after the forward pass"],
+)
+def test_whatever_else_a_recipe_asks_for(tmp_path: Path, corpus: Path, sections: dict[str, Any]) -> None:
+    tree = online(corpus, max_duration="3ba", **{"fsdp_config": {}, **sections})
+    sharded = ranks_of(tmp_path / "sharded", tree, 2)
+    plain = ranks_of(tmp_path / "plain", {**tree, "fsdp_config": None}, 2)
+    assert_close_runs(sharded, plain)
+    assert plain[0]["units"] == [] != sharded[0]["units"]
+
+
+def test_batch_norms_statistics_are_the_first_ranks(tmp_path: Path, corpus: Path) -> None:
+    tree = online(corpus, max_duration="3ba", fsdp_config={}, model={"config": RESNET})
+    sharded = ranks_of(tmp_path / "sharded", tree, 2)
+    plain = ranks_of(tmp_path / "plain", {**tree, "fsdp_config": None}, 2)
+    assert "towers.visual.layer1.0" in sharded[0]["units"]
+    assert_same(sharded[0]["model"], sharded[1]["model"])
+    means = [name for name in sharded[0]["model"] if name.endswith("running_mean")]
+    assert means
+    for name in means:
+        torch.testing.assert_close(sharded[0]["model"][name], plain[0]["model"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path) -> None:
+    """Its logit scale has a dimension more than the model's that reads it."""
+    tree = online(corpus, fsdp_config={}, save_folder=str(tmp_path / "saved"), save_interval="3ba", max_duration="3ba")
+    model = ranks_of(tmp_path / "run", tree, 2)[0]["model"]
+    assert model["towers.logit_scale"].shape == (1,)
+    towers = build_towers(config=LAYERS, pretrained=str(tmp_path / "saved" / "ep0-ba3-rank0.pt"))
+    for name, value in towers.state_dict().items():
+        assert torch.equal(value, model[f"towers.{name}"].reshape(value.shape)), name
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"fsdp_config": {"sharding_strategy": "FULL_SHARD"}}, "fsdp_config.sharding_strategy is not one of FSDP2's"),
+        ({"fsdp_config": {"state_dict_type": "local"}}, r"state_dict_type='local' is not one of \['full', 'sharded'\]"),
+        ({"fsdp_config": {"verbose": 1}}, r"fsdp_config.verbose=1 is not one of \[False, True\]"),
+        ({"fsdp_config": {}, "selection": {"embed": "teacher"}}, "embed='teacher' cannot copy a model sharded"),
+        (
+            {"fsdp_config": {}, "model": {"config": LAYERS, "activation_chunk": 2}},
+            "set it to null, and fsdp_config.activation_check",
+        ),
+        (
+            {"fsdp_config": {"activation_checkpointing": True}, "model": {"config": RESNET}},
+            "activation_checkpointing=True is not exact with batch norm",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    tmp_path: Path, corpus: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, online(corpus, **{"selection": {}, **sections}))
+
+
+def test_blocks_are_modules_of_one_kind_in_a_row() -> None:
+    blocks = {type(block).__name__ for block in blocks_of(build_towers(config=RESNET))}
+    assert blocks == {"Bottleneck"}
+    towers = build_towers(config=LAYERS)
+    rows = [*towers.visual.transformer.resblocks, *towers.transformer.resblocks]
+    assert blocks_of(towers) == set(rows) and len(rows) == 4
