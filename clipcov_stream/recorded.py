@@ -13,6 +13,7 @@ from composer.core import Callback
 from composer.utils import dist
 
 from clipcov_stream.config import TrainConfig
+from clipcov_stream.sharded import unlike
 
 SECTIONS = (
     *("model", "stream", "selection", "optimizer", "scheduler", "algorithms", "seed", "precision", "max_duration"),
@@ -28,8 +29,8 @@ class RecordedRecipe(Callback):
     """Keeps the recipe in checkpoints. On resume it logs every difference, as a warning of this module's logger.
 
     Raises:
-        ValueError: on resume, a model or an optimizer of another kind. What of `selection` and `stream` must be as it
-            was, `ClipCov` and `PairDataset` see to.
+        ValueError: on resume, a model or an optimizer of another kind, or a model that is sharded and was not, or the
+            other way round. What of `selection` and `stream` must be as it was, `ClipCov` and `PairDataset` see to.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -39,7 +40,10 @@ class RecordedRecipe(Callback):
         return {"recipe": dict(self.recipe)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = differences(state.get("recipe", {}), self.recipe)
+        saved = state.get("recipe", {})
+        if saved and (saved.get("fsdp_config") == "null") != (self.recipe["fsdp_config"] == "null"):
+            raise ValueError(unlike(now=self.recipe["fsdp_config"] != "null"))
+        changed = differences(saved, self.recipe)
         refused = [said for key, said in changed.items() if REFUSED.fullmatch(key)]
         if refused:
             raise ValueError(

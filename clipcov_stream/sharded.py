@@ -21,14 +21,17 @@ from torch.distributed.tensor import DTensor
 CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_checkpointing": (False, True),
     "activation_cpu_offload": (False, True),
-    "load_monolith_rank0_only": (False, True),
-    "mixed_precision": ("DEFAULT", "PURE", "FULL"),
+    "mixed_precision": ("FULL", "DEFAULT", "PURE"),
     "reshard_after_forward": (True, False),
     "state_dict_type": ("full", "sharded"),
     "verbose": (False, True),
 }
-"""Keys of a recipe's `fsdp_config`, Composer's FSDP2Config but for its mesh, and what each may be, the default first.
-Composer's own default of state_dict_type is sharded; of files in full there is more that reads them."""
+"""Keys of a recipe's `fsdp_config`, and what each may be, the default first: those of Composer's FSDP2Config but its
+mesh, and load_monolith_rank0_only, with which a run on gloo did not go on as it was (Composer 0.32).
+
+Composer's own defaults of two are others. State of type sharded is files that few tools read. With DEFAULT weights
+travel in `precision`, the logarithm of the logit scale too, which in bfloat16 has steps of 1/64 to 1/32: up to 3% of
+the scale. With FULL a sharded run has the numbers of one that is not."""
 
 SCALARS = ("logit_scale", "logit_bias")
 
@@ -52,23 +55,26 @@ def check_sharding(given: Mapping[str, Any], embed: str, activation_chunk: int |
         )
 
 
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: given.get(key, choices[0]) for key, choices in CHOICES.items()}
+
+
 def saves_in_full(given: Mapping[str, Any] | None) -> bool:
     """Whether checkpoints of a recipe with this `fsdp_config` are one file each."""
-    return {"state_dict_type": CHOICES["state_dict_type"][0], **(given or {})}["state_dict_type"] == "full"
+    return given is None or complete(given)["state_dict_type"] == "full"
 
 
 def fsdp_of(given: Mapping[str, Any] | None) -> FSDP2Config | None:
     """Composer's configuration, of a recipe's `fsdp_config` that was checked; None if it has none. An empty one is one
     of defaults. Composer warns that its FSDP2 is experimental."""
-    if given is None:
-        return None
-    return FSDP2Config(**{"state_dict_type": CHOICES["state_dict_type"][0], **given})
+    return None if given is None else FSDP2Config(**complete(given))
 
 
 def make_shardable(towers: nn.Module, config: FSDP2Config) -> None:
     """Prepare towers, before there is an optimizer, so that Composer shards them block by block.
 
-    Their logit scale and bias become vectors of one number, because FSDP takes no scalars.
+    Their logit scale and bias become vectors of one number, because FSDP takes no scalars; they load no checkpoint in
+    which they are not.
 
     Raises:
         ValueError: activations that are to be computed twice, with batch norm, which would count them twice.
@@ -80,10 +86,27 @@ def make_shardable(towers: nn.Module, config: FSDP2Config) -> None:
         parameter = getattr(towers, name, None)
         if isinstance(parameter, nn.Parameter) and parameter.ndim == 0:
             setattr(towers, name, nn.Parameter(parameter.detach()[None], parameter.requires_grad))
+    towers.register_load_state_dict_pre_hook(check_loaded)
     blocks = blocks_of(towers)
     # Composer asks these of every module.
     for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
         setattr(towers, name, blocks.__contains__)
+
+
+def check_loaded(towers: nn.Module, weights: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raise ValueError if a checkpoint is of a run that was not sharded: its moments would not fit either."""
+    scale = weights.get(f"{prefix}logit_scale")
+    if isinstance(scale, Tensor) and scale.ndim == 0:
+        raise ValueError(unlike(now=True))
+
+
+def unlike(now: bool) -> str:
+    """What to say of a checkpoint that was sharded if this run, `now`, is not, or the other way round."""
+    was, key = ("without", "to null") if now else ("with", "as it was")
+    return (
+        f"the checkpoint's run was {was} fsdp_config: to go on, set it {key}; to begin with its weights alone, set "
+        "model.pretrained to the file"
+    )
 
 
 def blocks_of(towers: nn.Module) -> set[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,16 @@ def test_a_sharded_run_is_the_unsharded_one(tmp_path: Path, corpus: Path) -> Non
         assert_same(sharded[0][name], sharded[1][name])
 
 
-@pytest.mark.parametrize(("kind", "saved"), [("full", "ep0-ba3-rank0.pt"), ("sharded", "ep0-ba3")])
-def test_it_resumes_bit_for_bit(tmp_path: Path, corpus: Path, kind: str, saved: str) -> None:
-    tree = online(corpus, fsdp_config={"state_dict_type": kind}, save_interval="3ba")
+@pytest.mark.parametrize(
+    ("fsdp", "saved"),
+    [
+        ({}, "ep0-ba3-rank0.pt"),
+        ({"state_dict_type": "sharded"}, "ep0-ba3"),
+    ],
+    ids=["in full", "sharded"],
+)
+def test_it_resumes_bit_for_bit(tmp_path: Path, corpus: Path, fsdp: dict[str, Any], saved: str) -> None:
+    tree = online(corpus, fsdp_config=fsdp, save_interval="3ba")
     straight = ranks_of(tmp_path / "straight", tree, 2, f"save_folder={tmp_path}/saved")
     resumed = ranks_of(tmp_path / "resumed", tree, 2, f"load_path={tmp_path}/saved/{saved}")
     for ours, theirs in zip(resumed, straight, strict=True):
@@ -130,15 +138,35 @@ def test_it_goes_on_on_another_number_of_ranks(tmp_path: Path, corpus: Path, kin
         assert others[0]["numbers"] < sum(rank["numbers"] for rank in two) / num_ranks * 1.2
 
 
-def test_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_the_same_command_goes_on(tmp_path: Path, corpus: Path, kind: str) -> None:
     places = {"run_name": "run", "save_folder": str(tmp_path / "{run_name}"), "autoresume": True}
-    tree = online(corpus, fsdp_config={}, save_interval="2ba", **places)
+    tree = online(corpus, fsdp_config={"state_dict_type": kind}, save_interval="2ba", **places)
     straight = ranks_of(tmp_path / "straight", tree, 2)
-    (tmp_path / "run" / "ep0-ba6-rank0.pt").unlink()  # as if it had been stopped before
+    # As if it had been stopped before the last one.
+    if kind == "full":
+        (tmp_path / "run" / "ep0-ba6-rank0.pt").unlink()
+    else:
+        shutil.rmtree(tmp_path / "run" / "ep0-ba6")
+        latest = tmp_path / "run" / "latest-rank0.pt"
+        latest.unlink()
+        latest.symlink_to("ep0-ba4")
     resumed = ranks_of(tmp_path / "again", tree, 2)
     assert len(resumed[0]["batches"]) == 2
     for name in ("model", "moments", "algorithm"):
         assert_same(resumed[0][name], straight[0][name])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_stays_sharded_or_not(tmp_path: Path, corpus: Path, sharded: bool) -> None:
+    """A logit scale of another shape would stop it later, or its moments would."""
+    tree = online(corpus, save_interval="3ba", max_duration="3ba")
+    before, now = ({}, None) if sharded else (None, {})
+    ranks_of(tmp_path / "before", {**tree, "fsdp_config": before}, 2, f"save_folder={tmp_path}/saved")
+    message = f"the checkpoint's run was {'with' if sharded else 'without'} fsdp_config: to go on, set it"
+    saved = f"load_path={tmp_path}/saved/ep0-ba3-rank0.pt"
+    with pytest.raises(AssertionError, match=message):
+        ranks_of(tmp_path / "now", {**tree, "fsdp_config": now, "max_duration": "6ba"}, 2, saved)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +175,7 @@ def test_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
         {"selection": {"selector": "rho", "warmup": 0}},
         {"fsdp_config": {"activation_checkpointing": True}},
         {"model": {"config": LAYERS, "loss": "siglip"}},
-        {"fsdp_config": {"reshard_after_forward": False, "mixed_precision": "FULL"}},
+        {"fsdp_config": {"reshard_after_forward": False, "mixed_precision": "DEFAULT"}},
     ],
     ids=["the learner embeds pools", "activations made twice", "siglip", "kept after the forward pass"],
 )
@@ -186,6 +214,7 @@ def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path) -> None:
     ("sections", "message"),
     [
         ({"fsdp_config": {"sharding_strategy": "FULL_SHARD"}}, "fsdp_config.sharding_strategy is not one of FSDP2's"),
+        ({"fsdp_config": {"load_monolith_rank0_only": True}}, "load_monolith_rank0_only is not one of FSDP2's"),
         ({"fsdp_config": {"state_dict_type": "local"}}, r"state_dict_type='local' is not one of \['full', 'sharded'\]"),
         ({"fsdp_config": {"verbose": 1}}, r"fsdp_config.verbose=1 is not one of \[False, True\]"),
         ({"fsdp_config": {}, "selection": {"embed": "teacher"}}, "embed='teacher' cannot copy a model sharded"),
