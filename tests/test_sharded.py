@@ -172,12 +172,16 @@ def test_a_run_stays_sharded_or_not(tmp_path: Path, corpus: Path, sharded: bool)
 @pytest.mark.parametrize(
     "sections",
     [
-        {"selection": {"selector": "rho", "warmup": 0}},
-        {"fsdp_config": {"activation_checkpointing": True}},
-        {"model": {"config": LAYERS, "loss": "siglip"}},
-        {"fsdp_config": {"reshard_after_forward": False, "mixed_precision": "DEFAULT"}},
+        {"selection": {"selector": "rho", "warmup": 0}, "model": {"config": LAYERS, "loss": "siglip"}},
+        {
+            "fsdp_config": {
+                "activation_checkpointing": True,
+                "reshard_after_forward": False,
+                "mixed_precision": "DEFAULT",
+            }
+        },
     ],
-    ids=["the learner embeds pools", "activations made twice", "siglip", "kept after the forward pass"],
+    ids=["the learner embeds pools, SigLIP", "activations made twice, weights kept"],
 )
 def test_whatever_else_a_recipe_asks_for(tmp_path: Path, corpus: Path, sections: dict[str, Any]) -> None:
     tree = online(corpus, max_duration="3ba", **{"fsdp_config": {}, **sections})
