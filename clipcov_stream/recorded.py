@@ -41,8 +41,8 @@ class RecordedRecipe(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state.get("recipe", {})
-        if saved and (saved.get("fsdp_config") == "null") != (self.recipe["fsdp_config"] == "null"):
-            raise ValueError(unlike(now=self.recipe["fsdp_config"] != "null"))
+        if saved and is_sharded(saved) != is_sharded(self.recipe):
+            raise ValueError(unlike(now=is_sharded(self.recipe)))
         changed = differences(saved, self.recipe)
         refused = [said for key, said in changed.items() if REFUSED.fullmatch(key)]
         if refused:
@@ -61,6 +61,11 @@ def recorded(config: TrainConfig) -> dict[str, str]:
         for name in SECTIONS
         for key, value in flat(name, getattr(config, name))
     }
+
+
+def is_sharded(recipe: Mapping[str, str]) -> bool:
+    """Whether a recorded recipe has an `fsdp_config`; one with keys is recorded key by key."""
+    return recipe.get("fsdp_config") != "null"
 
 
 def flat(key: str, value: Any) -> list[tuple[str, Any]]:

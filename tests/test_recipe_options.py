@@ -1,4 +1,4 @@
-"""Keys of a recipe that are handed on to Composer, Streaming or PyTorch: that they arrive, and that a run still runs."""
+"""Keys of a recipe that are handed on to Composer, Streaming or PyTorch: that they arrive, and a run still runs."""
 
 from __future__ import annotations
 
