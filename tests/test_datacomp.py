@@ -23,8 +23,8 @@ import pytest
 from corpora import recipe, write_recipe
 from datacomp import Metadata
 from PIL import Image
+from sources import make, picture, read, rejected, wds, write_tar
 from subset_folder import PairFolder
-from test_make_mds_sources import make, picture, read, rejected, wds, write_tar
 
 from clipcov_stream.build import columns_embedder
 from clipcov_stream.config import StreamConfig, load_config

@@ -1,290 +1,32 @@
-"""Images and captions from real files of every accepted layout, through the tools, read back from MDS."""
+"""Images and captions from real tables and tars of every accepted layout, through the tools, read back from MDS."""
 
-import argparse
-import csv
 import io
 import json
 import os
 import random
-import signal
-import struct
-import subprocess
-import sys
-import tarfile
-import textwrap
 import threading
-import zlib
 from collections import Counter
-from pathlib import Path
 
-import classes
-import pairs
 import parallel
 import pytest
 import tar_source
-from corpora import draw_corpus
-from mds_folder import Rejection, check_image, mds_folder, mds_split
+from mds_folder import check_image
 from PIL import Image
-from staged_folder import staged_folder
-from streaming import StreamingDataset
-from streaming.base.format import reader_from_json
-
-CAPTIONS = [
-    "a red square",
-    "ein Quadrat, groß und grün",
-    "青い四角形",
-    "квадрат",
-    'said "hi", twice',
-    "two\nlines",
-    "مربع أزرق",
-    "चौकोर 🟥",
-]
-
-
-def picture(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    noise = bytes((seed * 37 + i * i) % 251 for i in range(24 * 24 * 3))
-    Image.frombytes("RGB", (24, 24), noise).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixel."""
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), b"IDAT")
-    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
-
-
-IMAGES = {f"{i:03}.jpg": picture(i) for i in range(len(CAPTIONS))}
-
-
-def make(*argv: object) -> None:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers(dest="command")
-    pairs.add_parser(subparsers)
-    classes.add_parser(subparsers)
-    args = parser.parse_args([str(arg) for arg in argv])
-    args.run(args)
-
-
-def read(out: Path) -> list[dict]:
-    shards = json.loads((out / "index.json").read_text())["shards"]
-    readers = [reader_from_json(str(out), None, shard) for shard in shards]
-    return [reader[i] for reader in readers for i in range(len(reader))]
-
-
-def rejected(out: Path) -> list[dict]:
-    path = out / "rejected.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def table(kind: str, rows: list[tuple], header: tuple = ("file", "caption")) -> bytes:
-    if kind == "jsonl":
-        return "".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows).encode()
-    text = io.StringIO()
-    csv.writer(text, delimiter="\t" if kind == "tsv" else ",").writerows([header, *rows])
-    return text.getvalue().encode()
-
-
-ROWS = list(zip(IMAGES, CAPTIONS, strict=True))
-
-
-def assert_all_there(out: Path) -> None:
-    samples = read(out)
-    assert [(s["uid"], s["caption"], s["image"]) for s in samples] == [(n, c, IMAGES[n]) for n, c in ROWS]
-    assert rejected(out) == []
-    counts = json.loads((out / "source.json").read_text())["counts"]
-    assert counts == {"written": len(ROWS), "rejected": {}, "image_unreferenced": 0}
-
-
-# Writing: complete or absent ---------------------------------------------------------------------------
-
-
-COLUMNS = {"image": "bytes", "uid": "str"}
-
-
-def write_numbers(out: str | Path, numbers: range, **options: object) -> None:
-    with mds_folder(out, COLUMNS, **options) as split:
-        for number in numbers:
-            split.write({"image": bytes([number]) * 100, "uid": str(number)})
-
-
-def test_streaming_dataset_reads_the_folder(tmp_path):
-    write_numbers(tmp_path / "out", range(9), size_limit="1kb", source={"tool": "t", "path": tmp_path / "x.csv"})
-    dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
-    assert [(s["uid"], s["image"]) for s in dataset] == [(str(i), bytes([i]) * 100) for i in range(9)]
-    assert len(json.loads((tmp_path / "out" / "index.json").read_text())["shards"]) > 1
-    text = (tmp_path / "out" / "source.json").read_text()
-    assert str(tmp_path) not in text
-    assert json.loads(text)["path"] == "x.csv"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_run_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), mds_folder(tmp_path / "out", COLUMNS, size_limit=50) as split:
-        split.write({"image": b"1", "uid": "1"})
-        split.reject(Rejection(1, "a.jpg", "image_empty", "0 bytes"))
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_run_leaves_no_out_and_the_next_one_cleans_up(tmp_path):
-    script = f"""
-        import sys
-        sys.path.insert(0, {str(Path(pairs.__file__).parent)!r})
-        from mds_folder import mds_folder
-        with mds_folder("out", {COLUMNS}, size_limit=1000) as split:
-            for i in range(10**9):
-                split.write({{"image": b"x" * 900, "uid": str(i)}})
-                if i == 20:
-                    print("writing", flush=True)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    env = {**os.environ, "PYTHONPATH": str(Path(pairs.__file__).parent.parent)}
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(signal.SIGKILL)
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.partial-")
-    assert any(left.glob("*.mds"))
-    write_numbers(tmp_path / "out", range(3))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
-    write_numbers(tmp_path / "out", range(3))
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    (tmp_path / "out").rename(tmp_path / f".out.replaced-{os.uname().nodename}-{gone.pid}")
-    with pytest.raises(ValueError, match="not empty; give another folder, or --overwrite"):
-        write_numbers(tmp_path / "out", range(1))
-    assert len(read(tmp_path / "out")) == 3
-
-
-def test_the_folder_of_a_running_process_is_left_alone(tmp_path):
-    other = tmp_path / f".out.partial-{os.uname().nodename}-{os.getppid()}"
-    other.mkdir()
-    write_numbers(tmp_path / "out", range(3))
-    assert other.is_dir()
-
-
-def test_overwrite_replaces_only_once_complete(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    write_numbers(out, range(3))
-    with pytest.raises(RuntimeError), mds_folder(out, COLUMNS, overwrite=True) as split:
-        split.write({"image": b"1", "uid": "new"})
-        assert len(read(out)) == 3
-        raise RuntimeError
-    assert len(read(out)) == 3
-    write_numbers(out, range(5), overwrite=True)
-    assert len(read(out)) == 5
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_overwrite_deletes_nothing_that_the_tools_did_not_write(tmp_path):
-    thesis = {"thesis.txt": b"years of work"}
-    cases = {
-        "site": ({"site/index.json": b"{}"}, "no MDS index.json"),
-        "page": ({"index.json": b"{}"}, "no list of shards"),
-        "torn": ({"train/index.json": b'{"version": 2, '}, "not JSON"),
-        "beside": ({}, "it holds 'thesis.txt'"),
-        "below": ({"notes/a.txt": b"a"}, "it holds '"),
-    }
-    for name, (files, message) in cases.items():
-        out = tmp_path / name
-        if name in ("beside", "below"):
-            write_numbers(out, range(3))
-        write_files(out, {**files, **thesis})
-        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        with pytest.raises(ValueError, match=f"{message}.*--overwrite will not delete it"):
-            write_numbers(out, range(1), overwrite=True)
-        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(cases)
-
-
-def test_overwrite_replaces_what_the_tools_and_training_leave_in_a_folder(tmp_path):
-    out = tmp_path / "out"
-    for files in (
-        {f"{name}.json": b"{}" for name in ("source", "classes", "embedder")} | {"rejected.jsonl": b""},
-        {".sidecar-1f/shard.00000.mds": b"", ".ranges-1f.sqlite.lock": b""},
-    ):
-        write_numbers(out, range(3), compression="zstd", overwrite=True)
-        write_files(out, {"shard.00000.mds": b"unpacked", **files})
-    write_numbers(out, range(3), overwrite=True)
-    corpus = draw_corpus(tmp_path / "shapes")  # train/ and eval/
-    write_numbers(corpus, range(3), overwrite=True)
-    for folder in (out, corpus):
-        assert {path.name for path in folder.iterdir()} == {"index.json", "shard.00000.mds"}
-
-
-def test_out_must_be_free(tmp_path):
-    (tmp_path / "file").write_text("x")
-    write_files(tmp_path / "home", {"thesis.txt": b"years of work"})
-    for out, message in (
-        ("file", "is a file"),
-        ("home", "will not delete it"),
-        ("sftp://host/x", "none that Streaming uploads to"),
-        ("s3://bucket/x", "--overwrite cannot replace the remote"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            write_numbers(out if "://" in out else tmp_path / out, range(1), overwrite=True)
-    assert (tmp_path / "home" / "thesis.txt").exists()
-
-
-def test_two_splits_appear_together(tmp_path):
-    with pytest.raises(ValueError, match="no usable sample"), staged_folder(tmp_path / "out") as folder:
-        with mds_split(folder / "train", COLUMNS) as split:
-            split.write({"image": b"1", "uid": "1"})
-        with mds_split(folder / "eval", COLUMNS):
-            pass
-    assert list(tmp_path.iterdir()) == []
-    with staged_folder(tmp_path / "out") as folder:
-        for name in ("train", "eval"):
-            with mds_split(folder / name, COLUMNS) as split:
-                split.write({"image": b"1", "uid": name})
-    assert [read(tmp_path / "out" / name)[0]["uid"] for name in ("train", "eval")] == ["train", "eval"]
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("size_limit", "64 apples", "--size-limit '64 apples'"),
-        ("size_limit", 2**32, "below 4gb"),
-        ("compression", "zip", "--compression 'zip' is unknown"),
-        ("hashes", ["crc"], "--hashes 'crc' is unknown"),
-    ],
+from sources import (
+    CAPTIONS,
+    IMAGES,
+    ROWS,
+    assert_all_there,
+    make,
+    picture,
+    png_header,
+    read,
+    rejected,
+    table,
+    wds,
+    write_files,
+    write_tar,
 )
-def test_writer_options_are_checked_before_anything_is_written(tmp_path, option, value, message):
-    with pytest.raises(ValueError, match=message):
-        write_numbers(tmp_path / "out", range(1), **{option: value})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sample_above_the_size_limit_gets_a_shard_of_its_own(tmp_path):
-    write_numbers(tmp_path / "out", range(3), size_limit=10)
-    shards = json.loads((tmp_path / "out" / "index.json").read_text())["shards"]
-    assert [shard["samples"] for shard in shards] == [1, 1, 1]
-
-
-# pairs: tables -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
@@ -476,18 +218,6 @@ def test_a_tar_is_read_from_front_to_back(tmp_path):
     assert members == IMAGES | {"003.jpg": None}
 
 
-# pairs: webdataset -------------------------------------------------------------------------------------
-
-
-def wds(key: str, image: bytes | None, text: bytes | None = None, about: object = None) -> dict[str, bytes]:
-    parts = {
-        "jpg": image,
-        "txt": text,
-        "json": about if about is None or isinstance(about, bytes) else json.dumps(about),
-    }
-    return {f"{key}.{end}": p.encode() if isinstance(p, str) else p for end, p in parts.items() if p is not None}
-
-
 def test_webdataset_tars(tmp_path):
     first = wds("000", IMAGES["000.jpg"], CAPTIONS[2].encode(), {"uid": "u0", "alt": "other"})
     first |= wds("a/001", IMAGES["001.jpg"], None, {"key": 17, "caption": "from json", "alt": "more"})
@@ -645,79 +375,3 @@ def test_a_damaged_tar_under_a_table_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"x.tar.gz cannot be read beyond '00\d.jpg'"):
         make("pairs", tar, tmp_path / "out", "--captions", tmp_path / "captions.csv")
     assert not (tmp_path / "out").exists()
-
-
-# classes -----------------------------------------------------------------------------------------------
-
-
-def test_folders_are_classes(tmp_path, capsys):
-    files = {f"{label}/{i}.jpg": picture(i) for label in ("polar_bear", "Ant", "zebra") for i in range(4)}
-    write_files(tmp_path / "in", files | {"zebra/Thumbs.db": b"?", "zebra/deep/cut.jpg": picture(1)[:-200]})
-    make("classes", tmp_path / "in", tmp_path / "out")
-    samples = read(tmp_path / "out")
-    names = ["Ant", "polar bear", "zebra"]
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {
-        "classnames": names,
-        "templates": list(classes.TEMPLATES),
-    }
-    assert {s["uid"]: (names[s["label"]].replace(" ", "_"), s["image"], s["caption"]) for s in samples} == {
-        name: (name.split("/")[0], data, "") for name, data in files.items()
-    }
-    assert {(e["image"], e["reason"]) for e in rejected(tmp_path / "out")} == {
-        ("zebra/Thumbs.db", "not_an_image"),
-        ("zebra/deep/cut.jpg", "not_an_image"),
-    }
-    assert "3 classes: Ant, polar bear, zebra" in capsys.readouterr().out
-
-
-def test_a_table_tells_the_labels(tmp_path, capsys):
-    rows = [(name, ("Track Pants", "Tshirts", "")[i % 3], caption) for i, (name, caption) in enumerate(ROWS)]
-    captions = table("csv", rows, ("file", "articleType", "caption"))
-    tar = write_tar(tmp_path / "x.tar.gz", IMAGES)
-    write_files(
-        tmp_path, {"captions.csv": captions, "names.json": b'{"Tshirts": "T-shirt", "Track Pants": "trousers"}'}
-    )
-    write_files(tmp_path, {"templates.txt": b"a {} on sale\n\nthe {}\n"})
-    names = ["--classnames", tmp_path / "names.json", "--templates", tmp_path / "templates.txt"]
-    make("classes", tar, tmp_path / "out", "--label-column", "articleType", *names)
-    expected = [(i % 3, caption, name) for i, (name, caption) in enumerate(ROWS) if i % 3 < 2]
-    assert [(s["label"], s["caption"], s["uid"]) for s in read(tmp_path / "out")] == expected
-    assert [entry["reason"] for entry in rejected(tmp_path / "out")] == ["label_empty"] * 2
-    about = json.loads((tmp_path / "out" / "classes.json").read_text())
-    assert about == {"classnames": ["trousers", "T-shirt"], "templates": ["a {} on sale", "the {}"]}
-    assert "label from 'articleType'" in capsys.readouterr().out
-
-
-def test_per_class_is_balanced_and_seeded(tmp_path):
-    files = {f"{label}/{i}.jpg": picture(i) for label, n in (("a", 9), ("b", 5), ("c", 1)) for i in range(n)}
-    write_files(tmp_path / "in", files)
-    chosen = []
-    for number, seed in enumerate((1, 1, 2)):
-        make("classes", tmp_path / "in", tmp_path / str(number), "--per-class", 3, "--seed", seed)
-        samples = read(tmp_path / str(number))
-        assert Counter(s["label"] for s in samples) == {0: 3, 1: 3, 2: 1}
-        assert all(files[s["uid"]] == s["image"] for s in samples)
-        chosen.append([s["uid"] for s in samples])
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
-def test_labels_meet_their_names():
-    name = classes.name_classes
-    assert name(["10", "2", "2"]) == ({"2": 0, "10": 1}, ["2", "10"])
-    assert name(["0", "2"], ["x", "y", "z"]) == ({"0": 0, "2": 2}, ["x", "y", "z"])
-    assert name(["1", "2"], ["x", "y"]) == ({"1": 0, "2": 1}, ["x", "y"])
-    assert name(["b_b", "a"], ["b b", "c", "a"]) == ({"a": 2, "b_b": 0}, ["b b", "c", "a"])
-    assert name(["n1", "n0"], {"n0": "cat", "n1": "dog", "n2": "cow"}) == ({"n0": 0, "n1": 1}, ["cat", "dog"])
-    with pytest.raises(ValueError, match=r"no name for 1 of 2 labels: \['n1'\]"):
-        name(["n0", "n1"], {"n0": "cat"})
-    with pytest.raises(ValueError, match="has 3 names, the source has 2 labels"):
-        name(["n0", "n1"], ["a", "b", "c"])
-
-
-@pytest.mark.parametrize("template", ["a photo", "{} and {}", "a {colour} {}", "{0}"])
-def test_a_template_has_one_place_for_the_name(tmp_path, template):
-    with pytest.raises(ValueError, match="exactly once"):
-        classes.write_classes_json(tmp_path, ["a"], [template])
-    with pytest.raises(ValueError, match=r"\['crane'\] are given to several labels"):
-        classes.write_classes_json(tmp_path, ["crane", "crane"], ["{}"])
-    assert list(tmp_path.iterdir()) == []

@@ -14,12 +14,12 @@ from corpora import draw_corpus
 from mds_folder import mds_folder
 from remote_folder import output_folder
 from s3 import Bucket
+from sources import COLUMNS, make, write_numbers
 from streaming import StreamingDataset
 from streaming.base.storage.upload import S3Uploader
 from subset_folder import PairFolder
 from test_datacomp import draw_pool, uid
 from test_embed_mds import in_shards, options
-from test_make_mds_sources import COLUMNS, make, write_numbers
 from test_sidecar import trained
 
 from clipcov_stream import sidecar as sidecar_module
