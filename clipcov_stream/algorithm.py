@@ -385,7 +385,8 @@ class ClipCov(Algorithm):
     def _end_step(self, state: State) -> None:
         if self.uses_lag and self.selection is not None:
             self._lags.note((self.selection.lag, self.selection.lag_weight))
-        share_buffers(unwrap(state.model))
+        if state.fsdp_config_version != 1:  # whose buffers may be on another device than its group's
+            share_buffers(unwrap(state.model))
         if isinstance(self.teacher, Teacher):
             self.teacher.update(unwrap(state.model), int(state.timestamp.batch))
 

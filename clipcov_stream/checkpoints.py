@@ -32,6 +32,7 @@ from composer.utils import (
 )
 
 NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+PIECES = re.compile(r"ep\d+-ba(\d+)")
 PARTIAL = ".partial-"
 """What the name of a file begins with while it is written; the rest is its own, whose suffix says how to write it."""
 
@@ -109,10 +110,13 @@ def check_folder(trainer: Trainer) -> None:
     """
     state = trainer.state
     for saver in state.callbacks:
-        if not isinstance(saver, WholeCheckpoints) or saver.overwrite:
+        if not isinstance(saver, CheckpointSaver) or saver.overwrite:
             continue
         folder, answer = folder_of(saver.folder, state.run_name), [""]
-        if dist.get_global_rank() == 0:
+        if dist.get_global_rank() == 0 and state.fsdp_sharded_state_dict_enabled:
+            # Composer looks at files alone.
+            answer = [max((name for step, name in pieces_in(folder) if step > int(state.timestamp.batch)), default="")]
+        elif dist.get_global_rank() == 0 and isinstance(saver, WholeCheckpoints):
             try:
                 ensure_folder_has_no_conflicting_files(folder, saver.filename.filename, state.timestamp)
             except FileExistsError:
@@ -184,6 +188,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
     # Two of one step are of the same weights; the one of the later epoch has been through that epoch's end.
     named = [path for path in folder.glob("ep*.pt") if step_of(path) >= 0]
     return sorted(named, key=lambda path: (step_of(path), int(path.name[2 : path.name.index("-")])), reverse=True)
+
+
+def pieces_in(folder: Path) -> list[tuple[int, str]]:
+    """Steps and names of checkpoints in pieces, which are folders."""
+    named = [(PIECES.fullmatch(path.name), path) for path in folder.glob("ep*") if path.is_dir()]
+    return [(int(match[1]), path.name) for match, path in named if match is not None]
 
 
 def fault_of(path: Path) -> str | None:

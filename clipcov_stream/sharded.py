@@ -1,17 +1,20 @@
 """The learner's weights, gradients and moments divided among ranks: FSDP2, as Composer has it, for open_clip models.
 
-Of a model too large for each rank to hold it three times over. A block's weights are gathered where its forward or
-backward pass begins and let go after it, what is in no block with the first pass of the model. Selection is none the
-wiser: embeddings come out whole, and an online proxy, which is small, is every rank's own.
+For a model too large for every rank to hold its weights, gradients and both moments. A block's weights are gathered
+where its forward or backward pass begins and let go after it; what is in no block is gathered with the model's forward
+pass and let go after the next backward pass. Selection is none the wiser: embeddings come out whole, and an online
+proxy, which is small, is every rank's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.algorithms import GradientClipping
+from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
@@ -27,7 +30,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "verbose": (False, True),
 }
 """Keys of a recipe's `fsdp_config`, and what each may be, the default first: those of Composer's FSDP2Config but its
-mesh, and load_monolith_rank0_only, with which a run on gloo did not go on as it was (Composer 0.32).
+mesh, and load_monolith_rank0_only, with which a resumed run differed from one that was not stopped (Composer 0.32).
 
 Composer's own defaults of two are others. State of type sharded is files that few tools read. With DEFAULT weights
 travel in `precision`, the logarithm of the logit scale too, which in bfloat16 has steps of 1/64 to 1/32: up to 3% of
@@ -36,7 +39,9 @@ the scale. With FULL a sharded run has the numbers of one that is not."""
 SCALARS = ("logit_scale", "logit_bias")
 
 
-def check_sharding(given: Mapping[str, Any], embed: str, activation_chunk: int | None) -> None:
+def check_sharding(
+    given: Mapping[str, Any], embed: str, activation_chunk: int | None, algorithms: Sequence[Algorithm]
+) -> None:
     """Raise ValueError unless a recipe's `fsdp_config` is one of FSDP2, and of a run that can be sharded."""
     for key, value in given.items():
         if key not in CHOICES:
@@ -53,6 +58,11 @@ def check_sharding(given: Mapping[str, Any], embed: str, activation_chunk: int |
             f"model.activation_chunk={activation_chunk} does not go with fsdp_config; set it to null, and "
             "fsdp_config.activation_checkpointing=true, which saves memory block by block"
         )
+    if any(isinstance(each, GradientClipping) and each.clipping_type == "adaptive" for each in algorithms):
+        # Measured: vectors' gradients stay as they are, in silence.
+        raise ValueError(
+            "algorithms.gradient_clipping.clipping_type='adaptive' does not clip what fsdp_config shards; use 'norm'"
+        )
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +72,14 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 def saves_in_full(given: Mapping[str, Any] | None) -> bool:
     """Whether checkpoints of a recipe with this `fsdp_config` are one file each."""
     return given is None or complete(given)["state_dict_type"] == "full"
+
+
+def check_kind(checkpoint: Path, in_full: bool) -> None:
+    """Raise ValueError if there is a checkpoint of pieces, a folder, where one in full is to be read, or the other way
+    round."""
+    if checkpoint.exists() and checkpoint.is_dir() == in_full:
+        found, key = ("a folder of pieces", "sharded") if in_full else ("one file", "full")
+        raise ValueError(f"the checkpoint {str(checkpoint)!r} is {found}: set fsdp_config.state_dict_type={key}")
 
 
 def fsdp_of(given: Mapping[str, Any] | None) -> FSDP2Config | None:
@@ -77,11 +95,14 @@ def make_shardable(towers: nn.Module, config: FSDP2Config) -> None:
     which they are not.
 
     Raises:
-        ValueError: activations that are to be computed twice, with batch norm, which would count them twice.
+        ValueError: with batch norm, activations that are to be computed twice, which it would count twice, or weights
+            in a precision that its statistics are not in.
     """
-    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules())
-    if config.activation_checkpointing and has_norms:
-        raise ValueError("fsdp_config.activation_checkpointing=True is not exact with batch norm; set it to false")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules()):
+        if config.activation_checkpointing:
+            raise ValueError("fsdp_config.activation_checkpointing=True is not exact with batch norm; set it to false")
+        if (kind := config.mixed_precision) != "FULL":
+            raise ValueError(f"fsdp_config.mixed_precision={kind!r} does not go with batch norm; set it to 'FULL'")
     for name in SCALARS:
         parameter = getattr(towers, name, None)
         if isinstance(parameter, nn.Parameter) and parameter.ndim == 0:
@@ -110,19 +131,27 @@ def unlike(now: bool) -> str:
 
 
 def blocks_of(towers: nn.Module) -> set[nn.Module]:
-    """Modules of one kind in a row, as transformers' layers and the blocks of a ResNet's stages are."""
+    """Modules of one kind in a row, as transformers' layers and the blocks of a ResNet's stages are; where such are
+    within such, as blocks within stages, the inner ones."""
     found: set[nn.Module] = set()
     for row in towers.modules():
         if isinstance(row, (nn.ModuleList, nn.Sequential)) and len(row) > 1 and len({type(each) for each in row}) == 1:
-            found.update(each for each in row if next(each.parameters(), None) is not None)
-    return found
+            found.update(each for each in row if is_unit(each))
+    return {block for block in found if found.isdisjoint(part for part in block.modules() if part is not block)}
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is called as one, is more than a single layer, and has weights."""
+    called = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return called and any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
 class AverageGradients(Callback):
     """Has sharded gradients be the mean over ranks with every backend.
 
     torch 2.7's gloo adds up where FSDP asks it for the mean, and says nothing: on CPUs gradients would be as many times
-    too large as there are ranks. What the backend makes of ones tells; NCCL averages.
+    too large as there are ranks. What the backend makes of ones tells; NCCL averages. It divides after every backward
+    pass, and so is for steps of one, as recipes' are.
     """
 
     def __init__(self) -> None:

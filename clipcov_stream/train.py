@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
-from clipcov_stream.sharded import AverageGradients, check_sharding, fsdp_of, make_shardable, saves_in_full
+from clipcov_stream.sharded import AverageGradients, check_kind, check_sharding, fsdp_of, make_shardable, saves_in_full
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import checked_loading
 from clipcov_stream.zeroshot import ZeroShotHead
@@ -77,9 +78,15 @@ def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
     """Composer's load_path, load_weights_only and autoresume, the last of which is done here where files are local.
 
     Raises:
-        ValueError: autoresume without a run_name or a save_folder, or with torn checkpoints alone.
+        ValueError: autoresume without a run_name or a save_folder, or with torn checkpoints alone; a checkpoint in
+            full of a run that saves pieces, or the other way round.
     """
     as_given = config.load_path, config.load_weights_only
+    in_full = saves_in_full(config.fsdp_config)
+    if config.load_path and not is_remote(config.load_path):
+        check_kind(Path(config.load_path), in_full)
+    if config.autoresume and config.save_folder and not is_remote(config.save_folder):
+        check_kind(folder_of(config.save_folder, config.run_name or "") / "latest-rank0.pt", in_full)
     if not config.autoresume or (config.save_folder and not saves_files_here(config)):
         return *as_given, config.autoresume
     for name in ("run_name", "save_folder"):
@@ -117,7 +124,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     callbacks = build.build_named("callbacks", config.callbacks)
     algorithms = build.build_named("algorithms", config.algorithms)
     if config.fsdp_config is not None:
-        check_sharding(config.fsdp_config, config.selection.embed, config.model.activation_chunk)
+        check_sharding(config.fsdp_config, config.selection.embed, config.model.activation_chunk, algorithms)
     device = get_device(config.device)
     # Before any StreamingDataset: it would make, and destroy, a process group of its own.
     dist.initialize_dist(device, timeout=config.dist_timeout)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
-from runs import assert_same, launch, trained_rows, trainer_of
+from runs import assert_same, columns_recipe, launch, proxy_section, trained_rows, trainer_of, write_columns
+from torch import nn
 
 from clipcov_stream.model import build_towers
 from clipcov_stream.sharded import blocks_of
@@ -89,13 +90,20 @@ def assert_close_runs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
         torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_sharded_run_is_the_unsharded_one(tmp_path: Path, corpus: Path) -> None:
-    """The same survivors, and the same weights up to the order of sums; of these a rank holds its share."""
+@pytest.mark.parametrize("embed", ["online", "proxy", "columns"])
+def test_a_sharded_run_is_the_unsharded_one(tmp_path: Path, corpus: Path, embed: str) -> None:
+    """The same to the last bit on two ranks, whose sums have one order; of the weights a rank holds its share."""
     split = {"tasks": ["zeroshot", "retrieval"], "local": str(corpus / "eval"), "batch_size": 5}
     tree = online(corpus, eval={"shapes": split}, eval_interval="3ba")
+    if embed == "proxy":
+        tree["selection"] = {**recipe(corpus)["selection"], **proxy_section(tmp_path), "soft_start": 0.0}
+    elif embed == "columns":
+        tree |= columns_recipe(write_columns(tmp_path / "columns", 96)) | {"model": {"config": LAYERS}}
     sharded = ranks_of(tmp_path / "sharded", tree, 2, "fsdp_config={}")
     plain = ranks_of(tmp_path / "plain", tree, 2)
     assert_close_runs(sharded, plain)
+    for name, weight in plain[0]["model"].items():
+        assert torch.equal(sharded[0]["model"][name].reshape(weight.shape), weight), name
     assert plain[0]["units"] == [] and plain[0]["figures"]
     blocks = [f"towers.{of}.resblocks.{i}" for of in ("visual.transformer", "transformer") for i in (0, 1)]
     assert sorted(sharded[0]["units"]) == sorted(["towers", *blocks])
@@ -157,11 +165,28 @@ def test_the_same_command_goes_on(tmp_path: Path, corpus: Path, kind: str) -> No
         assert_same(resumed[0][name], straight[0][name])
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
+def test_checkpoints_stay_of_one_kind_and_are_not_written_over(tmp_path: Path, corpus: Path) -> None:
+    places = {"run_name": "run", "save_folder": str(tmp_path / "{run_name}"), "save_interval": "2ba"}
+    tree = online(corpus, fsdp_config={"state_dict_type": "sharded"}, max_duration="2ba", **places)
+    tree["selection"]["warmup"] = 0
+    ranks_of(tmp_path / "first", tree, 2)
+    with pytest.raises(AssertionError, match=r"has ep0-ba2, but training begins after step 0: nothing was written"):
+        ranks_of(tmp_path / "again", tree, 2)
+    for kind, section in (("sharded", {}), ("sharded", None)):
+        message = f"latest-rank0.pt' is a folder of pieces: set fsdp_config.state_dict_type={kind}"
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path / "other", {**tree, "fsdp_config": section, "autoresume": True})
+    (tmp_path / "one.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"one\.pt' is one file: set fsdp_config.state_dict_type=full"):
+        trainer_of(tmp_path / "other", {**tree, "load_path": str(tmp_path / "one.pt")})
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_run_stays_sharded_or_not(tmp_path: Path, corpus: Path, sharded: bool) -> None:
     """A logit scale of another shape would stop it later, or its moments would."""
     tree = online(corpus, save_interval="3ba", max_duration="3ba")
-    before, now = ({}, None) if sharded else (None, {})
+    before, now = ({"verbose": False}, None) if sharded else (None, {})
     ranks_of(tmp_path / "before", {**tree, "fsdp_config": before}, 2, f"save_folder={tmp_path}/saved")
     message = f"the checkpoint's run was {'with' if sharded else 'without'} fsdp_config: to go on, set it"
     saved = f"load_path={tmp_path}/saved/ep0-ba3-rank0.pt"
@@ -172,16 +197,19 @@ def test_a_run_stays_sharded_or_not(tmp_path: Path, corpus: Path, sharded: bool)
 @pytest.mark.parametrize(
     "sections",
     [
-        {"selection": {"selector": "rho", "warmup": 0}, "model": {"config": LAYERS, "loss": "siglip"}},
+        {
+            "selection": {"selector": "rho", "warmup": 0},
+            "model": {"config": LAYERS, "loss": "siglip"},
+            "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 0.1}},
+        },
         {
             "fsdp_config": {
                 "activation_checkpointing": True,
                 "reshard_after_forward": False,
-                "mixed_precision": "DEFAULT",
             }
         },
     ],
-    ids=["the learner embeds pools, SigLIP", "activations made twice, weights kept"],
+    ids=["the learner embeds pools, SigLIP, clipped", "activations made twice, weights kept"],
 )
 def test_whatever_else_a_recipe_asks_for(tmp_path: Path, corpus: Path, sections: dict[str, Any]) -> None:
     tree = online(corpus, max_duration="3ba", **{"fsdp_config": {}, **sections})
@@ -230,6 +258,17 @@ def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path) -> None:
             {"fsdp_config": {"activation_checkpointing": True}, "model": {"config": RESNET}},
             "activation_checkpointing=True is not exact with batch norm",
         ),
+        (
+            {"fsdp_config": {"mixed_precision": "DEFAULT"}, "model": {"config": RESNET}},
+            "mixed_precision='DEFAULT' does not go with batch norm; set it to 'FULL'",
+        ),
+        (
+            {
+                "fsdp_config": {},
+                "algorithms": {"gradient_clipping": {"clipping_type": "adaptive", "clipping_threshold": 0.1}},
+            },
+            "clipping_type='adaptive' does not clip what fsdp_config shards",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(
@@ -242,6 +281,18 @@ def test_what_cannot_be_sharded_is_refused(
 def test_blocks_are_modules_of_one_kind_in_a_row() -> None:
     blocks = {type(block).__name__ for block in blocks_of(build_towers(config=RESNET))}
     assert blocks == {"Bottleneck"}
-    towers = build_towers(config=LAYERS)
+    towers: Any = build_towers(config=LAYERS)
     rows = [*towers.visual.transformer.resblocks, *towers.transformer.resblocks]
     assert blocks_of(towers) == set(rows) and len(rows) == 4
+
+
+def test_of_blocks_within_stages_the_blocks_are_units() -> None:
+    """Nor are single layers, or rows that nobody calls."""
+
+    def block() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    stages = nn.Sequential(nn.Sequential(block(), block()), nn.Sequential(block(), block()))
+    rows = nn.ModuleList([nn.ModuleList([block()]), nn.ModuleList([block()])])
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert blocks_of(nn.ModuleList([stages, rows, layers])) == {*stages[0], *stages[1]}
