@@ -115,7 +115,8 @@ def check_folder(trainer: Trainer) -> None:
         folder, answer = folder_of(saver.folder, state.run_name), [""]
         if dist.get_global_rank() == 0 and state.fsdp_sharded_state_dict_enabled:
             # Composer looks at files alone.
-            answer = [max((name for step, name in pieces_in(folder) if step > int(state.timestamp.batch)), default="")]
+            later = (piece for piece in pieces_in(folder) if piece[0] > int(state.timestamp.batch))
+            answer = [max(later, default=(0, ""))[1]]
         elif dist.get_global_rank() == 0 and isinstance(saver, WholeCheckpoints):
             try:
                 ensure_folder_has_no_conflicting_files(folder, saver.filename.filename, state.timestamp)

@@ -65,7 +65,7 @@ def recorded(config: TrainConfig) -> dict[str, str]:
 
 def is_sharded(recipe: Mapping[str, str]) -> bool:
     """Whether a recorded recipe has an `fsdp_config`; one with keys is recorded key by key."""
-    return recipe.get("fsdp_config") != "null"
+    return recipe.get("fsdp_config", "null") != "null" or any(key.startswith("fsdp_config.") for key in recipe)
 
 
 def flat(key: str, value: Any) -> list[tuple[str, Any]]:
