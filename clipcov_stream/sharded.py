@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Keys of a recipe's `fsdp_config`, and what each may be, the default first: those of Composer's FSDP2Config but its
 mesh, and load_monolith_rank0_only, with which a resumed run differed from one that was not stopped (Composer 0.32).
 
-Composer's own defaults of two are others. State of type sharded is files that few tools read. With DEFAULT weights
+Composer's own defaults of two are others. State of type sharded is pieces that few tools read. With DEFAULT weights
 travel in `precision`, the logarithm of the logit scale too, which in bfloat16 has steps of 1/64 to 1/32: up to 3% of
 the scale. With FULL a sharded run has the numbers of one that is not."""
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import find_checkpoint, from_checkpoint
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from runs import assert_same, columns_recipe, launch, proxy_section, trained_rows, trainer_of, write_columns
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from clipcov_stream.model import build_towers
 from clipcov_stream.sharded import blocks_of
@@ -231,13 +233,21 @@ def test_batch_norms_statistics_are_the_first_ranks(tmp_path: Path, corpus: Path
         torch.testing.assert_close(sharded[0]["model"][name], plain[0]["model"][name], rtol=1e-3, atol=1e-4)
 
 
-def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path) -> None:
-    """Its logit scale has a dimension more than the model's that reads it."""
-    tree = online(corpus, fsdp_config={}, save_folder=str(tmp_path / "saved"), save_interval="3ba", max_duration="3ba")
-    model = ranks_of(tmp_path / "run", tree, 2)[0]["model"]
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path, kind: str) -> None:
+    """Its logit scale has a dimension more than the model's that reads it. Of pieces torch makes one file."""
+    saved = tmp_path / "saved"
+    tree = online(corpus, fsdp_config={"state_dict_type": kind}, max_duration="3ba", save_interval="3ba")
+    model = ranks_of(tmp_path / "run", tree, 2, f"save_folder={saved}")[0]["model"]
     assert model["towers.logit_scale"].shape == (1,)
-    towers = build_towers(config=LAYERS, pretrained=str(tmp_path / "saved" / "ep0-ba3-rank0.pt"))
-    for name, value in towers.state_dict().items():
+    if kind == "sharded":
+        with pytest.raises(ValueError, match=r"ep0-ba3 is a checkpoint in pieces; `python -m torch\..*dcp_to_torch"):
+            find_checkpoint(saved)
+        dcp_to_torch_save(saved / "ep0-ba3", saved / "whole.pt")
+    file = saved / "ep0-ba3-rank0.pt" if kind == "full" else saved / "whole.pt"
+    read = from_checkpoint(str(file))
+    assert (read.selector, read.samples_seen) == ("clipcov", 3 * 8)
+    for name, value in read.towers.state_dict().items():
         assert torch.equal(value, model[f"towers.{name}"].reshape(value.shape)), name
 
 

@@ -61,6 +61,12 @@ def find_checkpoint(path: Path) -> Path:
     # By name, and not by the link `latest`: a run that is killed as it saves leaves an old one, or none.
     found = [file for file in path.rglob("*-rank0.pt") if step_of(file) >= 0 and file.is_file()]
     found = found or [file for file in path.rglob("latest-rank0.pt") if file.is_file()]
+    if not found and (pieces := [file.parent for file in path.rglob(".metadata")]):
+        newest = max(pieces, key=lambda folder: folder.stat().st_mtime_ns)
+        raise ValueError(
+            f"{newest} is a checkpoint in pieces; `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{newest} FILE` makes one file of it, which is read"
+        )
     if not found:
         raise ValueError(f"{path} has no checkpoint (*-rank0.pt); train with save_folder=...")
     if several := sorted({str(file.parent.relative_to(path)) for file in found})[1:]:
