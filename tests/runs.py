@@ -105,6 +105,7 @@ from composer import Callback
 from composer.utils import dist
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.config import load_config
+from clipcov_stream.sharded import whole
 from clipcov_stream.train import build_trainer, leave_group
 class Record(Callback):
     batches = []
@@ -115,14 +116,24 @@ trainer.state.callbacks.append(Record())
 trainer.fit()
 clipcov = next(a for a in trainer.state.algorithms if isinstance(a, ClipCov))
 model = getattr(trainer.state.model, "module", trainer.state.model)
-torch.save({"algorithm": clipcov.state_dict(), "model": model.state_dict(), "batches": Record.batches},
-           f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
+kept = {"algorithm": clipcov.state_dict(), "batches": Record.batches}
+kept["figures"] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+kept["model"] = {name: whole(value).clone() for name, value in model.state_dict().items()}
+optimizer = trainer.state.optimizers[0]
+kept["moments"] = [whole(of["exp_avg"]).clone() for of in optimizer.state.values() if "exp_avg" in of]
+kept["units"] = [name for name, of in model.named_modules() if type(of).__name__.startswith("FSDP")]
+# The optimizer's: after an evaluation a sharded model's own outermost ones are whole until the next backward pass.
+held = [p for group in optimizer.param_groups for p in group["params"]]
+kept["numbers"] = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in held)
+torch.save(kept, f"{sys.argv[2]}/rank{dist.get_global_rank()}.pt")
 trainer.close()
 leave_group()
 """
 
 
 def run_ranks(folder: Path, recipe_path: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    """What each rank trained on and ended with: batches, weights and moments in full, ClipCov's state, evaluation; and
+    which modules are units of FSDP, and how many of the weights are its own."""
     folder.mkdir()
     script = folder / "ranks.py"
     script.write_text(GLOBAL, encoding="utf-8")
