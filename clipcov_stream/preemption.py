@@ -28,9 +28,9 @@ class SaveOnSignal(Callback):
 
     For any Trainer: `callbacks=[SaveOnSignal()]`. Ranks agree after every step, so a signal to one of them ends all
     after the same. An evaluation that is due after that step is run, lest it be missing later, between two checkpoints
-    of the step, of which the first is there should time run out. A second Ctrl-C ends at once, without saving; of
-    SIGTERM a second one changes nothing, because Composer's launcher sends one to ranks that are about to end. Signals
-    are caught while `fit` runs in the main thread.
+    of the step, of which the first is there should time run out. A second Ctrl-C ends at once, without saving; SIGTERM
+    beside another signal changes nothing, whichever is seen first, because Composer's launcher sends one to ranks that
+    Ctrl-C has told to end. Signals are caught while `fit` runs in the main thread.
 
     Costs: over ranks an all-reduce of one number a step.
     """
@@ -38,25 +38,30 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self.asked = 0
         """The signal that this rank got; 0 is none."""
+        self._interrupted = False
         self._in_fit = False
         self._saved_at = -1
         """Step of a checkpoint that was saved before an evaluation."""
         self._before: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.asked, self._in_fit, self._saved_at = 0, True, -1
+        self.asked, self._interrupted, self._in_fit, self._saved_at = 0, False, True, -1
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {each: signal.signal(each, self._ask) for each in SIGNALS}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not is_within_fit(frame) or (self.asked and number == signal.SIGINT):
+        is_interrupt = number == signal.SIGINT
+        if not is_within_fit(frame) or (is_interrupt and self._interrupted):
             # An exception has ended fit, and the Trainer is not closed yet; or somebody has no patience.
             self._release()
             os.kill(os.getpid(), number)
             return
+        # Not whether any signal was here before: a launcher's SIGTERM can overtake the Ctrl-C that it answers. The
+        # kernel may give that to any thread, and one that has to wait for a core notes it late.
+        self._interrupted |= is_interrupt
         first, self.asked = not self.asked, self.asked or number
         if first and dist.get_global_rank() == 0:
-            again = "; again: at once, unsaved" if number == signal.SIGINT else ""
+            again = "; again: at once, unsaved" if is_interrupt else ""
             # Not print: the signal may have come in the midst of one. And who reads it may be gone by the same signal.
             with suppress(OSError):
                 os.write(2, f"\n{signal.Signals(number).name}: ends after this step{again}\n".encode())
