@@ -31,7 +31,7 @@ from composer.utils import (
     reproducibility,
 )
 
-NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 PIECES = re.compile(r"ep\d+-ba(\d+)")
 PARTIAL = ".partial-"
 """What the name of a file begins with while it is written; the rest is its own, whose suffix says how to write it."""
@@ -63,6 +63,23 @@ class WholeCheckpoints(CheckpointSaver):
             # Those that the checkpoint knows of, itself among them: others in the folder are another run's.
             ours = {Path(name).name for name in self.all_saved_checkpoints_to_timestamp}
             self.saved_checkpoints[:] = [str(path) for path in reversed(checkpoints_in(folder)) if path.name in ours]
+
+    def place(self, run_name: str) -> str:
+        """The folder, for messages."""
+        return str(folder_of(self.folder, run_name))
+
+    def later(self, state: State) -> str:
+        """The name of a checkpoint that is there, of a step that is still to come; "" if there is none.
+
+        Raises:
+            OSError: the folder cannot be looked at.
+        """
+        folder = folder_of(self.folder, state.run_name)
+        try:
+            ensure_folder_has_no_conflicting_files(folder, self.filename.filename, state.timestamp)
+        except FileExistsError:
+            return checkpoints_in(folder)[0].name
+        return ""
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         # One that was written again would be removed twice.
@@ -103,7 +120,8 @@ def restore_generators(trainer: Trainer) -> None:
 
 
 def check_folder(trainer: Trainer) -> None:
-    """Raise ValueError, on all ranks, if the folder has a checkpoint of a step that the run is still to come to.
+    """Raise ValueError, on all ranks, if the folder has a checkpoint of a step that the run is still to come to, or
+    does not let itself be looked at.
 
     Composer looks too, but at the start of `fit`: by then an evaluation may have set the metrics of the run that wrote
     it aside.
@@ -112,20 +130,24 @@ def check_folder(trainer: Trainer) -> None:
     for saver in state.callbacks:
         if not isinstance(saver, CheckpointSaver) or saver.overwrite:
             continue
-        folder, answer = folder_of(saver.folder, state.run_name), [""]
+        is_whole = isinstance(saver, WholeCheckpoints)
+        place = saver.place(state.run_name) if is_whole else str(folder_of(saver.folder, state.run_name))
+        answer = ["", ""]
         if dist.get_global_rank() == 0 and state.fsdp_sharded_state_dict_enabled:
             # Composer looks at files alone.
-            later = (piece for piece in pieces_in(folder) if piece[0] > int(state.timestamp.batch))
-            answer = [max(later, default=(0, ""))[1]]
-        elif dist.get_global_rank() == 0 and isinstance(saver, WholeCheckpoints):
+            later = (piece for piece in pieces_in(Path(place)) if piece[0] > int(state.timestamp.batch))
+            answer[0] = max(later, default=(0, ""))[1]
+        elif dist.get_global_rank() == 0 and is_whole:
             try:
-                ensure_folder_has_no_conflicting_files(folder, saver.filename.filename, state.timestamp)
-            except FileExistsError:
-                answer = [checkpoints_in(folder)[0].name]
+                answer[0] = saver.later(state)
+            except OSError as error:
+                answer[1] = str(error)
         dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise ValueError(answer[1])
         if answer[0]:
             raise ValueError(
-                f"save_folder {str(folder)!r} has {answer[0]}, but training begins after step "
+                f"save_folder {place!r} has {answer[0]}, but training begins after step "
                 f"{int(state.timestamp.batch)}: nothing was written. To go on from it, set autoresume=true; to start "
                 "anew, give another run_name or save_folder, or set save_overwrite=true"
             )
@@ -178,17 +200,24 @@ def folder_of(save_folder: str, run_name: str) -> Path:
     return Path(format_name_with_dist(save_folder, run_name))
 
 
+def order_of(name: str) -> tuple[int, int]:
+    """By which checkpoints are sorted: steps done when one was written, and epochs; (-1, -1) of another file.
+
+    Two of one step are of the same weights; the one of the later epoch has been through that epoch's end.
+    """
+    match = NAME.fullmatch(name)
+    return (-1, -1) if match is None else (int(match[2]), int(match[1]))
+
+
 def step_of(path: Path) -> int:
     """Steps done when a checkpoint was written, by its name; -1 of another file."""
-    match = NAME.fullmatch(path.name)
-    return -1 if match is None else int(match[1])
+    return order_of(path.name)[0]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Files with a checkpoint's name, newest first."""
-    # Two of one step are of the same weights; the one of the later epoch has been through that epoch's end.
     named = [path for path in folder.glob("ep*.pt") if step_of(path) >= 0]
-    return sorted(named, key=lambda path: (step_of(path), int(path.name[2 : path.name.index("-")])), reverse=True)
+    return sorted(named, key=lambda path: order_of(path.name), reverse=True)
 
 
 def pieces_in(folder: Path) -> list[tuple[int, str]]:

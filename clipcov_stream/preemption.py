@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -20,17 +21,35 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from clipcov_stream.checkpoints import WholeCheckpoints
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+SOON = 1.0
+"""Seconds between Composer's looks at a store for what it has uploaded. By itself it waits 30, all that launchers grant
+between SIGTERM and SIGKILL."""
+
+QUIET = 30.0
+"""Seconds for which a run that has saved minds no signal beside a second Ctrl-C, unless it is closed before. A launcher
+sends its own within a few."""
+
+
+class Told(SystemExit):
+    """What ends a run that was told to, on all ranks after the same step."""
 
 
 class SaveOnSignal(Callback):
-    """On SIGTERM or Ctrl-C ends the step, has every CheckpointSaver save and exits with status 128 + signal.
+    """On SIGTERM or Ctrl-C ends the step, has every CheckpointSaver save and exits with status 128 + signal (`Told`).
 
     For any Trainer: `callbacks=[SaveOnSignal()]`. Ranks agree after every step, so a signal to one of them ends all
     after the same. An evaluation that is due after that step is run, lest it be missing later, between two checkpoints
-    of the step, of which the first is there should time run out. A second Ctrl-C ends at once, without saving; SIGTERM
-    beside another signal changes nothing, whichever is seen first, because Composer's launcher sends one to ranks that
-    Ctrl-C has told to end. Signals are caught while `fit` runs in the main thread.
+    of the step, of which the first is there should time run out; Composer's own savers write the first alone. A second
+    Ctrl-C ends at once, without saving; SIGTERM beside another signal changes nothing, whichever is seen first, because
+    Composer's launcher sends one to ranks that Ctrl-C has told to end. Signals are caught while `fit` runs in the main
+    thread, and in a run that has saved for QUIET seconds or until it is closed.
+
+    Composer's uploads, of its savers and its loggers, are made by processes that a signal to the whole group ends. For
+    checkpoints in a store there is `stored_checkpoints.StoredCheckpoints`.
 
     Costs: over ranks an all-reduce of one number a step.
     """
@@ -39,26 +58,30 @@ class SaveOnSignal(Callback):
         self.asked = 0
         """The signal that this rank got; 0 is none."""
         self._interrupted = False
+        self._quiet_until = 0.0
+        """By the clock, a while after a run was told to end and has saved; 0 before."""
         self._in_fit = False
         self._saved_at = -1
         """Step of a checkpoint that was saved before an evaluation."""
         self._before: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.asked, self._interrupted, self._in_fit, self._saved_at = 0, False, True, -1
+        self.asked, self._interrupted, self._quiet_until, self._in_fit, self._saved_at = 0, False, 0.0, True, -1
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {each: signal.signal(each, self._ask) for each in SIGNALS}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         is_interrupt = number == signal.SIGINT
-        if not is_within_fit(frame) or (is_interrupt and self._interrupted):
-            # An exception has ended fit, and the Trainer is not closed yet; or somebody has no patience.
+        # Not whether any signal was here before: a launcher's SIGTERM can overtake the Ctrl-C that it answers. The
+        # kernel may give that to any thread, and one that has to wait for a core notes it late.
+        again, self._interrupted = is_interrupt and self._interrupted, self._interrupted or is_interrupt
+        if not again and time.monotonic() < self._quiet_until:
+            return  # it is about to end
+        if again or not is_within_fit(frame):
+            # Somebody has no patience; or an exception has ended fit, and the Trainer is not closed yet.
             self._release()
             os.kill(os.getpid(), number)
             return
-        # Not whether any signal was here before: a launcher's SIGTERM can overtake the Ctrl-C that it answers. The
-        # kernel may give that to any thread, and one that has to wait for a core notes it late.
-        self._interrupted |= is_interrupt
         first, self.asked = not self.asked, self.asked or number
         if first and dist.get_global_rank() == 0:
             again = "; again: at once, unsaved" if is_interrupt else ""
@@ -88,20 +111,24 @@ class SaveOnSignal(Callback):
         if not number:
             return
         saves = self._save(state, logger)
+        self._quiet_until = time.monotonic() + QUIET
         dist.barrier()  # a rank that is gone has the launcher end the others, the one that writes among them
-        self._release()
         if dist.get_global_rank() == 0:
             saved = "saved, to go on from with the same settings" if saves else "nothing is saved: no save_folder"
             name, step = signal.Signals(number).name, int(state.timestamp.batch)
             with suppress(OSError):
                 print(f"{state.run_name}: {name}, ends after step {step:,}; {saved}", flush=True)
-        raise SystemExit(128 + number)
+        raise Told(128 + number)
 
     def _save(self, state: State, logger: Logger) -> bool:
         """Have all savers save this step, unless they have, and wait until it is uploaded; whether there are any."""
         savers = [each for each in state.callbacks if isinstance(each, CheckpointSaver)]
         for saver in savers:
-            if saver.last_checkpoint_batch != state.timestamp.batch or self._saved_at == int(state.timestamp.batch):
+            saver._symlink_upload_wait_before_next_try_in_seconds = SOON
+            # Composer's own write over what is there, remove what they kept once for each time it was written, and
+            # upload nothing twice.
+            again = self._saved_at == int(state.timestamp.batch) and isinstance(saver, WholeCheckpoints)
+            if saver.last_checkpoint_batch != state.timestamp.batch or again:
                 saver._save_checkpoint(state, logger)
             saver.fit_end(state, logger)  # which waits
         return bool(savers)
@@ -115,7 +142,8 @@ class SaveOnSignal(Callback):
     def _release(self) -> None:
         self._in_fit = False
         for number, handler in self._before.items():
-            if handler is not None:  # None: not Python's
+            # None: not Python's. And somebody may have set another since.
+            if handler is not None and signal.getsignal(number) == self._ask:
                 signal.signal(number, handler)
         self._before = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -32,11 +33,12 @@ from clipcov_stream.ledger import Ledger
 from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
 from clipcov_stream.patches import towers_with_patches
-from clipcov_stream.preemption import SaveOnSignal
+from clipcov_stream.preemption import SaveOnSignal, Told
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
 from clipcov_stream.sharded import AverageGradients, check_kind, check_sharding, fsdp_of, make_shardable, saves_in_full
+from clipcov_stream.stored_checkpoints import StoredCheckpoints, check_store, newest_stored, staging_of
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import checked_loading
 from clipcov_stream.zeroshot import ZeroShotHead
@@ -60,14 +62,22 @@ class EndThreads(Callback):
 
 
 def saves_files_here(config: TrainConfig) -> bool:
-    """Whether checkpoints are files of their own on a local disk; else they are Composer's matter."""
+    """Whether checkpoints are files of their own on a local disk."""
     return not is_remote(config.save_folder) and saves_in_full(config.fsdp_config)
+
+
+def saves_files_there(config: TrainConfig) -> bool:
+    """Whether they are in an object store. In pieces, or on Databricks, they are Composer's matter."""
+    store = is_remote(config.save_folder) and not str(config.save_folder).startswith("dbfs:/")
+    return store and saves_in_full(config.fsdp_config)
 
 
 def written_by(config: TrainConfig) -> Alone:
     """Locks on all that a run writes here."""
     folders = [folder for folder in (config.ledger, config.gallery) if folder is not None and not is_remote(folder)]
     saves = config.save_folder
+    if saves and saves_files_there(config):
+        saves = staging_of(saves)
     # Where there is no run_name Composer makes one up, which no other run has.
     if saves and not is_remote(saves) and (config.run_name or "{run_name}" not in saves):
         folders.append(str(folder_of(saves, config.run_name or "")))
@@ -75,11 +85,11 @@ def written_by(config: TrainConfig) -> Alone:
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
-    """Composer's load_path, load_weights_only and autoresume, the last of which is done here where files are local.
+    """Composer's load_path, load_weights_only and autoresume, the last of which is done here but for pieces.
 
     Raises:
-        ValueError: autoresume without a run_name or a save_folder, or with torn checkpoints alone; a checkpoint in
-            full of a run that saves pieces, or the other way round.
+        ValueError: autoresume without a run_name or a save_folder, with torn checkpoints alone, or from a store that
+            cannot be listed; a checkpoint in full of a run that saves pieces, or the other way round.
     """
     as_given = config.load_path, config.load_weights_only
     in_full = saves_in_full(config.fsdp_config)
@@ -87,11 +97,18 @@ def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
         check_kind(Path(config.load_path), in_full)
     if config.autoresume and config.save_folder and not is_remote(config.save_folder):
         check_kind(folder_of(config.save_folder, config.run_name or "") / "latest-rank0.pt", in_full)
-    if not config.autoresume or (config.save_folder and not saves_files_here(config)):
+    if config.save_folder and saves_files_there(config):
+        check_store(config.save_folder)
+    elif not config.autoresume or (config.save_folder and not saves_files_here(config)):
         return *as_given, config.autoresume
+    if not config.autoresume:
+        return *as_given, False
     for name in ("run_name", "save_folder"):
         if getattr(config, name) is None:
             raise ValueError(f"autoresume=true needs a {name}, by which it finds its checkpoints")
+    if saves_files_there(config):
+        stored = newest_stored(str(config.save_folder), str(config.run_name))
+        return (*as_given, False) if stored is None else (stored, False, False)
     newest = newest_whole(folder_of(str(config.save_folder), str(config.run_name)))
     # Nothing here: a logger that uploads checkpoints may have some, which Composer looks for.
     return (*as_given, True) if newest is None else (str(newest), False, False)
@@ -162,9 +179,12 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     if config.gallery:
         callbacks.append(Gallery(config.gallery, config.gallery_interval, seed=config.seed, **chosen))
     load_path, load_weights_only, autoresume = resume_from(config)
-    if config.save_folder and saves_files_here(config):
+    saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
+    there = saves_files_there(config)
+    if config.save_folder and there:
+        callbacks.append(StoredCheckpoints(config.save_folder, **saving))
+    elif config.save_folder and saves_files_here(config):
         keep = config.save_num_checkpoints_to_keep
-        saving: dict[str, Any] = {"save_interval": config.save_interval, "overwrite": config.save_overwrite}
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {} if fsdp is None else {"parallelism_config": {"fsdp": fsdp}}
     with checked_loading():
@@ -195,7 +215,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
             precision=config.precision,
             seed=config.seed,
             run_name=config.run_name,
-            save_folder=config.save_folder,
+            save_folder=None if there else config.save_folder,
             save_interval=config.save_interval,
             save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             save_overwrite=config.save_overwrite,
@@ -239,9 +259,14 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {redacted(error)}") from error
     try:
         train(trainer, config.eval_first and bool(trainer.state.evaluators))
-    except SystemExit:  # of a run that was told to end
+    except Told:
+        # The launcher's may come until the very end, and would cut it short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         trainer.close()
         leave_group()
+        raise
+    except SystemExit:  # of this rank: another may be where it does not meet a barrier
+        trainer.engine.close()
         raise
     text = summary(trainer, config)
     trainer.close()
