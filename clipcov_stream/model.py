@@ -116,7 +116,10 @@ def forward_flops(towers: nn.Module, image_size: int, context_length: int) -> in
         context_length: tokens of the caption.
     """
     known: dict[int, Any] = {id(of): torch.empty_like(of, device="meta") for of in towers.buffers()}
-    known |= {id(of): nn.Parameter(torch.empty_like(of, device="meta")) for of in towers.parameters()}
+    # The counter refuses a module whose input is a view of a parameter in training, as an attention pool's is.
+    known |= {
+        id(of): nn.Parameter(torch.empty_like(of, device="meta"), requires_grad=False) for of in towers.parameters()
+    }
     copied: Any = copy.deepcopy(towers, known).eval()
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     text = torch.ones(1, context_length, dtype=torch.int64, device="meta")

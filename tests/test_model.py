@@ -22,12 +22,18 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from composer import Trainer
 
-    from clipcov_stream.model import ClampLogitScale, ClipModel, build_towers, parameter_groups
+    from clipcov_stream.model import ClampLogitScale, ClipModel, build_towers, forward_flops, parameter_groups
 
 CONFIG = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
     "text_cfg": {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+}
+ATTENTION_POOL = {
+    **CONFIG,
+    "embed_dim": 64,
+    "custom_text": True,
+    "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
 }
 BATCH_NORM = {**CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
 NUM_ROWS = 12
@@ -212,6 +218,15 @@ def test_chunks_with_batch_norm_are_refused() -> None:
 def test_a_model_that_cannot_be_built_says_why(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_towers(**arguments)
+
+
+def test_an_attention_pool_is_counted_too() -> None:
+    """As SigLIP's and PE-Core's image towers end: beyond the mean of their tokens, by hand."""
+    mean = {**ATTENTION_POOL, "vision_cfg": {**ATTENTION_POOL["vision_cfg"], "timm_pool": "avg"}}
+    pooled, plain = (forward_flops(build_towers(config=config), 160, 6) for config in (ATTENTION_POOL, mean))
+    tokens, width = 100, 64
+    # Key and value of every token; of the one query its own matrix, the output's and an MLP three times as wide.
+    assert pooled - plain == 2 * (tokens * 2 * width**2 + 2 * tokens * width + (2 + 2 * 3) * width**2)
 
 
 def test_unknown_loss_of_a_model() -> None:
