@@ -163,14 +163,23 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """adamw, decoupled_adamw or sgd. Gains, biases and the logit scale never decay."""
+    """adamw, decoupled_adamw or sgd. Gains, biases and the logit scale never decay.
+
+    `weight_decay` is 0.1 unless given, and takes `lr` times itself off a weight at every step. Composer's
+    decoupled_adamw does not scale it by `lr`: there it is 1e-5 unless given, and at the peak of `lr` takes just that
+    off. So adamw's `lr * weight_decay` is its counterpart.
+    """
 
     name: str = "adamw"
     lr: float = 5e-4
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.weight_decay is None:  # here, so that a run's records have the number
+            object.__setattr__(self, "weight_decay", 1e-5 if self.name == "decoupled_adamw" else 0.1)
 
 
 @dataclass(frozen=True)

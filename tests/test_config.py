@@ -53,6 +53,14 @@ def test_a_minimal_recipe_has_the_defaults(recipe: Any) -> None:
     assert (config.selection.selector, config.selection.embed) == ("clipcov", "online")
 
 
+@pytest.mark.parametrize(("name", "decay"), [("adamw", 0.1), ("sgd", 0.1), ("decoupled_adamw", 1e-5)])
+def test_weight_decay_is_what_the_optimizer_makes_of_it(recipe: Any, name: str, decay: float) -> None:
+    """The decoupled optimizer does not scale it by the learning rate."""
+    assert recipe(MINIMAL, f"optimizer.name={name}").optimizer.weight_decay == decay
+    given = recipe(MINIMAL, f"optimizer.name={name}", "optimizer.weight_decay=3e-4").optimizer
+    assert given.weight_decay == 3e-4
+
+
 def test_one_seed_seeds_everything_that_has_none_of_its_own(recipe: Any) -> None:
     config = recipe(MINIMAL, "seed=3")
     assert (config.selection.seed, config.stream.shuffle_seed) == (3, 9179)

@@ -22,6 +22,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from composer import Trainer
 
+    from clipcov_stream.build import build_optimizer
+    from clipcov_stream.config import OptimizerConfig
     from clipcov_stream.model import ClampLogitScale, ClipModel, build_towers, forward_flops, parameter_groups
 
 CONFIG = {
@@ -338,6 +340,16 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
         gain = name.endswith(("bias", "logit_scale")) or ".ln_" in name or parameter.ndim < 2
         assert decay[id(parameter)] == (0 if gain else 0.3), name
     assert set(decay.values()) == {0, 0.3}
+
+
+def test_a_decoupled_step_without_gradients_takes_the_decay_off() -> None:
+    towers = towers_of()
+    weight = towers.visual.proj
+    before = weight.detach().clone()
+    optimizer = build_optimizer(OptimizerConfig(name="decoupled_adamw"), ClipModel(towers))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 1e-5), rtol=1e-7, atol=0)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

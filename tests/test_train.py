@@ -130,6 +130,10 @@ def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) ->
         ({"scheduler": {"name": "constant", "alpha_f": 0.1}}, "scheduler.alpha_f=0.1 has no effect with name='const"),
         ({"optimizer": {"name": "sgd", "eps": 1e-3}}, "optimizer.eps=0.001 has no effect with name='sgd'"),
         ({"optimizer": {"name": "adamw", "momentum": 0.5}}, "optimizer.momentum=0.5 has no effect with name='adamw'"),
+        (
+            {"optimizer": {"name": "decoupled_adamw", "weight_decay": 0.1}},
+            r"optimizer.weight_decay=0.1 must be at most 0.001 .* multiply weights by 0.9\. Leave it out for 1e-05",
+        ),
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr is not one of Composer's callbacks"),
         ({"callbacks": {"speed_monitor": {"windo": 1}}}, "callbacks.speed_monitor: .*windo"),
         ({"eval": {"x": {"tasks": ["segment"], "local": "nowhere"}}}, r"eval.x.tasks=\['segment'\] must be some of"),
