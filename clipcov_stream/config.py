@@ -72,7 +72,8 @@ class EvalColumnsConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The training stream. `global_pool_size` is the candidates of one step over all ranks.
+    """The training stream. `global_pool_size` is the candidates of one step over all ranks. `local` is an MDS folder,
+    or, with `remote`, where its shards are kept.
 
     `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
     `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`. `deferred` leaves
@@ -195,10 +196,10 @@ class SchedulerConfig:
 class EvalConfig:
     """One evaluation split, a Composer Evaluator.
 
-    Either an MDS folder, by `local`, `remote`, `split`, with the tasks zeroshot (needs labels and classes.json; the
-    default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`, `folder` (a folder
-    of images per class) or `captions` (root is an annotation file, `caption_sets.open_captions`; `images` is the folder
-    that its paths are relative to). `split: train` opens a set's training images.
+    Either an MDS folder, by `local`, `remote`, `split` as in `StreamConfig`, with the tasks zeroshot (needs labels and
+    classes.json; the default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`,
+    `folder` (a folder of images per class) or `captions` (root is an annotation file, `caption_sets.open_captions`;
+    `images` is the folder that its paths are relative to). `split: train` opens a set's training images.
     """
 
     tasks: tuple[str, ...] | None = None

@@ -136,6 +136,10 @@ def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) ->
         ),
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr is not one of Composer's callbacks"),
         ({"callbacks": {"speed_monitor": {"windo": 1}}}, "callbacks.speed_monitor: .*windo"),
+        (
+            {"eval": {"x": {"remote": "s3://b/x"}}},
+            r"eval.x.remote='s3://b/x' needs eval.x.local, the folder where shards",
+        ),
         ({"eval": {"x": {"tasks": ["segment"], "local": "nowhere"}}}, r"eval.x.tasks=\['segment'\] must be some of"),
     ],
 )
