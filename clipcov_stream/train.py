@@ -71,7 +71,7 @@ def written_by(config: TrainConfig) -> Alone:
     # Where there is no run_name Composer makes one up, which no other run has.
     if saves and not is_remote(saves) and (config.run_name or "{run_name}" not in saves):
         folders.append(str(folder_of(saves, config.run_name or "")))
-    return Alone(folders, [config.metrics_file] if config.metrics_file else [])
+    return Alone(folders, [config.metrics_file] if config.metrics_file and not is_remote(config.metrics_file) else [])
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
