@@ -367,7 +367,7 @@ def parse(kind: Any, value: Any, where: str) -> Any:
             return float(value)
     if kind in (int, str, bool, types.NoneType) and type(value) is kind:
         return value
-    if kind is str and where.endswith("duration") and type(value) is int:
+    if kind is str and where.endswith(("duration", "save_interval")) and type(value) is int:
         raise ValueError(f"{where}={value!r} needs a unit: {value}ba for batches")
     name = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__
     raise ValueError(f"{where}={value!r} must be of type {name}")

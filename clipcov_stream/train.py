@@ -24,7 +24,7 @@ from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.alone import Alone
 from clipcov_stream.checkpoints import WholeCheckpoints, check_folder, folder_of, newest_whole, restore_generators
 from clipcov_stream.cli import find_recipe
-from clipcov_stream.clock import check_duration
+from clipcov_stream.clock import check_duration, check_interval
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.gallery import Gallery
 from clipcov_stream.guard import SkippedShards
@@ -119,6 +119,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
 def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     """The Trainer, which releases the locks when it is closed."""
     check_duration(config.max_duration, "max_duration")
+    check_interval(config.eval_interval, "eval_interval")
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)

@@ -130,6 +130,8 @@ device_train_microbatch_size: auto
         ("selection=clipcov", r"selection='clipcov' must be a section of keys"),
         ("eval=[a]", r"eval=\['a'\] must be of type dict"),
         ("callbacks.lr_monitor=3", r"callbacks\.lr_monitor=3 must be of type dict"),
+        ("max_duration=200", r"max_duration=200 needs a unit: 200ba for batches"),
+        ("save_interval=200", r"save_interval=200 needs a unit: 200ba for batches"),
         ("max_duration=null", r"max_duration=None must be of type str"),
     ],
 )
