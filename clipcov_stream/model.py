@@ -70,8 +70,9 @@ def build_towers(
             if tag is not None:
                 check_activation(name, tag)
             towers = open_clip.create_model(name, pretrained=tag, output_dict=True, **bias)  # pyright: ignore
-    except (TypeError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {error}") from error
+    except (TypeError, KeyError, RuntimeError, OSError, AssertionError) as error:
+        reason = str(error) or repr(error)  # timm's assertions are not all worded
+        raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {reason}") from error
     if pretrained is not None and (config is not None or Path(pretrained).exists()):
         load_towers(towers, pretrained)
     return towers

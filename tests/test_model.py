@@ -6,6 +6,7 @@ import pickle
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ CONFIG = {
     "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
     "text_cfg": {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
 }
-ATTENTION_POOL = {
+ATTENTION_POOL: dict[str, Any] = {
     **CONFIG,
     "embed_dim": 64,
     "custom_text": True,
@@ -39,6 +40,11 @@ ATTENTION_POOL = {
 }
 BATCH_NORM = {**CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
 NUM_ROWS = 12
+
+
+def vision_of(**changes: str) -> dict[str, Any]:
+    """ATTENTION_POOL, its image tower changed."""
+    return {**ATTENTION_POOL, "vision_cfg": {**ATTENTION_POOL["vision_cfg"], **changes}}
 
 
 def towers_of(loss: str = "clip", seed: int = 0) -> nn.Module:
@@ -214,6 +220,8 @@ def test_chunks_with_batch_norm_are_refused() -> None:
         ({"name": "ViT-B-32", "config": CONFIG}, "either a name or a config"),
         ({"config": {**CONFIG, "depth": 3}}, "open_clip cannot build.*depth"),
         ({"config": {"embed_dim": 8}}, "open_clip cannot build"),
+        ({"config": vision_of(timm_proj="linear")}, "open_clip cannot build.*Cannot currently add attention pooling"),
+        ({"config": vision_of(timm_proj="cubic")}, r"open_clip cannot build.*AssertionError\(\)"),
         ({"config": CONFIG, "pretrained": "no/such.pt"}, r"checkpoint 'no/such\.pt' cannot be loaded"),
     ],
 )
@@ -224,8 +232,8 @@ def test_a_model_that_cannot_be_built_says_why(arguments: dict, message: str) ->
 
 def test_an_attention_pool_is_counted_too() -> None:
     """As SigLIP's and PE-Core's image towers end: beyond the mean of their tokens, by hand."""
-    mean = {**ATTENTION_POOL, "vision_cfg": {**ATTENTION_POOL["vision_cfg"], "timm_pool": "avg"}}
-    pooled, plain = (forward_flops(build_towers(config=config), 160, 6) for config in (ATTENTION_POOL, mean))
+    configs = (ATTENTION_POOL, vision_of(timm_pool="avg"))
+    pooled, plain = (forward_flops(build_towers(config=config), 160, 6) for config in configs)
     tokens, width = 100, 64
     # Key and value of every token; of the one query its own matrix, the output's and an MLP three times as wide.
     assert pooled - plain == 2 * (tokens * 2 * width**2 + 2 * tokens * width + (2 + 2 * 3) * width**2)
