@@ -181,7 +181,8 @@ class ClipModel(ComposerModel):
         metrics: evaluation metrics by name, each with `update(outputs, batch)`.
 
     Raises:
-        ValueError: an unknown loss, a chunk below 1, or chunks with batch norm, which would see other statistics.
+        ValueError: an unknown loss, a CoCa, a chunk below 1, or chunks with batch norm, which would see other
+            statistics.
     """
 
     def __init__(
@@ -195,6 +196,11 @@ class ClipModel(ComposerModel):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"model.loss={loss!r} is not one of {list(LOSSES)}")
+        if isinstance(towers, open_clip.CoCa):
+            raise ValueError(
+                "model: a CoCa, which open_clip's coca_* names are, embeds no captions without images, and its caption "
+                "loss is not known here; use a model with two towers, such as model.name='ViT-B-32'"
+            )
         if activation_chunk is not None:
             if activation_chunk < 1:
                 raise ValueError(f"model.activation_chunk={activation_chunk} must be at least 1, or null")

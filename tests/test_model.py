@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -199,6 +200,12 @@ def test_loss_refuses_a_part_of_an_unselected_pool() -> None:
     outputs = model(batch)
     with pytest.raises(RuntimeError, match=r"got 4 samples of an unselected pool .*ClipCov"):
         model.loss(outputs, {**batch, "valid": torch.ones(4, dtype=torch.bool)})
+
+
+def test_a_model_that_writes_captions_is_refused() -> None:
+    towers = open_clip.CoCa(**CONFIG, multimodal_cfg={"context_length": 6, "width": 16, "heads": 2, "layers": 1})
+    with pytest.raises(ValueError, match=r"model: a CoCa, .* use a model with two towers"):
+        ClipModel(towers)
 
 
 def test_chunks_with_batch_norm_are_refused() -> None:
