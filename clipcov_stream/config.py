@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from clipcov_stream.decode import MAX_PIXELS
 from clipcov_stream.plain_yaml import check_plain, check_yaml
 from clipcov_stream.redact import check_tree, redacted
+
+Section = TypeVar("Section", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -232,8 +235,9 @@ class TrainConfig:
     """A whole recipe; keys without a section of ours are the Composer Trainer's own.
 
     `{selector}` and `{seed}` are filled in in `run_name`, `save_folder`, `metrics_file`, `ledger` and `gallery`, and
-    `{run_name}` in the latter four, so that a recipe's twins never share a folder. `ledger` is a folder, see
-    `ledger.Ledger`; so is `gallery`, see `gallery.Gallery`, which records every `gallery_interval`, in ba or dur.
+    `{run_name}` in the latter four, so that a recipe's twins never share a folder. A `~` that begins a path is the home
+    folder, as in a shell. `ledger` is a folder, see `ledger.Ledger`; so is `gallery`, see `gallery.Gallery`, which
+    records every `gallery_interval`, in ba or dur.
     """
 
     model: ModelConfig
@@ -307,7 +311,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def filled(config: TrainConfig) -> TrainConfig:
-    """The recipe with names filled in and every seed that was not given taken from `seed`.
+    """The recipe with names filled in, `~` expanded, and every seed that was not given taken from `seed`.
 
     Raises:
         ValueError: `{run_name}` in `metrics_file`, `ledger` or `gallery` where there is none.
@@ -321,16 +325,26 @@ def filled(config: TrainConfig) -> TrainConfig:
     for name, path in paths.items():
         if path is not None and run_name is None and put(path, {"run_name": ""}) != path:
             raise ValueError(f"{name}={path!r} needs a run_name")
+    # Without a run_name Composer makes one up, and fills it in here.
+    paths |= {"save_folder": put(config.save_folder, known), "load_path": config.load_path}
+    # 9176 is Streaming's own default.
+    shuffle_seed = 9176 + config.seed if stream.shuffle_seed is None else stream.shuffle_seed
+    proxy = None if selection.proxy is None else at_home(selection.proxy, "pretrained")
+    seed = config.seed if selection.seed is None else selection.seed
     return dataclasses.replace(
-        config,
+        at_home(dataclasses.replace(config, **paths), *paths),
         run_name=run_name,
-        save_folder=put(config.save_folder, known),  # without a run_name Composer makes one up, and fills it in here
-        **paths,
-        selection=dataclasses.replace(selection, seed=config.seed if selection.seed is None else selection.seed),
-        # 9176 is Streaming's own default.
-        stream=dataclasses.replace(
-            stream, shuffle_seed=9176 + config.seed if stream.shuffle_seed is None else stream.shuffle_seed
-        ),
+        model=at_home(config.model, "pretrained"),
+        selection=dataclasses.replace(selection, seed=seed, proxy=proxy),
+        stream=dataclasses.replace(at_home(stream, "local", "remote", "sidecar"), shuffle_seed=shuffle_seed),
+        eval={label: at_home(section, "local", "remote") for label, section in config.eval.items()},
+    )
+
+
+def at_home(section: Section, *names: str) -> Section:
+    """A section in which the named paths, where they begin with `~`, are below the home folder."""
+    return dataclasses.replace(
+        section, **{name: os.path.expanduser(path) for name, path in given(section, *names).items()}
     )
 
 

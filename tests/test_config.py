@@ -81,6 +81,25 @@ def test_twins_have_names_of_their_own(recipe: Any) -> None:
         recipe(MINIMAL, "metrics_file=runs/{run_name}.jsonl")
 
 
+def test_paths_begin_at_home_where_they_say_so(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("metrics_file", "ledger", "gallery", "save_folder", "load_path", "model.pretrained")
+    keys += ("stream.local", "stream.sidecar", "eval.x.local", "selection.proxy.pretrained")
+    config = recipe(MINIMAL, *(f"{key}=~/{{seed}}/{key}" for key in keys), "run_name=~r")
+    for key in keys:
+        found: Any = config
+        for name in key.split("."):
+            found = found[name] if isinstance(found, dict) else getattr(found, name)
+        seed = "0" if key in keys[:4] else "{seed}"
+        assert found == f"/home/me/{seed}/{key}"
+    assert config.run_name == "~r"
+    plain = ("stream.local=a/~", "stream.remote=s3://b/~/c", "model.pretrained=openai", "save_folder=~none/x")
+    config = recipe(MINIMAL, *plain)
+    stream = config.stream
+    assert (stream.local, stream.remote) == ("a/~", "s3://b/~/c")
+    assert (config.model.pretrained, config.save_folder) == ("openai", "~none/x")
+
+
 def test_a_full_recipe_becomes_its_sections(recipe: Any) -> None:
     config = recipe(
         MINIMAL
