@@ -420,6 +420,9 @@ def build_selection(
 UNUSED = {"adamw": ("momentum",), "decoupled_adamw": ("momentum",), "sgd": ("betas", "eps")}
 """Keys of `optimizer` that one of a name does not read."""
 
+MOST_DECOUPLED = 1e-3
+"""The largest weight decay of decoupled_adamw; Composer calls it high from here on."""
+
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over the two weight-decay groups.
@@ -427,14 +430,21 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     Raises:
         ValueError: an unknown name, a number out of range, or one that this optimizer has no use for.
     """
-    for name in ("lr", "weight_decay"):
-        value = getattr(config, name)
+    decay = config.weight_decay
+    assert decay is not None
+    for name, value in (("lr", config.lr), ("weight_decay", decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"optimizer.{name}={value} must be a finite number, at least 0")
     for name in UNUSED.get(config.name, ()):
         if getattr(config, name) != getattr(OptimizerConfig(), name):
             raise ValueError(f"optimizer.{name}={getattr(config, name)} has no effect with name={config.name!r}")
-    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "decoupled_adamw" and decay > MOST_DECOUPLED:
+        raise ValueError(
+            f"optimizer.weight_decay={decay} must be at most {MOST_DECOUPLED} with name='decoupled_adamw', which does "
+            f"not scale it by lr: every step would multiply weights by {1 - decay:g}. Leave it out for 1e-05, or give "
+            "adamw's lr * weight_decay"
+        )
+    groups = parameter_groups(model, decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     if config.name == "decoupled_adamw":

@@ -110,3 +110,11 @@ def check_duration(value: str, key: str) -> None:
         raise ValueError(f"{key}={value!r} is not a Composer time such as '1000ba'") from error
     if unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
         raise ValueError(f"{key}={value!r} must be in batches (ba) or epochs of the stream (ep)")
+
+
+def check_interval(value: str | int, key: str) -> None:
+    """Raise ValueError for a number but 0, never, and 1, every epoch: Composer's numbers count epochs."""
+    if isinstance(value, int) and value not in (0, 1):
+        raise ValueError(
+            f"{key}={value} would be in epochs and needs a unit: {value}ba for batches, 1ep for every epoch; 0 is never"
+        )

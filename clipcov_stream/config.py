@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from clipcov_stream.decode import MAX_PIXELS
 from clipcov_stream.plain_yaml import check_plain, check_yaml
 from clipcov_stream.redact import check_tree, redacted
+
+Section = TypeVar("Section", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class EvalColumnsConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The training stream. `global_pool_size` is the candidates of one step over all ranks.
+    """The training stream. `global_pool_size` is the candidates of one step over all ranks. `local` is an MDS folder,
+    or, with `remote`, where its shards are kept.
 
     `shuffle_seed` follows the recipe's `seed` unless given. `sidecar` is a folder or URL with the embeddings that
     `selection.embed: columns` reads, when the stream itself has none; see `sidecar.Sidecar`. `deferred` leaves
@@ -163,14 +167,23 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """adamw, decoupled_adamw or sgd. Gains, biases and the logit scale never decay."""
+    """adamw, decoupled_adamw or sgd. Gains, biases and the logit scale never decay.
+
+    `weight_decay` is 0.1 unless given, and takes `lr` times itself off a weight at every step. Composer's
+    decoupled_adamw does not scale it by `lr`: there it is 1e-5 unless given, and at the peak of `lr` takes just that
+    off. So adamw's `lr * weight_decay` is its counterpart.
+    """
 
     name: str = "adamw"
     lr: float = 5e-4
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.weight_decay is None:  # here, so that a run's records have the number
+            object.__setattr__(self, "weight_decay", 1e-5 if self.name == "decoupled_adamw" else 0.1)
 
 
 @dataclass(frozen=True)
@@ -186,10 +199,10 @@ class SchedulerConfig:
 class EvalConfig:
     """One evaluation split, a Composer Evaluator.
 
-    Either an MDS folder, by `local`, `remote`, `split`, with the tasks zeroshot (needs labels and classes.json; the
-    default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`, `folder` (a folder
-    of images per class) or `captions` (root is an annotation file, `caption_sets.open_captions`; `images` is the folder
-    that its paths are relative to). `split: train` opens a set's training images.
+    Either an MDS folder, by `local`, `remote`, `split` as in `StreamConfig`, with the tasks zeroshot (needs labels and
+    classes.json; the default) and retrieval; or a `dataset` at `root`, whose task is its own: a set of `suite.SETS`,
+    `folder` (a folder of images per class) or `captions` (root is an annotation file, `caption_sets.open_captions`;
+    `images` is the folder that its paths are relative to). `split: train` opens a set's training images.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -222,8 +235,9 @@ class TrainConfig:
     """A whole recipe; keys without a section of ours are the Composer Trainer's own.
 
     `{selector}` and `{seed}` are filled in in `run_name`, `save_folder`, `metrics_file`, `ledger` and `gallery`, and
-    `{run_name}` in the latter four, so that a recipe's twins never share a folder. `ledger` is a folder, see
-    `ledger.Ledger`; so is `gallery`, see `gallery.Gallery`, which records every `gallery_interval`, in ba or dur.
+    `{run_name}` in the latter four, so that a recipe's twins never share a folder. A `~` that begins a path is the home
+    folder, as in a shell. `ledger` is a folder, see `ledger.Ledger`; so is `gallery`, see `gallery.Gallery`, which
+    records every `gallery_interval`, in ba or dur.
     """
 
     model: ModelConfig
@@ -297,7 +311,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def filled(config: TrainConfig) -> TrainConfig:
-    """The recipe with names filled in and every seed that was not given taken from `seed`.
+    """The recipe with names filled in, `~` expanded, and every seed that was not given taken from `seed`.
 
     Raises:
         ValueError: `{run_name}` in `metrics_file`, `ledger` or `gallery` where there is none.
@@ -311,16 +325,26 @@ def filled(config: TrainConfig) -> TrainConfig:
     for name, path in paths.items():
         if path is not None and run_name is None and put(path, {"run_name": ""}) != path:
             raise ValueError(f"{name}={path!r} needs a run_name")
+    # Without a run_name Composer makes one up, and fills it in here.
+    paths |= {"save_folder": put(config.save_folder, known), "load_path": config.load_path}
+    # 9176 is Streaming's own default.
+    shuffle_seed = 9176 + config.seed if stream.shuffle_seed is None else stream.shuffle_seed
+    proxy = None if selection.proxy is None else at_home(selection.proxy, "pretrained")
+    seed = config.seed if selection.seed is None else selection.seed
     return dataclasses.replace(
-        config,
+        at_home(dataclasses.replace(config, **paths), *paths),
         run_name=run_name,
-        save_folder=put(config.save_folder, known),  # without a run_name Composer makes one up, and fills it in here
-        **paths,
-        selection=dataclasses.replace(selection, seed=config.seed if selection.seed is None else selection.seed),
-        # 9176 is Streaming's own default.
-        stream=dataclasses.replace(
-            stream, shuffle_seed=9176 + config.seed if stream.shuffle_seed is None else stream.shuffle_seed
-        ),
+        model=at_home(config.model, "pretrained"),
+        selection=dataclasses.replace(selection, seed=seed, proxy=proxy),
+        stream=dataclasses.replace(at_home(stream, "local", "remote", "sidecar"), shuffle_seed=shuffle_seed),
+        eval={label: at_home(section, "local", "remote") for label, section in config.eval.items()},
+    )
+
+
+def at_home(section: Section, *names: str) -> Section:
+    """A section in which the named paths, where they begin with `~`, are below the home folder."""
+    return dataclasses.replace(
+        section, **{name: os.path.expanduser(path) for name, path in given(section, *names).items()}
     )
 
 
@@ -357,7 +381,7 @@ def parse(kind: Any, value: Any, where: str) -> Any:
             return float(value)
     if kind in (int, str, bool, types.NoneType) and type(value) is kind:
         return value
-    if kind is str and where.endswith("duration") and type(value) is int:
+    if kind is str and where.endswith(("duration", "save_interval")) and type(value) is int:
         raise ValueError(f"{where}={value!r} needs a unit: {value}ba for batches")
     name = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__
     raise ValueError(f"{where}={value!r} must be of type {name}")

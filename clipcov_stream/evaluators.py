@@ -23,6 +23,7 @@ from clipcov_stream.eval_data import ImagesDataset, image_loader
 from clipcov_stream.guard import GuardedDataset
 from clipcov_stream.image_sets import LabelledImages, image_folder
 from clipcov_stream.materialize import ImageTransform, Tokenizer
+from clipcov_stream.redact import redacted
 from clipcov_stream.stream import Columns, PairDataset, PoolLoader, pool_loader, read_json_beside
 from clipcov_stream.suite import SETS, open_set
 from clipcov_stream.zeroshot import Prompts, metrics_for, tokenize_prompts
@@ -95,6 +96,12 @@ def streamed_split(
     """Batches of an MDS folder, and its prompts if it is to be classified."""
     if config.root is not None or config.images is not None:
         raise ValueError(f"eval.{label} has root or images but no dataset; an MDS folder is local or remote")
+    if config.remote and not config.local:
+        raise ValueError(
+            redacted(
+                f"eval.{label}.remote={config.remote!r} needs eval.{label}.local, the folder where shards are kept"
+            )
+        )
     zeroshot, retrieval = "zeroshot" in tasks, "retrieval" in tasks
     try:
         dataset = split_dataset(config, transform, tokenizer, zeroshot, retrieval)

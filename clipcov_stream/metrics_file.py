@@ -13,6 +13,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from clipcov_stream.records import set_aside
+from clipcov_stream.redact import redacted
+from clipcov_stream.remote import is_remote
 
 
 class MetricsFile(LoggerDestination):
@@ -25,9 +27,16 @@ class MetricsFile(LoggerDestination):
 
     Args:
         path: local.
+
+    Raises:
+        ValueError: a URL.
     """
 
     def __init__(self, path: str) -> None:
+        if is_remote(path):
+            raise ValueError(
+                redacted(f"metrics_file={path!r} is remote, where nothing can be appended to a file; give a local path")
+            )
         self.path = Path(path)
         self.pending: dict[str, Any] = {}
         self.evaluated: dict[str, float] = {}

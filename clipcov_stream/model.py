@@ -70,8 +70,9 @@ def build_towers(
             if tag is not None:
                 check_activation(name, tag)
             towers = open_clip.create_model(name, pretrained=tag, output_dict=True, **bias)  # pyright: ignore
-    except (TypeError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {error}") from error
+    except (TypeError, KeyError, RuntimeError, OSError, AssertionError) as error:
+        reason = str(error) or repr(error)  # timm's assertions are not all worded
+        raise ValueError(f"model: open_clip cannot build {name or dict(config or {})}: {reason}") from error
     if pretrained is not None and (config is not None or Path(pretrained).exists()):
         load_towers(towers, pretrained)
     return towers
@@ -116,7 +117,10 @@ def forward_flops(towers: nn.Module, image_size: int, context_length: int) -> in
         context_length: tokens of the caption.
     """
     known: dict[int, Any] = {id(of): torch.empty_like(of, device="meta") for of in towers.buffers()}
-    known |= {id(of): nn.Parameter(torch.empty_like(of, device="meta")) for of in towers.parameters()}
+    # The counter refuses a module whose input is a view of a parameter in training, as an attention pool's is.
+    known |= {
+        id(of): nn.Parameter(torch.empty_like(of, device="meta"), requires_grad=False) for of in towers.parameters()
+    }
     copied: Any = copy.deepcopy(towers, known).eval()
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     text = torch.ones(1, context_length, dtype=torch.int64, device="meta")
@@ -177,7 +181,8 @@ class ClipModel(ComposerModel):
         metrics: evaluation metrics by name, each with `update(outputs, batch)`.
 
     Raises:
-        ValueError: an unknown loss, a chunk below 1, or chunks with batch norm, which would see other statistics.
+        ValueError: an unknown loss, a CoCa, a chunk below 1, or chunks with batch norm, which would see other
+            statistics.
     """
 
     def __init__(
@@ -191,6 +196,11 @@ class ClipModel(ComposerModel):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"model.loss={loss!r} is not one of {list(LOSSES)}")
+        if isinstance(towers, open_clip.CoCa):
+            raise ValueError(
+                "model: a CoCa, which open_clip's coca_* names are, embeds no captions without images, and its caption "
+                "loss is not known here; use a model with two towers, such as model.name='ViT-B-32'"
+            )
         if activation_chunk is not None:
             if activation_chunk < 1:
                 raise ValueError(f"model.activation_chunk={activation_chunk} must be at least 1, or null")

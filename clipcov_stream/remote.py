@@ -73,6 +73,9 @@ def read_remote(url: str, timeout: float = 60) -> bytes:
         target = Path(scratch, "object")
         try:
             CloudDownloader.direct_download(url, str(target), timeout)
+            # GCSDownloader swallows what its S3 client raises, but for a few codes.
+            if not target.is_file():
+                raise OSError(f"{url} was not downloaded, and the back end does not say why")
             return target.read_bytes()
         except Exception as error:  # every back end has kinds of its own
             kind = FileNotFoundError if is_missing(error) else OSError
@@ -114,6 +117,10 @@ def is_missing(error: Exception) -> bool:
     S3 answers 403 for an absent object to those who may not list its bucket; that is not counted as missing.
     """
     response = getattr(error, "response", None)
+    cause = error.__cause__
+    # GCSDownloader calls a 403 of its S3 client FileNotFoundError.
+    if isinstance(cause, Exception) and isinstance(getattr(cause, "response", None), Mapping):
+        return is_missing(cause)
     codes = [getattr(error, name, None) for name in ("code", "status", "status_code")]
     if isinstance(response, Mapping):  # botocore
         codes.append(response.get("Error", {}).get("Code"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.algorithms import GradientClipping
+from composer.algorithms import EMA, GradientClipping
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -63,6 +63,9 @@ def check_sharding(
         raise ValueError(
             "algorithms.gradient_clipping.clipping_type='adaptive' does not clip what fsdp_config shards; use 'norm'"
         )
+    if any(isinstance(each, EMA) for each in algorithms):
+        # Its averages are no DTensors, and the first evaluation ends in an error of torch's.
+        raise ValueError("algorithms.ema cannot average what fsdp_config shards; leave one of them out")
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class PairDataset(GuardedDataset):
     makes of them what would otherwise stand there.
 
     Args:
-        local, remote, split: as Streaming's. At least one of local and remote.
+        local, remote, split: as Streaming's. `local` is the folder itself or, with `remote`, where its shards are kept;
+            only `range_reads` does without, and then keeps its sidecar in the folder for temporary files.
         columns: what to read.
         transform: of images.
         tokenizer: str -> (context,) token ids.
@@ -121,8 +122,8 @@ class PairDataset(GuardedDataset):
             without it stops.
 
     Raises:
-        ValueError: a folder without index.json, without samples, or without a column that is asked for; a sidecar of
-            another folder; a folder that cannot be read by ranges.
+        ValueError: a remote folder without a local one; a folder without index.json, without samples, or without a
+            column that is asked for; a sidecar of another folder; a folder that cannot be read by ranges.
     """
 
     selected, was_selected = False, False
@@ -151,6 +152,9 @@ class PairDataset(GuardedDataset):
     ) -> None:
         if not 1 <= max_pixels <= MOST_PIXELS:
             raise ValueError(f"stream.max_pixels={max_pixels} must be from 1 to {MOST_PIXELS}")
+        if remote and not local and not range_reads:
+            # Streaming would make a folder for temporary files, and refuse to find it there the next time.
+            raise ValueError(redacted(f"stream.remote={remote!r} needs stream.local, the folder where shards are kept"))
         index = folder_index(local, remote, split, kwargs.get("download_timeout", 60))
         cache = Path(local, split or "") if local and remote else None
         pickled = pickled_columns(checked_index(index, repr(remote or local), allow_pickle, cache))

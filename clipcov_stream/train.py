@@ -25,7 +25,7 @@ from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.alone import Alone
 from clipcov_stream.checkpoints import WholeCheckpoints, check_folder, folder_of, newest_whole, restore_generators
 from clipcov_stream.cli import find_recipe
-from clipcov_stream.clock import check_duration
+from clipcov_stream.clock import check_duration, check_interval
 from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.gallery import Gallery
 from clipcov_stream.guard import SkippedShards
@@ -81,7 +81,7 @@ def written_by(config: TrainConfig) -> Alone:
     # Where there is no run_name Composer makes one up, which no other run has.
     if saves and not is_remote(saves) and (config.run_name or "{run_name}" not in saves):
         folders.append(str(folder_of(saves, config.run_name or "")))
-    return Alone(folders, [config.metrics_file] if config.metrics_file else [])
+    return Alone(folders, [config.metrics_file] if config.metrics_file and not is_remote(config.metrics_file) else [])
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
@@ -136,6 +136,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
 def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     """The Trainer, which releases the locks when it is closed."""
     check_duration(config.max_duration, "max_duration")
+    check_interval(config.eval_interval, "eval_interval")
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)

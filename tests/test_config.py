@@ -53,6 +53,14 @@ def test_a_minimal_recipe_has_the_defaults(recipe: Any) -> None:
     assert (config.selection.selector, config.selection.embed) == ("clipcov", "online")
 
 
+@pytest.mark.parametrize(("name", "decay"), [("adamw", 0.1), ("sgd", 0.1), ("decoupled_adamw", 1e-5)])
+def test_weight_decay_is_what_the_optimizer_makes_of_it(recipe: Any, name: str, decay: float) -> None:
+    """The decoupled optimizer does not scale it by the learning rate."""
+    assert recipe(MINIMAL, f"optimizer.name={name}").optimizer.weight_decay == decay
+    given = recipe(MINIMAL, f"optimizer.name={name}", "optimizer.weight_decay=3e-4").optimizer
+    assert given.weight_decay == 3e-4
+
+
 def test_one_seed_seeds_everything_that_has_none_of_its_own(recipe: Any) -> None:
     config = recipe(MINIMAL, "seed=3")
     assert (config.selection.seed, config.stream.shuffle_seed) == (3, 9179)
@@ -71,6 +79,25 @@ def test_twins_have_names_of_their_own(recipe: Any) -> None:
     assert config.metrics_file == "runs/clipcov.jsonl"
     with pytest.raises(ValueError, match=r"metrics_file=.runs/\{run_name\}.jsonl. needs a run_name"):
         recipe(MINIMAL, "metrics_file=runs/{run_name}.jsonl")
+
+
+def test_paths_begin_at_home_where_they_say_so(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("metrics_file", "ledger", "gallery", "save_folder", "load_path", "model.pretrained")
+    keys += ("stream.local", "stream.sidecar", "eval.x.local", "selection.proxy.pretrained")
+    config = recipe(MINIMAL, *(f"{key}=~/{{seed}}/{key}" for key in keys), "run_name=~r")
+    for key in keys:
+        found: Any = config
+        for name in key.split("."):
+            found = found[name] if isinstance(found, dict) else getattr(found, name)
+        seed = "0" if key in keys[:4] else "{seed}"
+        assert found == f"/home/me/{seed}/{key}"
+    assert config.run_name == "~r"
+    plain = ("stream.local=a/~", "stream.remote=s3://b/~/c", "model.pretrained=openai", "save_folder=~none/x")
+    config = recipe(MINIMAL, *plain)
+    stream = config.stream
+    assert (stream.local, stream.remote) == ("a/~", "s3://b/~/c")
+    assert (config.model.pretrained, config.save_folder) == ("openai", "~none/x")
 
 
 def test_a_full_recipe_becomes_its_sections(recipe: Any) -> None:
@@ -122,6 +149,8 @@ device_train_microbatch_size: auto
         ("selection=clipcov", r"selection='clipcov' must be a section of keys"),
         ("eval=[a]", r"eval=\['a'\] must be of type dict"),
         ("callbacks.lr_monitor=3", r"callbacks\.lr_monitor=3 must be of type dict"),
+        ("max_duration=200", r"max_duration=200 needs a unit: 200ba for batches"),
+        ("save_interval=200", r"save_interval=200 needs a unit: 200ba for batches"),
         ("max_duration=null", r"max_duration=None must be of type str"),
     ],
 )

@@ -39,6 +39,15 @@ def tree_of(corpus: Path, folder: Path) -> dict[str, Any]:
     )
 
 
+def test_a_url_is_refused_and_no_folder_of_its_name_made(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"metrics_file='s3://b/m\.jsonl' is remote, .* give a local path"):
+        trainer_of(tmp_path, recipe(corpus, metrics_file="s3://b/m.jsonl"))
+    assert not (tmp_path / "s3:").exists()
+
+
 @pytest.mark.filterwarnings("ignore:No batches were trained")  # Composer's, of an epoch whose last pool it has seen
 @pytest.mark.parametrize("torn", [False, True])
 def test_stopped_runs_leave_the_lines_of_a_straight_one(tmp_path: Path, corpus: Path, torn: bool) -> None:

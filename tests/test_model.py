@@ -6,8 +6,10 @@ import pickle
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -22,15 +24,28 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from composer import Trainer
 
-    from clipcov_stream.model import ClampLogitScale, ClipModel, build_towers, parameter_groups
+    from clipcov_stream.build import build_optimizer
+    from clipcov_stream.config import OptimizerConfig
+    from clipcov_stream.model import ClampLogitScale, ClipModel, build_towers, forward_flops, parameter_groups
 
 CONFIG = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
     "text_cfg": {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
 }
+ATTENTION_POOL: dict[str, Any] = {
+    **CONFIG,
+    "embed_dim": 64,
+    "custom_text": True,
+    "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
+}
 BATCH_NORM = {**CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
 NUM_ROWS = 12
+
+
+def vision_of(**changes: str) -> dict[str, Any]:
+    """ATTENTION_POOL, its image tower changed."""
+    return {**ATTENTION_POOL, "vision_cfg": {**ATTENTION_POOL["vision_cfg"], **changes}}
 
 
 def towers_of(loss: str = "clip", seed: int = 0) -> nn.Module:
@@ -187,6 +202,12 @@ def test_loss_refuses_a_part_of_an_unselected_pool() -> None:
         model.loss(outputs, {**batch, "valid": torch.ones(4, dtype=torch.bool)})
 
 
+def test_a_model_that_writes_captions_is_refused() -> None:
+    towers = open_clip.CoCa(**CONFIG, multimodal_cfg={"context_length": 6, "width": 16, "heads": 2, "layers": 1})
+    with pytest.raises(ValueError, match=r"model: a CoCa, .* use a model with two towers"):
+        ClipModel(towers)
+
+
 def test_chunks_with_batch_norm_are_refused() -> None:
     towers = build_towers(config=BATCH_NORM)
     ClipModel(towers)
@@ -206,12 +227,23 @@ def test_chunks_with_batch_norm_are_refused() -> None:
         ({"name": "ViT-B-32", "config": CONFIG}, "either a name or a config"),
         ({"config": {**CONFIG, "depth": 3}}, "open_clip cannot build.*depth"),
         ({"config": {"embed_dim": 8}}, "open_clip cannot build"),
+        ({"config": vision_of(timm_proj="linear")}, "open_clip cannot build.*Cannot currently add attention pooling"),
+        ({"config": vision_of(timm_proj="cubic")}, r"open_clip cannot build.*AssertionError\(\)"),
         ({"config": CONFIG, "pretrained": "no/such.pt"}, r"checkpoint 'no/such\.pt' cannot be loaded"),
     ],
 )
 def test_a_model_that_cannot_be_built_says_why(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_towers(**arguments)
+
+
+def test_an_attention_pool_is_counted_too() -> None:
+    """As SigLIP's and PE-Core's image towers end: beyond the mean of their tokens, by hand."""
+    configs = (ATTENTION_POOL, vision_of(timm_pool="avg"))
+    pooled, plain = (forward_flops(build_towers(config=config), 160, 6) for config in configs)
+    tokens, width = 100, 64
+    # Key and value of every token; of the one query its own matrix, the output's and an MLP three times as wide.
+    assert pooled - plain == 2 * (tokens * 2 * width**2 + 2 * tokens * width + (2 + 2 * 3) * width**2)
 
 
 def test_unknown_loss_of_a_model() -> None:
@@ -323,6 +355,16 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
         gain = name.endswith(("bias", "logit_scale")) or ".ln_" in name or parameter.ndim < 2
         assert decay[id(parameter)] == (0 if gain else 0.3), name
     assert set(decay.values()) == {0, 0.3}
+
+
+def test_a_decoupled_step_without_gradients_takes_the_decay_off() -> None:
+    towers = towers_of()
+    weight = towers.visual.proj
+    before = weight.detach().clone()
+    optimizer = build_optimizer(OptimizerConfig(name="decoupled_adamw"), ClipModel(towers))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 1e-5), rtol=1e-7, atol=0)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from azure.core.exceptions import ResourceNotFoundError
+from botocore.exceptions import ClientError
 from corpora import draw_corpus, recipe, write_recipe
 from google.api_core.exceptions import Forbidden, NotFound
 from oci.exceptions import ServiceError
 from streaming import MDSWriter
+from streaming.base.storage.download import GCSDownloader
 from test_stream import dataset, encoded, pairs, picture
 
 from clipcov_stream.build import columns_embedder
@@ -181,6 +183,32 @@ def test_every_back_end_says_missing_in_its_own_way() -> None:
     for error in [PermissionError(), Forbidden("x"), ServiceError(401, "NotAuthenticated", {}, "x"), ValueError("404")]:
         assert not is_missing(error), error
     assert not is_missing(LocalEntryNotFoundError())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("404", FileNotFoundError), ("NoSuchKey", FileNotFoundError), ("403", OSError), ("503", OSError)]
+)
+def test_what_a_gs_bucket_refuses_is_not_missing(
+    monkeypatch: pytest.MonkeyPatch, code: str, kind: type[OSError]
+) -> None:
+    """With GCS_KEY Streaming asks by S3's protocol; 403 it calls "not found", and other answers it swallows."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ClientError({"Error": {"Code": code}}, "HeadObject")
+
+    def create(self: GCSDownloader) -> None:
+        self._gcs_client = SimpleNamespace(download_file=refuse)  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr(GCSDownloader, "_create_gcs_client", create)
+    with pytest.raises(OSError, match="not found" if code != "503" else "was not downloaded") as raised:
+        read_remote("gs://b/embedder.json")
+    assert type(raised.value) is kind
+    config = StreamConfig(global_pool_size=4, remote="gs://b")
+    if kind is FileNotFoundError:
+        assert columns_embedder(config) is None
+    else:
+        with pytest.raises(ValueError, match=r"cannot read gs://b/embedder\.json"):
+            columns_embedder(config)
 
 
 def test_urls_are_told_from_paths(bucket: Bucket) -> None:

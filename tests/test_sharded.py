@@ -243,6 +243,10 @@ def test_tools_read_what_it_saved(tmp_path: Path, corpus: Path, kind: str) -> No
             },
             "clipping_type='adaptive' does not clip what fsdp_config shards",
         ),
+        (
+            {"fsdp_config": {}, "algorithms": {"ema": {"half_life": "2ba"}}},
+            "algorithms.ema cannot average what fsdp_config shards; leave one of them out",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(

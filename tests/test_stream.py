@@ -185,6 +185,10 @@ def test_an_undecodable_image_spoils_itself_alone(tmp_path: Path, encoding: str)
         ({"local": "{tmp}/none"}, r"stream\.local '.*none' has no index\.json \(checked .*index\.json\).*make_mds"),
         ({"remote": "{tmp}/none"}, r"stream\.remote '.*none' has no index\.json"),
         ({"local": None}, r"neither local nor remote is set; stream\.local"),
+        (
+            {"local": None, "remote": "{tmp}/mds"},
+            r"stream\.remote='.*/mds' needs stream\.local, the folder where shards",
+        ),
         ({"split": "val"}, r"'.*mds/val' has no index\.json"),
         (
             {"columns": Columns(image="jpg")},

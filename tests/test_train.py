@@ -13,6 +13,7 @@ import quickstart
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from streaming import MDSWriter
 
+from clipcov_stream.clock import check_interval
 from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer, train
 
@@ -119,6 +120,8 @@ def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) ->
         ({"stream": {"columns": {"caption": "text"}}}, r"no column 'text' \(stream.columns.caption\)"),
         ({"stream": {"global_pool_size": 4096}}, "192 samples per rank, one pool needs 4096"),
         ({"max_duration": "100sp"}, "max_duration='100sp' must be in batches"),
+        ({"eval_interval": 2000}, "eval_interval=2000 would be in epochs .*: 2000ba for batches, 1ep for every epoch"),
+        ({"eval_interval": -1}, "eval_interval=-1 would be in epochs"),
         ({"scheduler": {"t_warmup": "1ep"}}, "scheduler.t_warmup='1ep' must be in 'dur' or as max_duration='6ba'"),
         ({"scheduler": {"t_warmup": "soon"}}, "scheduler.t_warmup='soon' is not a Composer time"),
         (
@@ -130,8 +133,16 @@ def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) ->
         ({"scheduler": {"name": "constant", "alpha_f": 0.1}}, "scheduler.alpha_f=0.1 has no effect with name='const"),
         ({"optimizer": {"name": "sgd", "eps": 1e-3}}, "optimizer.eps=0.001 has no effect with name='sgd'"),
         ({"optimizer": {"name": "adamw", "momentum": 0.5}}, "optimizer.momentum=0.5 has no effect with name='adamw'"),
+        (
+            {"optimizer": {"name": "decoupled_adamw", "weight_decay": 0.1}},
+            r"optimizer.weight_decay=0.1 must be at most 0.001 .* multiply weights by 0.9\. Leave it out for 1e-05",
+        ),
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr is not one of Composer's callbacks"),
         ({"callbacks": {"speed_monitor": {"windo": 1}}}, "callbacks.speed_monitor: .*windo"),
+        (
+            {"eval": {"x": {"remote": "s3://b/x"}}},
+            r"eval.x.remote='s3://b/x' needs eval.x.local, the folder where shards",
+        ),
         ({"eval": {"x": {"tasks": ["segment"], "local": "nowhere"}}}, r"eval.x.tasks=\['segment'\] must be some of"),
     ],
 )
@@ -140,6 +151,11 @@ def test_bad_recipes_stop_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, **sections)))))
+
+
+@pytest.mark.parametrize("interval", [0, 1, "1ep", "2000ba", "0.1dur"])
+def test_an_evaluation_interval_has_a_unit_or_none_to_mistake(interval: str | int) -> None:
+    check_interval(interval, "eval_interval")
 
 
 def test_retrieval_over_empty_captions_is_refused(tmp_path: Path, corpus: Path) -> None:
