@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -279,7 +280,8 @@ class CheckedStream(Stream):
             raise BadShard(f"shard {basename} of {self.where} cannot be used: {error}")
         self.notes.mkdir(parents=True, exist_ok=True)
         path = Path(self.notes, quote(basename, ""))
-        part = path.with_name(f".{os.getpid()}-{path.name}")
+        # Two threads may note the same shard at once.
+        part = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
         part.write_text(json.dumps({"shard": basename, "error": error, "is_fatal": is_fatal}), encoding="utf-8")
         os.replace(part, path)
 

@@ -13,7 +13,7 @@ from clipcov_stream.caption_sets import CaptionedImages
 from clipcov_stream.image_sets import LabelledImages
 from clipcov_stream.materialize import ImageTransform, Tokenizer, UndecodableImage, decode_image
 from clipcov_stream.stream import PoolCollate
-from clipcov_stream.workers import begin_worker
+from clipcov_stream.workers import begin_worker, held_signals
 
 
 class ImagesDataset(Dataset[dict[str, Any]]):
@@ -83,11 +83,17 @@ def label_of(samples: Any, index: int) -> int:
     raise RuntimeError(f"image {index} of {type(samples).__name__} cannot be opened, and its label is not known")
 
 
-def image_loader(
-    dataset: ImagesDataset, transform: ImageTransform, batch_size: int, num_workers: int
-) -> DataLoader[Any]:
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader whose workers outlive a signal to their group from the first."""
+
+    def _get_iterator(self) -> Any:
+        with held_signals():
+            return super()._get_iterator()
+
+
+def image_loader(dataset: ImagesDataset, transform: ImageTransform, batch_size: int, num_workers: int) -> ImageLoader:
     """Its batches, normalized; shared out over ranks, which repeat some samples that metrics then count once."""
-    return DataLoader(
+    return ImageLoader(
         dataset,
         batch_size=batch_size,
         sampler=dist.get_sampler(dataset, shuffle=False, drop_last=False),

@@ -42,7 +42,7 @@ from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
 from clipcov_stream.shared_memory import agreeing, clean_dead, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
-from clipcov_stream.workers import begin_worker
+from clipcov_stream.workers import begin_worker, held_signals
 
 STUCK = 2
 """Timeouts of the data set after which a worker counts as stuck that has said nothing."""
@@ -488,6 +488,11 @@ class PoolLoader(StreamingDataLoader):
         # Here, not in a generator or a thread: this may fork the workers.
         pools = self._running_ahead(DataLoader.__iter__(self), self.run_ahead)
         return named(complete(pools, promise, dataset.stream.where), dataset)
+
+    def _get_iterator(self) -> Any:
+        # No longer than this: an epoch that goes on with its workers may wait for them.
+        with held_signals():
+            return super()._get_iterator()
 
     def _running_ahead(
         self, pools: Iterator[Any], run_ahead: Callable[[Iterator[Any], int], Ahead[Any, Any, Any] | None] | None

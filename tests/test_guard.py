@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -497,6 +498,23 @@ def test_two_answers_in_a_row_must_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     answers(*(bytes([number]) for number in range(6)))
     with pytest.raises(OSError, match="no two of 6 answers in a row agree"):
         read_agreed("s3://any")
+
+
+def test_two_threads_note_one_shard_at_once(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, replace = CheckedStream(local=str(folder)), os.replace
+    stream.notes = tmp_path / "notes"
+
+    def after_another(part: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        other = threading.Thread(target=stream.note, args=("shard.00000.mds", "theirs"))
+        other.start()
+        other.join()
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", after_another)
+    stream.note("shard.00000.mds", "own")
+    assert stream.noted() == {"shard.00000.mds": {"shard": "shard.00000.mds", "error": "own", "is_fatal": False}}
+    assert [path.name for path in stream.notes.iterdir()] == ["shard.00000.mds"]
 
 
 def test_within_gives_what_the_work_gives_or_ends_the_wait() -> None:

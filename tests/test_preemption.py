@@ -15,12 +15,17 @@ from typing import Any
 import pytest
 import torch
 from composer import Callback
-from corpora import draw_corpus, recipe, write_recipe
+from corpora import draw_corpus, opened, recipe, write_recipe
 from forked import run_forked
-from runs import assert_same_run, columns_recipe, composer, run, run_ranks, trainer_of, write_columns
+from runs import assert_same_run, columns_recipe, composer, run, run_ranks, synthetic_bytes, trainer_of, write_columns
+from torch.utils.data._utils import signal_handling
 
 from clipcov_stream.checkpoints import checkpoints_in
+from clipcov_stream.eval_data import ImagesDataset, image_loader
+from clipcov_stream.image_sets import LabelledImages
+from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.preemption import SaveOnSignal
+from clipcov_stream.stream import pool_loader
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as other tests' processes: sums have one order
 AHEAD = {"run_ahead": 2, "lag_delay": 2}
@@ -263,6 +268,51 @@ def test_workers_outlive_a_signal_to_their_group(tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert done.stdout == "read\n992\n", done.stderr
+
+
+def loader_of(kind: str, tmp_path: Path) -> Any:
+    """Eight images or more in pools or batches of eight, by one worker."""
+    transform = ImageTransform(16)
+    if kind == "training":
+        return pool_loader(opened(draw_corpus(tmp_path / "corpus") / "train", tmp_path / "local"), 8, num_workers=1)
+    images = LabelledImages([(image, 0) for image in synthetic_bytes(8)], ("shape",), ("{}",))
+    return image_loader(ImagesDataset(images, transform, torch.tensor), transform, 8, num_workers=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_workers_outlive_a_signal_that_comes_before_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int
+) -> None:
+    first = signal_handling._set_worker_signal_handlers
+
+    def told_at_once() -> None:
+        first()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", told_at_once)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    batches = iter(loader_of(kind, tmp_path))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert next(batches)["image"].shape == (8, 3, 16, 16)
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from clipcov_stream.workers import begin_worker
+def work(parent):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    begin_worker()
+    time.sleep(40)
+multiprocessing.get_context("fork").Process(target=work, args=(os.getpid(),)).start()
+os._exit(0)
+"""
+
+
+def test_a_worker_whose_parent_was_gone_before_it_began_ends() -> None:
+    # Until its end of the pipe is closed.
+    subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, timeout=30, check=True)
 
 
 def test_a_run_with_workers_for_evaluation_ends(tmp_path: Path) -> None:
