@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -237,6 +238,46 @@ def test_composers_own_saver_keeps_what_it_says(tmp_path: Path) -> None:
         trainer.fit()
     trainer.close()
     assert [path.name for path in checkpoints_in(tmp_path / "saved")] == ["ep0-ba2-rank0.pt"]
+
+
+KILLED = """
+import os, signal, sys, time
+from composer import Callback
+from clipcov_stream import stored_checkpoints
+from clipcov_stream.config import load_config
+from clipcov_stream.train import build_trainer
+upload = stored_checkpoints.upload
+def held(store, name, path):
+    if "-ba6-" in name:
+        time.sleep(600)
+    upload(store, name, path)
+stored_checkpoints.upload = held
+class Kill(Callback):
+    def before_train_batch(self, state, logger):
+        if int(state.timestamp.batch) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+trainer = build_trainer(load_config(sys.argv[1]))
+trainer.state.callbacks.append(Kill())
+trainer.fit()
+"""
+
+
+def test_a_run_killed_in_the_midst_of_an_upload_goes_on_from_the_one_before(
+    tmp_path: Path, folder: Path, bucket: Bucket, machine: Path
+) -> None:
+    """And leaves nothing behind that the next start does not remove."""
+    straight = run(tmp_path / "straight", tree_of(folder))
+    tree = tree_of(folder, bucket, save_interval="3ba")
+    path, script = write_recipe(tmp_path / "recipe.yaml", tree), tmp_path / "killed.py"
+    script.write_text(KILLED, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script), str(path)], timeout=120, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert [file.name for file in machine.rglob("*.pt")] == ["ep1-ba6-rank0.pt"]
+    assert saved_in(bucket) == ["ep0-ba3-rank0.pt"]
+    again = run(tmp_path / "again", tree)
+    again[0].close()
+    assert_same_run(again, straight, skipped=3)
 
 
 @pytest.mark.alone
