@@ -6,13 +6,15 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import embed_mds
 import pytest
 import torch
 from corpora import draw_corpus
 from mds_folder import mds_folder
-from remote_folder import output_folder
+from remote_folder import output_folder, url_to_read
 from s3 import Bucket
 from sources import COLUMNS, make, write_numbers
 from streaming import StreamingDataset
@@ -75,6 +77,37 @@ def test_index_json_comes_last_and_only_after_all_else(bucket: Bucket, scratch: 
     write_numbers(f"{bucket.url}/cut", range(30), size_limit=500)
     assert bucket.keys("cut/index") == ["cut/index.json"]
     assert list(scratch.iterdir()) == []
+
+
+def test_what_was_uploaded_is_looked_for_where_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming's clients for Azure Blob read one URL in two ways."""
+    seen: list[tuple[str, str]] = []
+
+    class Service:
+        def __init__(self, **_: object) -> None: ...
+
+        def get_container_client(self, container: str) -> Any:
+            def upload_blob(name: str, **_: object) -> None:
+                seen.append((container, name))
+
+            return SimpleNamespace(exists=lambda: True, upload_blob=upload_blob)
+
+        def get_blob_client(self, container: str, blob: str) -> Any:
+            seen.append((container, blob))
+            return SimpleNamespace(download_blob=lambda: SimpleNamespace(readinto=lambda file: file.write(b"{}")))
+
+    monkeypatch.setattr("azure.storage.blob.BlobServiceClient", Service)
+    monkeypatch.setenv("AZURE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_ACCOUNT_ACCESS_KEY", "key")
+    with pytest.raises(ValueError, match=r"has an index\.json already"), output_folder("azure://cc12m/deep/train"):
+        pass
+    with monkeypatch.context() as absent:
+        absent.setattr("remote_folder._check_absent", lambda out: None)
+        with output_folder("azure://cc12m/deep/train") as folder:
+            (folder / "index.json").write_text("{}")
+    assert seen == 2 * [("cc12m", "deep/train/index.json")]
+    for url in ("s3://bucket/path", "gs://bucket/path", "azure-dl://container/path", "hf://datasets/a/b"):
+        assert url_to_read(url) == url
 
 
 def test_nothing_is_uploaded_by_a_run_that_fails(bucket: Bucket, scratch: Path) -> None:

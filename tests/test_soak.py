@@ -51,3 +51,21 @@ def test_growth_is_named() -> None:
     rows = [{**row, "step": 100.0 * n, "files": 9.0 + (n > 6)} for n in range(8)]
     assert soak.summary(rows, "c")["grew"] == ["files"]
     assert soak.summary([{**each, "files": 9.0} for each in rows], "c")["grew"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "50"], "--steps 50 must be at least 4 times --every 100"),
+        (["--steps", "399"], "--steps 399 must be at least 4 times --every 100"),
+        (["--every", "0"], "--every 0 must be at least 1"),
+    ],
+)
+def test_a_run_too_short_to_compare_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["soak.py", *arguments])
+    monkeypatch.setattr(soak, "write_corpus", lambda *_: pytest.fail("it was not refused"))
+    with pytest.raises(SystemExit):
+        soak.main()
+    assert message in capsys.readouterr().err

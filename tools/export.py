@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from mds_folder import open_spool, write_source_json
-from remote_folder import output_folder
+from remote_folder import output_folder, url_to_read
 from streaming.base.storage.upload import CloudUploader
 from subset_folder import PairFolder, VerbatimWriter, bar
 from trained_on import TrainedOn, remote_pairs, trained_on
@@ -159,7 +159,7 @@ def output_file(out: str, overwrite: bool) -> Iterator[Path]:
 
 def _check_absent(out: str) -> None:
     try:
-        read_remote(out)
+        read_remote(url_to_read(out))
     except FileNotFoundError:
         return
     except OSError as error:

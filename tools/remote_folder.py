@@ -71,10 +71,20 @@ def _upload(uploader: Any, folder: Path) -> None:
         uploader.upload_file(name)
 
 
+def url_to_read(out: str) -> str:
+    """The URL that reads what was uploaded to `out`.
+
+    They differ for Azure Blob alone, where Streaming's uploader takes the container from the host, its downloader from
+    the path.
+    """
+    parts = urlparse(out)
+    return f"azure://{parts.netloc}/{parts.netloc}{parts.path}" if parts.scheme == "azure" else out
+
+
 def _check_absent(out: str) -> None:
     """Raise ValueError if there is an index.json at `out`, or if that cannot be told."""
     try:
-        read_remote(f"{out}/index.json")
+        read_remote(f"{url_to_read(out)}/index.json")
     except FileNotFoundError:
         return
     except OSError as error:

@@ -113,6 +113,10 @@ def main() -> None:
     parser.add_argument("--endpoint", help="of an S3 server that takes moto's credentials; one is started by default")
     parser.add_argument("--out", help="folder for soak.json and soak.png")
     args = parser.parse_args()
+    if args.every < 1:
+        parser.error(f"--every {args.every} must be at least 1")
+    if args.steps < 4 * args.every:
+        parser.error(f"--steps {args.steps} must be at least 4 times --every {args.every}: a quarter is compared")
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="soak"))
     try:
