@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,7 +266,7 @@ class Ranges:
         self.num_bytes = 0
         self._counting = threading.Lock()
         self._pauses = random.Random()  # of its own: training's generators stay as they are
-        self._closing = threading.Event()
+        self._closed: Future[str] = Future()
         self._threads: ThreadPoolExecutor | None = None
 
     def __call__(self, spans: Sequence[Span]) -> list[Future[Any]]:
@@ -288,7 +288,7 @@ class Ranges:
             if span not in outside and (span.length == 0 or span in kept):
                 self._give(image, kept.get(span, b""))
         if self._threads is None:
-            self._closing.clear()
+            self._closed = Future()
             self._threads = ThreadPoolExecutor(self.connections, "ranges")
         for request in coalesce(span for span in images if span not in kept and span not in outside):
             self._threads.submit(self._fetch, request, images)
@@ -329,10 +329,11 @@ class Ranges:
         while True:
             attempt += 1
             try:
-                if self._closing.is_set():
-                    raise OSError("the loader was closed")
+                if self._closed.done():
+                    raise InterruptedError(self._closed.result())
                 left = max(0.0, until - time.monotonic()) if self.patience else None
-                data = within(left, self._read, request.shard, request.begin, length, attempt == 1)
+                arguments = request.shard, request.begin, length, attempt == 1
+                data = within(left, self._read, *arguments, unless=self._closed)
                 if len(data) == length and not damaged(data, request):
                     return data
                 wrong = f"{length}" if len(data) != length else "those the sidecar has a checksum of"
@@ -343,7 +344,7 @@ class Ranges:
             is_last |= self.patience > 0 and time.monotonic() >= until
             # Spread out, lest all connections come back at once to a store that asked for less.
             pause = FIRST_PAUSE * 2 ** (attempt - 1) * self._pauses.uniform(0.5, 1)
-            if is_last or self._closing.wait(pause):
+            if is_last or wait([self._closed], pause).done:
                 break
         name = self.source.names[request.shard]
         raise OSError(
@@ -376,9 +377,9 @@ class Ranges:
             return False
 
     def close(self) -> None:
-        """End the threads, at the next attempt of what they do; the next call starts new ones."""
-        self._closing.set()
+        """End the threads, which no longer wait for what they asked for; the next call starts new ones."""
         if self._threads is not None:
+            self._closed.set_result("the loader was closed")
             self._threads.shutdown()
             self._threads = None
         if self.cache is not None:

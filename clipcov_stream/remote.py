@@ -26,13 +26,22 @@ FIRST_PAUSE = 0.25
 AGREEMENT_ATTEMPTS = 6
 
 
-def within(seconds: float | None, work: Callable[..., Result], *arguments: Any) -> Result:
+def within(
+    seconds: float | None,
+    work: Callable[..., Result],
+    *arguments: Any,
+    unless: concurrent.futures.Future[str] | None = None,
+) -> Result:
     """What `work` returns or raises, in a thread of its own that is left behind once the time is up.
 
     It is a daemon, so that no exit waits for it. A thread takes some 0.1 ms.
 
+    Args:
+        unless: ends the wait too, once it says why.
+
     Raises:
         TimeoutError: it took longer than `seconds`; None waits for ever.
+        InterruptedError: `unless` was done first.
     """
     done: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
@@ -43,12 +52,13 @@ def within(seconds: float | None, work: Callable[..., Result], *arguments: Any) 
             done.set_exception(error)
 
     threading.Thread(target=run, name="within", daemon=True).start()
-    try:
-        return done.result(seconds)
-    except concurrent.futures.TimeoutError as error:  # not TimeoutError itself before Python 3.11
-        if done.done():
-            raise
-        raise TimeoutError(f"nothing came within {seconds:g} s") from error
+    ends = {done} if unless is None else {done, unless}
+    concurrent.futures.wait(ends, seconds, concurrent.futures.FIRST_COMPLETED)
+    if done.done():
+        return done.result()
+    if unless is not None and unless.done():
+        raise InterruptedError(unless.result())
+    raise TimeoutError(f"nothing came within {seconds:g} s")
 
 
 def is_remote(folder: str | None) -> bool:

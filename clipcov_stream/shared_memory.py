@@ -299,19 +299,26 @@ def clean_locks(said: dict[str, Any]) -> None:
                 place.unlink()
 
 
+def await_dying() -> None:
+    """Wait for processes that are dead but whose workers are not, at most `PATIENCE` seconds; before one's `turn`, lest
+    other jobs wait too. The first process of a node does it."""
+    if get_local_rank() != 0 or not MEMORY.is_dir():
+        return
+    deadline, dying = time.monotonic() + PATIENCE, dying_claims()
+    while dying - WAITED_FOR and time.monotonic() < deadline:
+        time.sleep(0.05)
+        dying = dying_claims()
+    WAITED_FOR.update(dying)
+
+
 def clean_dead() -> list[str]:
     """Remove the shared memory, lock files and notes that killed runs of this user have left; returns their names.
 
-    The first process of a node does it, and the others wait. A process that is dead but whose workers are not is
-    waited for, at most `PATIENCE` seconds.
+    To be called in one's `turn`: between the look at a dead run's number and the removal of its names another job could
+    take it. The first process of a node does it, and the others wait.
     """
     removed = []
     if get_local_rank() == 0 and MEMORY.is_dir():
-        deadline, dying = time.monotonic() + PATIENCE, dying_claims()
-        while dying - WAITED_FOR and time.monotonic() < deadline:
-            time.sleep(0.05)
-            dying = dying_claims()
-        WAITED_FOR.update(dying)
         removed = removed_of(claims()) + clean_notes()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

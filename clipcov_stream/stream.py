@@ -40,7 +40,7 @@ from clipcov_stream.ranges import Ranges, Source, Span, sidecar_of
 from clipcov_stream.reader import bounded
 from clipcov_stream.redact import check_url, redacted
 from clipcov_stream.remote import is_remote, read_agreed, read_remote
-from clipcov_stream.shared_memory import agreeing, clean_dead, opening, turn
+from clipcov_stream.shared_memory import agreeing, await_dying, clean_dead, opening, turn
 from clipcov_stream.sidecar import SPAN_COLUMN, Sidecar
 from clipcov_stream.workers import begin_worker, held_signals
 
@@ -168,10 +168,12 @@ class PairDataset(GuardedDataset):
         guards: dict[str, Any] = {"timeout": timeout, "on_bad_shard": on_bad_shard, "max_bad_shards": max_bad_shards}
         guards["allow_unsafe_types"] = bool(pickled) and not range_reads
         open_ = super().__init__
-        clean_dead()
+        await_dying()
         try:
-            with opening(where.get("local"), where.get("split")), turn(), agreeing():
-                open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs)
+            with turn():
+                clean_dead()  # before this process says that it opens the folder: what died opening it would be let be
+                with opening(where.get("local"), where.get("split")), agreeing():
+                    open_(CheckedStream(**where, timeout=timeout), **guards, **kwargs)
         except RuntimeError as error:
             if "contains no samples" not in str(error):
                 raise

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -524,6 +525,11 @@ def test_within_gives_what_the_work_gives_or_ends_the_wait() -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match=r"nothing came within 0\.05 s"):
         within(0.05, threading.Event().wait, 20)
+    unless: Future[str] = Future()
+    assert within(None, divmod, 7, 2, unless=unless) == (3, 1)
+    unless.set_result("enough")
+    with pytest.raises(InterruptedError, match="enough"):
+        within(None, threading.Event().wait, 20, unless=unless)
     assert time.monotonic() - begun < 5
 
 

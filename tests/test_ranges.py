@@ -261,6 +261,30 @@ def test_closing_ends_what_waits_for_a_store(folder: Path, bucket: Bucket, monke
             image.result(timeout=0)
 
 
+def test_closing_does_not_wait_for_an_answer(folder: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, wanted = spans_of(folder)
+    ranges = Ranges(source_of(folder, bucket.upload(folder, "mds")))
+    asked, answers = threading.Event(), threading.Event()
+
+    def read(*_: Any) -> bytes:
+        asked.set()
+        answers.wait(20)
+        return b""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ranges.reader, "read", read)
+        (image,) = ranges(spans[:1])
+        assert asked.wait(20)
+        begun = time.monotonic()
+        ranges.close()
+    assert time.monotonic() - begun < 10
+    with pytest.raises(OSError, match="after 1 attempts: InterruptedError: the loader was closed"):
+        image.result(timeout=0)
+    assert fetched(ranges, spans[:1]) == wanted[:1]
+    answers.set()
+    ranges.close()
+
+
 # ---------------------------------------------------------------- the cache
 
 

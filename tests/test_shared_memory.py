@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpora import draw_corpus, opened
@@ -256,6 +257,22 @@ def test_jobs_that_start_at_once_open_their_data_sets_in_turn(tmp_path: Path, co
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * 6, "\n".join(errors)
+
+
+def test_what_is_dead_is_removed_while_no_other_job_opens_a_data_set(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed_of, free = shared_memory.removed_of, []
+
+    def seen(found: dict[Path, dict[str, Any]]) -> list[str]:
+        another = os.open(MEMORY, os.O_RDONLY)
+        free.append(shared_memory.locked(another, 0))
+        os.close(another)
+        return removed_of(found)
+
+    monkeypatch.setattr(shared_memory, "removed_of", seen)
+    assert opened(corpus, tmp_path / "a")[0]["id"] == 0
+    assert free == [False]
 
 
 def test_a_turn_that_does_not_come_is_not_waited_for_without_end(
