@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ class StoredCheckpoints(WholeCheckpoints):
             folder = folder_of(self.folder, state.run_name)
             if not list(folder.glob("*.not-uploaded")):
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # another run of this recipe is there
+                    folder.parent.rmdir()
 
 
 def check_store(url: str) -> None:
