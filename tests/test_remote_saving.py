@@ -284,7 +284,7 @@ def test_a_run_killed_in_the_midst_of_an_upload_goes_on_from_the_one_before(
 def test_ranks_that_are_all_told_to_end_upload_first(
     tmp_path: Path, folder: Path, bucket: Bucket, machine: Path
 ) -> None:
-    """A real launcher, whose whole process group gets the signal."""
+    """A real launcher, whose whole process group gets the signal; and both go on from there."""
     from test_preemption import alive, until
 
     metrics = tmp_path / "metrics.jsonl"
@@ -311,4 +311,9 @@ def test_ranks_that_are_all_told_to_end_upload_first(
     said = (tmp_path / "output.txt").read_text(encoding="utf-8")
     newest = newest_stored(tree["save_folder"], "told")
     assert newest is not None, said
-    assert f"ends after step {newest.split('-ba')[1].split('-')[0]}; saved" in said
+    step = int(newest.split("-ba")[1].split("-")[0])
+    assert f"ends after step {step}; saved" in said
+    command += [f"max_duration={step + 1}ba"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert f"told: goes on from step {step:,}" in resumed.stdout and resumed.returncode == 0, resumed.stderr
