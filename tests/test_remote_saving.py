@@ -11,18 +11,22 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from composer import Callback
 from composer.callbacks import CheckpointSaver
 from corpora import draw_corpus, recipe, write_recipe
 from runs import assert_same_run, columns_recipe, composer, run, trainer_of, write_columns
 from s3 import Bucket
+from test_own_trainer import own_trainer
 
 from clipcov_stream import stored_checkpoints
 from clipcov_stream.checkpoints import checkpoints_in
+from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.stored_checkpoints import StoredCheckpoints, newest_stored
 
 
@@ -238,6 +242,26 @@ def test_composers_own_saver_keeps_what_it_says(tmp_path: Path) -> None:
         trainer.fit()
     trainer.close()
     assert [path.name for path in checkpoints_in(tmp_path / "saved")] == ["ep0-ba2-rank0.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified", "ignore:.*resumption.*:UserWarning")
+def test_a_trainer_of_ones_own(bucket: Bucket, machine: Path) -> None:
+    url, weights = f"{bucket.url}/own", []
+    for number, stop in enumerate((2, 9)):
+        saver = StoredCheckpoints(url, save_interval="100ba")
+        callbacks = [SaveOnSignal(), saver, Tell(stop)]
+        path = newest_stored(url, "own")
+        assert (path is None) == (number == 0)
+        trainer = own_trainer([], callbacks=callbacks, run_name="own", max_duration="6ba", load_path=path)
+        with pytest.raises(SystemExit) if stop < 6 else nullcontext():
+            trainer.fit()
+        trainer.close()
+        weights.append(trainer.state.model.state_dict())
+    straight = own_trainer([], max_duration="6ba")
+    straight.fit()
+    assert saved_in(bucket) == ["ep1-ba3-rank0.pt", "ep2-ba6-rank0.pt"]
+    assert all(torch.equal(weight, weights[-1][name]) for name, weight in straight.state.model.state_dict().items())
+    assert not list(machine.iterdir())
 
 
 KILLED = """
