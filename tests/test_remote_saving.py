@@ -252,11 +252,13 @@ def test_a_trainer_of_ones_own(bucket: Bucket, machine: Path) -> None:
         callbacks = [SaveOnSignal(), saver, Tell(stop)]
         path = newest_stored(url, "own")
         assert (path is None) == (number == 0)
+        torch.manual_seed(0)
         trainer = own_trainer([], callbacks=callbacks, run_name="own", max_duration="6ba", load_path=path)
         with pytest.raises(SystemExit) if stop < 6 else nullcontext():
             trainer.fit()
         trainer.close()
         weights.append(trainer.state.model.state_dict())
+    torch.manual_seed(0)
     straight = own_trainer([], max_duration="6ba")
     straight.fit()
     assert saved_in(bucket) == ["ep1-ba3-rank0.pt", "ep2-ba6-rank0.pt"]
