@@ -134,6 +134,10 @@ class SaveOnSignal(Callback):
         return bool(savers)
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        # Under this one's care, lest a signal cuts the last upload short.
+        for saver in state.callbacks:
+            if isinstance(saver, WholeCheckpoints):
+                saver.fit_end(state, logger)
         self._release()
 
     def close(self, state: State, logger: Logger) -> None:

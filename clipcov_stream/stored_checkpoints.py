@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,14 @@ STORES = ("s3", "gs", "oci", "azure")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0
 """Of an upload; seconds before the second attempt, twice as many before each later one."""
 
+SLICE = 20.0
+"""Seconds after which ranks that wait for the last upload hear that it is still under way, lest they give up."""
+
 MARK = ".clipcov"
 """The object that is written to a folder as training begins."""
+
+KEPT = ".not-uploaded"
+"""What a file's name ends with that no upload came of and no start removes."""
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +55,23 @@ class StoredCheckpoints(WholeCheckpoints):
 
     Args:
         url: s3://bucket/folder, or gs, oci, azure; `{run_name}` is filled in.
-        kwargs: CheckpointSaver's; `num_checkpoints_to_keep` has no say.
+        kwargs: CheckpointSaver's, but for `filename`; `num_checkpoints_to_keep` has no say.
 
     Raises:
-        ValueError: a URL of another kind.
-        OSError: as training begins, the store does not let itself be written to; at its end, the last checkpoint is
-            not uploaded. It names where the file is, and every rank raises it.
+        ValueError: a URL of another kind, another `filename`; as training begins, on every rank, a checkpoint of a step
+            that is still to come without `overwrite`, or weights that are saved in pieces.
+        OSError: on every rank, as training begins, the store does not let itself be listed or written to; at its end,
+            the last checkpoint is not uploaded. It names where the file is.
 
-    Costs: room for three checkpoints under TMPDIR.
+    Costs: room for three checkpoints under TMPDIR. A machine that is not come back to keeps them there.
     """
 
     def __init__(self, url: str, **kwargs: Any) -> None:
         check_store(url)
+        if "filename" in kwargs:
+            raise ValueError(
+                f"filename={kwargs['filename']!r}: checkpoints in a store are found by Composer's own name"
+            )
         self.url = url
         nothing: dict[str, Any] = dict.fromkeys(("remote_file_name", "latest_remote_file_name", "latest_filename"))
         super().__init__(folder=staging_of(url), **{**kwargs, **nothing, "num_checkpoints_to_keep": -1})
@@ -72,22 +84,34 @@ class StoredCheckpoints(WholeCheckpoints):
         """Checkpoints that were written and never uploaded."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        if state.fsdp_sharded_state_dict_enabled:
+            raise ValueError("checkpoints in pieces are not kept in a store here; set state_dict_type to full")
+        folder = folder_of(self.folder, state.run_name)
         if dist.get_global_rank() == 0:
-            for path in folder_of(self.folder, state.run_name).glob("*.pt"):  # of a run that was killed
-                path.unlink()
+            if self._upload is not None:  # of a fit that was cut short
+                wait([self._upload])
+            self._upload, self._uploads, self._waits = None, None, None
+            for path in folder.glob("*.pt"):  # or of a run that was killed
+                path.unlink(missing_ok=True)
         super().fit_start(state, logger)
-        answer = [""]
+        answer = ["", ""]
         if dist.get_global_rank() == 0:
-            store, prefix = opened(self.url, state.run_name)
-            mark = folder_of(self.folder, state.run_name) / MARK
-            mark.touch()
             try:
-                store.upload_object(f"{prefix}/{MARK}", str(mark))
+                answer[0] = "" if self.overwrite else self.later(state)
+                store, prefix = opened(self.url, state.run_name)
+                (folder / MARK).touch()
+                store.upload_object(f"{prefix}/{MARK}", str(folder / MARK))
             except Exception as error:  # each client has its own
-                answer = [f"{type(error).__name__}: {redacted(error)}"]
+                answer[1] = f"{type(error).__name__}: {redacted(error)}"
         dist.broadcast_object_list(answer, src=0)
+        place = redacted(self.place(state.run_name))
+        if answer[1]:
+            raise OSError(f"save_folder={place!r} cannot be written to, and nothing was trained: {answer[1]}")
         if answer[0]:
-            raise OSError(f"save_folder={self.url!r} cannot be written to, and nothing was trained: {answer[0]}")
+            raise ValueError(
+                f"save_folder={place!r} has {answer[0]}, but training begins after step {int(state.timestamp.batch)}; "
+                "load it, or give another run_name, or overwrite=True"
+            )
 
     def place(self, run_name: str) -> str:
         return format_name_with_dist(self.url, run_name)
@@ -98,14 +122,15 @@ class StoredCheckpoints(WholeCheckpoints):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._upload is not None and self._upload.done():
-            self._settle(is_last=False)
+            if said := self._settle(state):
+                log.warning("%s; the next one is tried", said)
             self._begin(state)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:  # on the rank that writes
             if self._waits is not None:
-                self._give_up(self._waits, f"{self._uploads} is still being uploaded")
+                self._give_up(state, self._waits, f"{self._uploads} is still being uploaded")
             self._waits = Path(self.saved_checkpoints.pop())
             self._begin(state)
 
@@ -115,55 +140,72 @@ class StoredCheckpoints(WholeCheckpoints):
             self._uploads, self._waits = self._waits, None
             self._upload = begun(self.url, state.run_name, self._uploads)
 
-    def _settle(self, is_last: bool) -> str:
-        """Wait for the upload that is under way, if any; what to say if it failed and there is no newer one."""
-        pending, self._upload = self._upload, None
-        if pending is None or self._uploads is None:
-            return ""
-        if is_last and not pending.done():
-            size = self._uploads.stat().st_size / 2**20
-            print(f"uploading {self._uploads.name}, {size:,.0f} MiB, to {self.url}", flush=True)
-        error = pending.exception()
+    def _settle(self, state: State) -> str:
+        """Have done with an upload that is done; what to say if it failed and there is no newer one to wait for."""
+        assert self._upload is not None and self._uploads is not None
+        error, path = self._upload.exception(), self._uploads
+        self._upload, self._uploads = None, None
         if error is None:
-            self._uploads.unlink()
-        elif not is_last:
-            self._give_up(self._uploads, redacted(error))
-        else:
-            kept = self._uploads.rename(f"{self._uploads}.not-uploaded")
-            return f"{self._given_up(kept, redacted(error))}; it is at {str(kept)!r}"
+            for older in path.parent.glob(f"*{KEPT}"):
+                if order_of(older.name.removesuffix(KEPT)) <= order_of(path.name):
+                    older.unlink()
+            path.unlink(missing_ok=True)
+            return ""
+        if self._waits is None and path.exists():
+            # Until a newer one is in the store it is the newest there is.
+            self.num_given_up += 1
+            return self._said(state, self._kept(path), redacted(error))
+        self._give_up(state, path, redacted(error))
         return ""
 
-    def _give_up(self, path: Path, reason: str) -> None:
-        log.warning("%s; the next one is tried", self._given_up(path, reason))
-        path.unlink()
+    def _kept(self, path: Path) -> Path:
+        """A file under a name that no start removes, in place of any that was kept before."""
+        for other in path.parent.glob(f"*{KEPT}"):
+            other.unlink()
+        return path.rename(f"{path}{KEPT}")
 
-    def _given_up(self, path: Path, reason: str) -> str:
+    def _give_up(self, state: State, path: Path, reason: str) -> None:
         self.num_given_up += 1
-        name = path.name.removesuffix(".not-uploaded")
-        return f"checkpoint {name} was not uploaded to {self.url!r} ({self.num_given_up} so far): {reason}"
+        log.warning("%s; the next one is tried", self._said(state, path, reason))
+        path.unlink(missing_ok=True)
 
-    def _finish(self, state: State) -> str:
-        """Wait until the newest is there; what to say if it is not."""
-        said = self._settle(is_last=self._waits is None)
-        if self._waits is None:
-            return said
-        self._begin(state)
-        return self._settle(is_last=True)
+    def _said(self, state: State, path: Path, reason: str) -> str:
+        name, place = path.name.removesuffix(KEPT), redacted(self.place(state.run_name))
+        where = f"; it is at {str(path)!r}" if path.name.endswith(KEPT) else ""
+        return f"checkpoint {name} was not uploaded to {place!r} ({self.num_given_up} so far): {reason}{where}"
+
+    def _finish(self, state: State, seconds: float | None) -> str | None:
+        """Wait until the newest is there; what to say if it is not, None if it is still under way."""
+        said = ""
+        while self._upload is not None and self._uploads is not None:
+            if not self._upload.done():
+                size = self._uploads.stat().st_size / 2**20 if self._uploads.exists() else 0
+                place = redacted(self.place(state.run_name))
+                print(f"uploading {self._uploads.name}, {size:,.0f} MiB, to {place}", flush=True)
+                if not wait([self._upload], seconds).done:
+                    return None
+            said = self._settle(state)
+            self._begin(state)
+        return said
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        answer = [self._finish(state)]
-        dist.broadcast_object_list(answer, src=0)
+        answer: list[str | None] = [None]
+        while answer[0] is None:
+            answer = [self._finish(state, SLICE)]
+            dist.broadcast_object_list(answer, src=0)
         if answer[0]:
             raise OSError(answer[0])
 
     def close(self, state: State, logger: Logger) -> None:
-        # Of a run that an exception ended in the midst of an upload. It is a daemon: who cannot wait presses Ctrl-C.
-        said = self._finish(state)
-        if said:
+        # After an exception what was saved is still uploaded, but not where somebody has no patience.
+        if not isinstance(sys.exc_info()[1], SystemExit) and (said := self._finish(state, None)):
             log.error(said)
-        if dist.get_global_rank() == 0:
+        for path in (self._uploads, self._waits):
+            if path is not None and path.exists():
+                log.error(self._said(state, self._kept(path), "the run ended before"))
+        if dist.get_local_rank() == 0:
             folder = folder_of(self.folder, state.run_name)
-            if not list(folder.glob("*.not-uploaded")):
+            if not list(folder.glob(f"*{KEPT}")):
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # another run of this recipe is there
                     folder.parent.rmdir()
@@ -172,36 +214,39 @@ class StoredCheckpoints(WholeCheckpoints):
 def check_store(url: str) -> None:
     """Raise ValueError unless checkpoints can be kept at a URL."""
     kind, bucket, path = parse_uri(url)
-    if kind not in STORES or not bucket or not path.strip("/"):
+    if kind not in STORES or not bucket or not path.strip("/") or "#" in url or "?" in url:
         raise ValueError(
-            f"save_folder={redacted(url)!r} must be KIND://BUCKET/FOLDER, KIND one of {', '.join(STORES)}, or a folder "
-            "on this machine"
+            f"save_folder={redacted(url)!r} must be KIND://BUCKET/FOLDER, KIND one of {', '.join(STORES)} and without "
+            "# and ?, or a folder on this machine"
         )
 
 
 def staging_of(url: str) -> str:
     """Where checkpoints of a URL are until they are uploaded, `{run_name}` to be filled in: on every start the same, so
-    that killed ones leave no more than one behind."""
+    that killed ones leave no more than one folder behind."""
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     return str(Path(tempfile.gettempdir(), f"clipcov-checkpoints-{name}", "{run_name}"))
 
 
 def opened(url: str, run_name: str) -> tuple[ObjectStore, str]:
-    """A client of the store, and the folder in its bucket."""
+    """A client of the store, and the folder in its bucket.
+
+    Raises: what the client does, which may ask the store already; ValueError as `check_store`.
+    """
     url = format_name_with_dist(url, run_name)
+    check_store(url)
     store = maybe_create_object_store_from_uri(url)
     assert store is not None
     return store, parse_uri(url)[2].rstrip("/")
 
 
 def begun(url: str, run_name: str, path: Path) -> Future[None]:
-    """An upload by a thread that no exit waits for."""
-    store, prefix = opened(url, run_name)
+    """An upload by a thread of its own, a daemon."""
     done: Future[None] = Future()
 
     def run() -> None:
         try:
-            upload(store, f"{prefix}/{path.name}", path)
+            upload(url, run_name, path)
             done.set_result(None)
         except BaseException as error:  # it is told to who waits
             done.set_exception(error)
@@ -210,14 +255,15 @@ def begun(url: str, run_name: str, path: Path) -> Future[None]:
     return done
 
 
-def upload(store: ObjectStore, name: str, path: Path) -> None:
+def upload(url: str, run_name: str, path: Path) -> None:
     """Upload a file, with ATTEMPTS.
 
     Raises: what the client does, of the last.
     """
     for attempt in range(ATTEMPTS):
         try:
-            store.upload_object(name, str(path))
+            store, prefix = opened(url, run_name)
+            store.upload_object(f"{prefix}/{path.name}", str(path))
             return
         except Exception as error:
             if attempt == ATTEMPTS - 1:
@@ -227,7 +273,9 @@ def upload(store: ObjectStore, name: str, path: Path) -> None:
 
 
 def newest_stored(url: str, run_name: str) -> str | None:
-    """The newest checkpoint of a folder in a store, as a URL; None if it has none. Every rank must ask.
+    """The newest checkpoint of a folder in a store, as a URL for Composer's `load_path`; None if it has none.
+
+    Every rank must ask, over several once `composer.utils.dist` is initialized.
 
     Raises:
         ValueError: a URL of another kind; the store does not let itself be listed.
@@ -237,7 +285,7 @@ def newest_stored(url: str, run_name: str) -> str | None:
     if dist.get_global_rank() == 0:
         try:
             answer[0] = newest_in(url, run_name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1]:
@@ -249,12 +297,29 @@ def newest_in(url: str, run_name: str) -> str | None:
     """The name of the newest checkpoint of a folder in a store.
 
     Raises:
-        OSError: the store does not let itself be listed.
+        OSError: the store does not let itself be listed, or lists nothing of a folder that something is in.
+        ValueError: as `check_store`, of the URL with the name in it.
     """
+    place = redacted(format_name_with_dist(url, run_name))
     try:
         store, prefix = opened(url, run_name)
         keys = store.list_objects(f"{prefix}/")
+        if not keys and is_there(store, f"{prefix}/{MARK}"):  # Composer's client takes an empty page for the end
+            raise OSError(f"it has {MARK} and lists nothing")
+    except ValueError:
+        raise
     except Exception as error:  # each client has its own
-        raise OSError(f"save_folder={url!r} cannot be listed: {type(error).__name__}: {redacted(error)}") from error
+        raise OSError(f"save_folder={place!r} cannot be listed: {type(error).__name__}: {redacted(error)}") from error
     names = (key.removeprefix(f"{prefix}/") for key in keys)
     return max((name for name in names if order_of(name)[0] >= 0), key=order_of, default=None)
+
+
+def is_there(store: ObjectStore, name: str) -> bool:
+    """Whether a store has an object.
+
+    Raises: what the client does where that cannot be told.
+    """
+    try:
+        return store.get_object_size(name) >= 0
+    except FileNotFoundError:
+        return False

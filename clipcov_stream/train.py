@@ -266,7 +266,9 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         trainer.close()
         leave_group()
         raise
-    except SystemExit:  # of this rank: another may be where it does not meet a barrier
+    except BaseException:
+        # Here and not as Python ends, when nothing can be uploaded; without the trainer's barrier, to which others may
+        # not come.
         trainer.engine.close()
         raise
     text = summary(trainer, config)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from composer import Callback
 from composer.callbacks import CheckpointSaver
+from composer.utils import S3ObjectStore
 from corpora import draw_corpus, recipe, write_recipe
 from runs import assert_same_run, columns_recipe, composer, run, trainer_of, write_columns
 from s3 import Bucket
@@ -174,9 +176,9 @@ def test_training_does_not_wait_for_a_store(
     """While one upload hangs the newest waits its turn, and older ones are given up."""
     hangs, upload = threading.Event(), stored_checkpoints.upload
 
-    def held(store: Any, name: str, path: Path) -> None:
+    def held(url: str, run_name: str, path: Path) -> None:
         hangs.wait(60)
-        upload(store, name, path)
+        upload(url, run_name, path)
 
     class Release(Callback):
         def fit_end(self, state: Any, logger: Any) -> None:
@@ -227,6 +229,34 @@ def test_a_store_that_cannot_be_used_is_found_before_training(tmp_path: Path, fo
         trainer.fit()
     trainer.close()
     assert recorder.batches == []
+    with pytest.raises(ValueError, match=r"without # and \?"):
+        trainer_of(tmp_path / "e", tree_of(folder, bucket, run_name="a#1"))
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+def test_what_would_be_overwritten_or_not_be_found(bucket: Bucket) -> None:
+    with pytest.raises(ValueError, match=r"filename='step\{batch\}\.pt': checkpoints in a store are found by"):
+        StoredCheckpoints(f"{bucket.url}/own", filename="step{batch}.pt")
+    bucket.client.put_object(Bucket=bucket.name, Key="own/ep0-ba9-rank0.pt", Body=b"")
+    trainer = own_trainer([], callbacks=[StoredCheckpoints(f"{bucket.url}/own")])
+    with pytest.raises(ValueError, match=r"own' has ep0-ba9-rank0\.pt, but training begins after step 0"):
+        trainer.fit()
+    trainer.close()
+    trainer = own_trainer([], callbacks=[StoredCheckpoints(f"{bucket.url}/own", overwrite=True)], max_duration="1ba")
+    trainer.fit()
+    trainer.close()
+
+
+def test_a_folder_that_lists_nothing_and_has_something_is_not_new(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Composer's client makes of an empty page."""
+    bucket.client.put_object(Bucket=bucket.name, Key="own/.clipcov", Body=b"")
+    assert newest_stored(f"{bucket.url}/own", "") is None
+    monkeypatch.setattr(S3ObjectStore, "list_objects", lambda store, prefix: [])
+    with pytest.raises(ValueError, match=r"own' cannot be listed: OSError: it has \.clipcov and lists nothing"):
+        newest_stored(f"{bucket.url}/own", "")
+    assert newest_stored(f"{bucket.url}/other", "") is None
 
 
 def test_composers_own_saver_keeps_what_it_says(tmp_path: Path) -> None:
@@ -266,6 +296,64 @@ def test_a_trainer_of_ones_own(bucket: Bucket, machine: Path) -> None:
     assert not list(machine.glob("clipcov-*"))
 
 
+@pytest.mark.parametrize("patient", [True, False])
+def test_what_ends_a_run_in_the_midst_of_an_upload(
+    tmp_path: Path,
+    folder: Path,
+    bucket: Bucket,
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    patient: bool,
+) -> None:
+    """After an error what was saved is uploaded; who presses Ctrl-C twice finds the newest on the disk."""
+    hangs, upload = threading.Event(), stored_checkpoints.upload
+
+    def held(url: str, run_name: str, path: Path) -> None:
+        hangs.wait(60)
+        upload(url, run_name, path)
+
+    class Fail(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            if int(state.timestamp.batch) == 5:
+                hangs.set() if patient else None
+                raise InterruptedError if patient else SystemExit(130)
+
+    monkeypatch.setattr(stored_checkpoints, "upload", held)
+    trainer, _, _ = trainer_of(tmp_path, tree_of(folder, bucket, save_interval="2ba"))
+    trainer.state.callbacks.append(Fail())
+    try:
+        trainer.fit()
+    except (InterruptedError, SystemExit):
+        trainer.close()
+    left = [path.name for path in machine.rglob("ep*")]
+    if patient:
+        assert saved_in(bucket) == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"] and not left
+    else:
+        assert saved_in(bucket) == [] and left == ["ep0-ba4-rank0.pt.not-uploaded"]
+        assert f"ep0-ba4-rank0.pt was not uploaded to '{bucket.url}/runs/told'" in caplog.text
+        assert "ep0-ba4-rank0.pt.not-uploaded'" in caplog.text
+    hangs.set()
+
+
+def test_a_signal_while_the_last_is_uploaded_waits_for_it(
+    tmp_path: Path, folder: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = stored_checkpoints.upload
+
+    def told_meanwhile(url: str, run_name: str, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        upload(url, run_name, path)
+
+    monkeypatch.setattr(stored_checkpoints, "upload", told_meanwhile)
+    monkeypatch.setattr(stored_checkpoints, "SLICE", 0.1)
+    trainer, _, _ = trainer_of(tmp_path, tree_of(folder, bucket, max_duration="1ba"))
+    trainer.fit()
+    trainer.close()
+    assert saved_in(bucket) == ["ep0-ba1-rank0.pt"]
+
+
 KILLED = """
 import os, signal, sys, time
 from composer import Callback
@@ -273,16 +361,20 @@ from clipcov_stream import stored_checkpoints
 from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer
 upload = stored_checkpoints.upload
-def held(store, name, path):
-    if "-ba6-" in name:
+def held(url, run_name, path):
+    if "-ba6-" in path.name:
         time.sleep(600)
-    upload(store, name, path)
+    upload(url, run_name, path)
 stored_checkpoints.upload = held
 class Kill(Callback):
     def before_train_batch(self, state, logger):
-        if int(state.timestamp.batch) == 7:
+        step = int(state.timestamp.batch)
+        if step == 4:
+            saver._upload.exception()
+        if step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 trainer = build_trainer(load_config(sys.argv[1]))
+saver, = (each for each in trainer.state.callbacks if isinstance(each, stored_checkpoints.StoredCheckpoints))
 trainer.state.callbacks.append(Kill())
 trainer.fit()
 """
@@ -338,7 +430,7 @@ def test_ranks_that_are_all_told_to_end_upload_first(
     newest = newest_stored(tree["save_folder"], "told")
     assert newest is not None, said
     step = int(newest.split("-ba")[1].split("-")[0])
-    assert f"ends after step {step}; saved" in said
+    assert f"ends after step {step:,}; saved" in said
     command += [f"max_duration={step + 1}ba"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
