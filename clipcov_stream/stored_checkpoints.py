@@ -196,10 +196,14 @@ class StoredCheckpoints(WholeCheckpoints):
         if answer[0]:
             raise OSError(answer[0])
 
-    def close(self, state: State, logger: Logger) -> None:
-        # After an exception what was saved is still uploaded, but not where somebody has no patience.
-        if not isinstance(sys.exc_info()[1], SystemExit) and (said := self._finish(state, None)):
+    def finish(self, state: State) -> None:
+        """After an exception: wait until what was saved is uploaded, or log where it is. Of any rank by itself."""
+        if said := self._finish(state, None):
             log.error(said)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if not isinstance(sys.exc_info()[1], SystemExit):  # of somebody who has no patience
+            self.finish(state)
         for path in (self._uploads, self._waits):
             if path is not None and path.exists():
                 log.error(self._said(state, self._kept(path), "the run ended before"))

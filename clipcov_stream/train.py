@@ -266,10 +266,13 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         trainer.close()
         leave_group()
         raise
-    except BaseException:
-        # Here and not as Python ends, when nothing can be uploaded; without the trainer's barrier, to which others may
-        # not come.
+    except SystemExit:  # of this rank: another may be where it does not meet a barrier
         trainer.engine.close()
+        raise
+    except BaseException:
+        for saver in trainer.state.callbacks:
+            if isinstance(saver, StoredCheckpoints):
+                saver.finish(trainer.state)  # here: as Python ends nothing can be uploaded
         raise
     text = summary(trainer, config)
     trainer.close()

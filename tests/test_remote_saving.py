@@ -336,6 +336,39 @@ def test_what_ends_a_run_in_the_midst_of_an_upload(
     hangs.set()
 
 
+FAILS = """
+import sys, time
+from composer import Callback
+from clipcov_stream import stored_checkpoints, train
+build, upload = train.build_trainer, stored_checkpoints.upload
+class Fail(Callback):
+    def batch_start(self, state, logger):
+        if int(state.timestamp.batch) == 5:
+            raise InterruptedError("of a step")
+def built(config):
+    trainer = build(config)
+    trainer.state.callbacks.append(Fail())
+    return trainer
+def slow(*arguments):
+    time.sleep(1)
+    upload(*arguments)
+train.build_trainer, stored_checkpoints.upload = built, slow
+train.main(sys.argv[1], [])
+"""
+
+
+def test_a_recipe_that_fails_uploads_what_it_has_saved(tmp_path: Path, folder: Path, bucket: Bucket) -> None:
+    """Which it could not as Python ends."""
+    path = write_recipe(tmp_path / "recipe.yaml", tree_of(folder, bucket, save_interval="2ba"))
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 1 and "InterruptedError: of a step" in done.stderr
+    assert saved_in(bucket) == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"]
+
+
 def test_a_signal_while_the_last_is_uploaded_waits_for_it(
     tmp_path: Path, folder: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
