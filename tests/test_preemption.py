@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from composer import Callback
 from corpora import draw_corpus, opened, recipe, write_recipe
 from forked import run_forked
 from runs import assert_same_run, columns_recipe, composer, run, run_ranks, synthetic_bytes, trainer_of, write_columns
+from told import Tell, launched_and_told, one_thread
 from torch.utils.data._utils import signal_handling
 
 from clipcov_stream.checkpoints import checkpoints_in
@@ -27,20 +27,7 @@ from clipcov_stream.materialize import ImageTransform
 from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.stream import pool_loader
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as other tests' processes: sums have one order
 AHEAD = {"run_ahead": 2, "lag_delay": 2}
-
-
-class Tell(Callback):
-    """Sends this process a signal as step number `step` begins."""
-
-    def __init__(self, step: int, *numbers: int) -> None:
-        self.step, self.numbers = step, numbers
-
-    def before_train_batch(self, state: Any, logger: Any) -> None:
-        if int(state.timestamp.batch) == self.step:
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +308,7 @@ def test_a_run_with_workers_for_evaluation_ends(tmp_path: Path) -> None:
     tree = recipe(corpus, max_duration="2ba", eval={"shapes": section}, eval_interval="1ba")
     path = write_recipe(tmp_path / "recipe.yaml", tree)
     command = [sys.executable, "-m", "clipcov_stream", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ONE_THREAD)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=one_thread())
     assert done.returncode == 0, done.stderr
 
 
@@ -359,13 +346,6 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, folde
         assert all(torch.equal(weight, theirs["model"][name]) for name, weight in ours["model"].items())
 
 
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("launcher", "number", "to_all"),
@@ -387,24 +367,7 @@ def test_real_launchers_real_signals(tmp_path: Path, folder: Path, launcher: str
         "torchrun": [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node=2", "-m", "clipcov_stream"],
     }[launcher]
     command = command if launcher == "composer" else [*command, str(path)]
-    with (tmp_path / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=ONE_THREAD,
-        )
-        try:
-            until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 5))
-            (os.killpg if to_all else os.kill)(process.pid, number)
-            assert process.wait(60) != 0
-            until(lambda: not alive(process.pid), 30)
-        finally:
-            if alive(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    said = launched_and_told(command, tmp_path, metrics, number, to_all, 60)
     assert len(checkpoints_in(saved)) == 1, said
     checkpoint = checkpoints_in(saved)[0]
     step = int(checkpoint.name.split("-ba")[1].split("-")[0])
@@ -413,14 +376,5 @@ def test_real_launchers_real_signals(tmp_path: Path, folder: Path, launcher: str
     if not to_all or number != signal.SIGINT:
         return  # goes on as the others do
     command = [*command, f"max_duration={step + 1}ba"]
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=one_thread())
     assert f"told: goes on from step {step:,}" in resumed.stdout, resumed.stderr
-
-
-def alive(group: int) -> bool:
-    """Whether a process group has any process."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -25,22 +25,12 @@ from corpora import draw_corpus, recipe, write_recipe
 from runs import assert_same_run, columns_recipe, composer, run, trainer_of, write_columns
 from s3 import Bucket
 from test_own_trainer import own_trainer
+from told import Tell, launched_and_told, one_thread
 
 from clipcov_stream import stored_checkpoints
 from clipcov_stream.checkpoints import checkpoints_in
 from clipcov_stream.preemption import SaveOnSignal
 from clipcov_stream.stored_checkpoints import StoredCheckpoints, newest_stored
-
-
-class Tell(Callback):
-    """Sends this process a signal as step number `step` begins."""
-
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self.step, self.number = step, number
-
-    def before_train_batch(self, state: Any, logger: Any) -> None:
-        if int(state.timestamp.batch) == self.step:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +70,7 @@ def saved_in(bucket: Bucket) -> list[str]:
 def told(tmp_path: Path, tree: dict[str, Any], step: int) -> None:
     """A run that is told to end as a step begins."""
     trainer, _, _ = trainer_of(tmp_path, tree)
-    trainer.state.callbacks.append(Tell(step))
+    trainer.state.callbacks.append(Tell(step, signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.fit()
     trainer.close()
@@ -135,7 +125,7 @@ def test_an_evaluation_that_is_due_is_run_between_two_uploads(tmp_path: Path, bu
         return sum(method == "PUT" and path.endswith(".pt") for method, path, _ in asked)
 
     trainer, _, _ = trainer_of(tmp_path, tree | {"run_name": "told"})
-    trainer.state.callbacks += [Tell(1), Look()]
+    trainer.state.callbacks += [Tell(1, signal.SIGTERM), Look()]
     with bucket.server.asked() as asked, pytest.raises(SystemExit):
         trainer.fit()
     trainer.close()
@@ -266,7 +256,7 @@ def test_composers_own_saver_keeps_what_it_says(tmp_path: Path) -> None:
     tree |= {"eval": {"shapes": {"local": str(corpus / "eval"), "batch_size": 6}}, "eval_interval": "2ba"}
     trainer, _, _ = trainer_of(tmp_path, tree)
     saver = CheckpointSaver(str(tmp_path / "saved"), save_interval="1ba", num_checkpoints_to_keep=1)
-    trainer.state.callbacks += [saver, Tell(1)]
+    trainer.state.callbacks += [saver, Tell(1, signal.SIGTERM)]
     saver.init(trainer.state, trainer.logger)
     with pytest.raises(SystemExit):
         trainer.fit()
@@ -279,7 +269,7 @@ def test_a_trainer_of_ones_own(bucket: Bucket, machine: Path) -> None:
     url, weights = f"{bucket.url}/own", []
     for number, stop in enumerate((2, 9)):
         saver = StoredCheckpoints(url, save_interval="100ba")
-        callbacks = [SaveOnSignal(), saver, Tell(stop)]
+        callbacks = [SaveOnSignal(), saver, Tell(stop, signal.SIGTERM)]
         path = newest_stored(url, "own")
         assert (path is None) == (number == 0)
         torch.manual_seed(0)
@@ -362,9 +352,8 @@ def test_a_recipe_that_fails_uploads_what_it_has_saved(tmp_path: Path, folder: P
     path = write_recipe(tmp_path / "recipe.yaml", tree_of(folder, bucket, save_interval="2ba"))
     script = tmp_path / "fails.py"
     script.write_text(FAILS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=one_thread())
     assert done.returncode == 1 and "InterruptedError: of a step" in done.stderr
     assert saved_in(bucket) == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"]
 
@@ -421,8 +410,7 @@ def test_a_run_killed_in_the_midst_of_an_upload_goes_on_from_the_one_before(
     tree = tree_of(folder, bucket, save_interval="3ba")
     path, script = write_recipe(tmp_path / "recipe.yaml", tree), tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(path)], timeout=120, check=False, env=environment)
+    done = subprocess.run([sys.executable, str(script), str(path)], timeout=120, check=False, env=one_thread())
     assert done.returncode == -signal.SIGKILL
     assert [file.name for file in machine.rglob("*.pt")] == ["ep1-ba6-rank0.pt"]
     assert saved_in(bucket) == ["ep0-ba3-rank0.pt"]
@@ -436,35 +424,15 @@ def test_ranks_that_are_all_told_to_end_upload_first(
     tmp_path: Path, folder: Path, bucket: Bucket, machine: Path
 ) -> None:
     """A real launcher, whose whole process group gets the signal; and both go on from there."""
-    from test_preemption import alive, until
-
     metrics = tmp_path / "metrics.jsonl"
     tree = tree_of(folder, bucket, max_duration="100000ba", save_interval="3ba", metrics_file=str(metrics))
     path = write_recipe(tmp_path / "recipe.yaml", tree)
     command = [*composer(), "-n", "2", "-m", "clipcov_stream", str(path)]
-    with (tmp_path / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 5))
-            os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(25) != 0
-            until(lambda: not alive(process.pid), 30)
-        finally:
-            if alive(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    said = launched_and_told(command, tmp_path, metrics, signal.SIGTERM, True, 25)
     newest = newest_stored(tree["save_folder"], "told")
     assert newest is not None, said
     step = int(newest.split("-ba")[1].split("-")[0])
     assert f"ends after step {step:,}; saved" in said
     command += [f"max_duration={step + 1}ba"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=one_thread())
     assert f"told: goes on from step {step:,}" in resumed.stdout and resumed.returncode == 0, resumed.stderr
