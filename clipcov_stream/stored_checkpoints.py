@@ -82,6 +82,8 @@ class StoredCheckpoints(WholeCheckpoints):
         """A newer one, whose turn is next."""
         self.num_given_up = 0
         """Checkpoints that were written and never uploaded."""
+        self._missing = ""
+        """What to say of the newest, while it is not in the store and nothing is under way."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if state.fsdp_sharded_state_dict_enabled:
@@ -90,7 +92,7 @@ class StoredCheckpoints(WholeCheckpoints):
         if dist.get_global_rank() == 0:
             if self._upload is not None:  # of a fit that was cut short
                 wait([self._upload])
-            self._upload, self._uploads, self._waits = None, None, None
+            self._upload, self._uploads, self._waits, self._missing = None, None, None, ""
             for path in folder.glob("*.pt"):  # or of a run that was killed
                 path.unlink(missing_ok=True)
         super().fit_start(state, logger)
@@ -122,8 +124,9 @@ class StoredCheckpoints(WholeCheckpoints):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._upload is not None and self._upload.done():
-            if said := self._settle(state):
-                log.warning("%s; the next one is tried", said)
+            self._settle(state)
+            if self._missing:
+                log.warning("%s; the next one is tried", self._missing)
             self._begin(state)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
@@ -140,29 +143,31 @@ class StoredCheckpoints(WholeCheckpoints):
             self._uploads, self._waits = self._waits, None
             self._upload = begun(self.url, state.run_name, self._uploads)
 
-    def _settle(self, state: State) -> str:
-        """Have done with an upload that is done; what to say if it failed and there is no newer one to wait for."""
+    def _settle(self, state: State) -> None:
+        """Have done with an upload that is done."""
         assert self._upload is not None and self._uploads is not None
         error, path = self._upload.exception(), self._uploads
-        self._upload, self._uploads = None, None
+        self._upload, self._uploads, self._missing = None, None, ""
         if error is None:
-            for older in path.parent.glob(f"*{KEPT}"):
-                if order_of(older.name.removesuffix(KEPT)) <= order_of(path.name):
-                    older.unlink()
+            self._drop_kept(path)
             path.unlink(missing_ok=True)
-            return ""
-        if self._waits is None and path.exists():
+        elif self._waits is None and path.exists():
             # Until a newer one is in the store it is the newest there is.
             self.num_given_up += 1
-            return self._said(state, self._kept(path), redacted(error))
-        self._give_up(state, path, redacted(error))
-        return ""
+            self._missing = self._said(state, self._kept(path), redacted(error))
+        else:
+            self._give_up(state, path, redacted(error))
 
     def _kept(self, path: Path) -> Path:
-        """A file under a name that no start removes, in place of any that was kept before."""
-        for other in path.parent.glob(f"*{KEPT}"):
-            other.unlink()
+        """A file under a name that no start removes, in place of older ones."""
+        self._drop_kept(path)
         return path.rename(f"{path}{KEPT}")
+
+    def _drop_kept(self, path: Path) -> None:
+        """Remove what was kept and is no newer."""
+        for other in path.parent.glob(f"*{KEPT}"):
+            if order_of(other.name.removesuffix(KEPT)) <= order_of(path.name):
+                other.unlink()
 
     def _give_up(self, state: State, path: Path, reason: str) -> None:
         self.num_given_up += 1
@@ -176,7 +181,6 @@ class StoredCheckpoints(WholeCheckpoints):
 
     def _finish(self, state: State, seconds: float | None) -> str | None:
         """Wait until the newest is there; what to say if it is not, None if it is still under way."""
-        said = ""
         while self._upload is not None and self._uploads is not None:
             if not self._upload.done():
                 size = self._uploads.stat().st_size / 2**20 if self._uploads.exists() else 0
@@ -184,9 +188,9 @@ class StoredCheckpoints(WholeCheckpoints):
                 print(f"uploading {self._uploads.name}, {size:,.0f} MiB, to {place}", flush=True)
                 if not wait([self._upload], seconds).done:
                     return None
-            said = self._settle(state)
+            self._settle(state)
             self._begin(state)
-        return said
+        return self._missing
 
     def fit_end(self, state: State, logger: Logger) -> None:
         answer: list[str | None] = [None]

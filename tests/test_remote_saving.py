@@ -201,6 +201,32 @@ def test_the_last_must_be_there(tmp_path: Path, folder: Path, bucket: Bucket, ma
     kept.unlink()
 
 
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+def test_the_last_must_be_there_though_others_steps_came_after(
+    bucket: Bucket, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saver that does not save at the end, whose only upload failed in the midst; a newer file is not removed."""
+
+    def fails(*_: object) -> None:
+        raise InterruptedError("no store")
+
+    monkeypatch.setattr(stored_checkpoints, "upload", fails)
+    saver = StoredCheckpoints(f"{bucket.url}/own", save_interval=lambda state, event: state.timestamp.batch == 2)
+
+    class Slow(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            if saver._upload is not None:
+                saver._upload.exception()
+
+    trainer = own_trainer([], callbacks=[saver, Slow()], run_name="own", max_duration="5ba")
+    newer = Path(saver.folder.format(run_name="own"), "ep9-ba99-rank0.pt.not-uploaded")
+    newer.touch()
+    with pytest.raises(OSError, match=r"ep0-ba2-rank0\.pt was not uploaded .* no store; it is at "):
+        trainer.fit()
+    trainer.close()
+    assert sorted(path.name for path in machine.rglob("ep*")) == ["ep0-ba2-rank0.pt.not-uploaded", newer.name]
+
+
 def test_a_store_that_cannot_be_used_is_found_before_training(tmp_path: Path, folder: Path, bucket: Bucket) -> None:
     with pytest.raises(ValueError, match=r"save_folder='s3://none-such/x' cannot be listed: .*NoSuchBucket"):
         trainer_of(tmp_path / "a", tree_of(folder, bucket, save_folder="s3://none-such/x"))
