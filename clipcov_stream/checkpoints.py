@@ -31,8 +31,10 @@ from composer.utils import (
     reproducibility,
 )
 
+from clipcov_stream import pieces
+from clipcov_stream.pieces import fault_of_pieces, pieces_in, remove_unfinished
+
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-PIECES = re.compile(r"ep\d+-ba(\d+)")
 PARTIAL = ".partial-"
 """What the name of a file begins with while it is written; the rest is its own, whose suffix says how to write it."""
 
@@ -40,8 +42,9 @@ PARTIAL = ".partial-"
 class WholeCheckpoints(CheckpointSaver):
     """Composer's CheckpointSaver for a local folder, whose files are whole if they are there.
 
-    A file is written beside its place, flushed to the disk and renamed: one fsync per checkpoint. A resumed run counts
-    the folder's files among those of which `num_checkpoints_to_keep` are kept; Composer's own forgets them.
+    A file is written beside its place, flushed to the disk and renamed: one fsync per checkpoint. Of a model that is
+    saved in pieces each checkpoint is a folder, and whole once the pieces' list is there. A resumed run counts what the
+    folder has among those of which `num_checkpoints_to_keep` are kept; Composer's own forgets them.
 
     Args:
         folder: local; `{run_name}` is filled in.
@@ -60,21 +63,31 @@ class WholeCheckpoints(CheckpointSaver):
             folder = folder_of(self.folder, state.run_name)
             for path in folder.glob(f"{PARTIAL}*"):
                 path.unlink()
+            remove_unfinished(folder)
             # Those that the checkpoint knows of, itself among them: others in the folder are another run's.
-            ours = {Path(name).name for name in self.all_saved_checkpoints_to_timestamp}
-            self.saved_checkpoints[:] = [str(path) for path in reversed(checkpoints_in(folder)) if path.name in ours]
+            ours = [Path(name) for name in self.all_saved_checkpoints_to_timestamp]
+            if state.fsdp_sharded_state_dict_enabled:
+                names = {path.parent.name for path in ours}
+                found = [path / pieces.FIRST for path in pieces_in(folder) if path.name in names]
+            else:
+                names = {path.name for path in ours}
+                found = [path for path in checkpoints_in(folder) if path.name in names]
+            self.saved_checkpoints[:] = [str(path) for path in reversed(found)]
 
     def place(self, run_name: str) -> str:
         """The folder, for messages."""
         return str(folder_of(self.folder, run_name))
 
     def later(self, state: State) -> str:
-        """The name of a checkpoint that is there, of a step that is still to come; "" if there is none.
+        """The name of the newest checkpoint if it is of a step that is still to come; "" if there is none.
 
         Raises:
             OSError: the folder cannot be looked at.
         """
         folder = folder_of(self.folder, state.run_name)
+        if state.fsdp_sharded_state_dict_enabled:  # Composer looks at files alone
+            newest = next((path.name for path in pieces_in(folder)), "")
+            return newest if pieces.order_of(newest)[0] > int(state.timestamp.batch) else ""
         try:
             ensure_folder_has_no_conflicting_files(folder, self.filename.filename, state.timestamp)
         except FileExistsError:
@@ -87,6 +100,12 @@ class WholeCheckpoints(CheckpointSaver):
         super()._rotate_checkpoints(sharding_enabled)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        if state.fsdp_sharded_state_dict_enabled:
+            # Where `overwrite` writes over one: until all pieces are new, it is none.
+            if dist.get_global_rank() == 0:
+                name = checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True))
+                Path(name).with_name(pieces.LIST).unlink(missing_ok=True)
+            dist.barrier()
         with whole_writes():
             super()._save_checkpoint(state, logger)
 
@@ -133,11 +152,7 @@ def check_folder(trainer: Trainer) -> None:
         is_whole = isinstance(saver, WholeCheckpoints)
         place = saver.place(state.run_name) if is_whole else str(folder_of(saver.folder, state.run_name))
         answer = ["", ""]
-        if dist.get_global_rank() == 0 and state.fsdp_sharded_state_dict_enabled:
-            # Composer looks at files alone.
-            later = (piece for piece in pieces_in(Path(place)) if piece[0] > int(state.timestamp.batch))
-            answer[0] = max(later, default=(0, ""))[1]
-        elif dist.get_global_rank() == 0 and is_whole:
+        if dist.get_global_rank() == 0 and is_whole:
             try:
                 answer[0] = saver.later(state)
             except OSError as error:
@@ -220,12 +235,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: order_of(path.name), reverse=True)
 
 
-def pieces_in(folder: Path) -> list[tuple[int, str]]:
-    """Steps and names of checkpoints in pieces, which are folders."""
-    named = [(PIECES.fullmatch(path.name), path) for path in folder.glob("ep*") if path.is_dir()]
-    return [(int(match[1]), path.name) for match, path in named if match is not None]
-
-
 def fault_of(path: Path) -> str | None:
     """What is wrong with a checkpoint's file; None if every part of it matches its checksum.
 
@@ -239,18 +248,21 @@ def fault_of(path: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def newest_whole(folder: str | Path) -> Path | None:
+def newest_whole(folder: str | Path, in_full: bool = True) -> Path | None:
     """The newest whole checkpoint in a folder; None if there is none.
 
     Newer ones that are torn are renamed to NAME.torn, lest Composer refuse to write their like again, with a warning
     that names them and the one before. Rank 0 looks, and all ranks get its answer; each must ask.
 
+    Args:
+        in_full: whether a checkpoint is one file, or a folder of pieces.
+
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is whole; or the newest is of the other kind.
     """
     answer: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
-        answer = list(searched(Path(folder)))
+        answer = list(searched(Path(folder), in_full))
     dist.broadcast_object_list(answer, src=0)
     path, error = answer
     if error is not None:
@@ -258,11 +270,16 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None if path is None else Path(path)
 
 
-def searched(folder: Path) -> tuple[str | None, str | None]:
-    """The newest whole checkpoint, or what to say of a folder that has torn ones alone."""
+def searched(folder: Path, in_full: bool) -> tuple[str | None, str | None]:
+    """The newest whole checkpoint; or what to say of a folder that has torn ones alone, or newer ones of another
+    kind."""
+    files, folders = checkpoints_in(folder), pieces_in(folder)
+    own, others = (files, folders) if in_full else (folders, files)
+    if others and (not own or order_in(others[0]) > order_in(own[0])):
+        return None, unlike_kind(others[0], in_full)
     torn: dict[str, str] = {}
-    for path in checkpoints_in(folder):
-        fault = fault_of(path)
+    for path in own:
+        fault = fault_of(path) if in_full else fault_of_pieces(path)
         if fault is None:
             break
         torn[path.name] = fault
@@ -275,7 +292,9 @@ def searched(folder: Path) -> tuple[str | None, str | None]:
             "load_path to one from elsewhere"
         )
     for name in torn:
-        (folder / name).rename(folder / f"{name}.torn")
+        if (aside := folder / f"{name}.torn").is_dir():  # of an earlier kill
+            shutil.rmtree(aside)
+        (folder / name).rename(aside)
     if torn and path is not None:
         warnings.warn(
             f"autoresume: torn checkpoints in {str(folder)!r} are set aside as NAME.torn: {said}; training "
@@ -283,3 +302,20 @@ def searched(folder: Path) -> tuple[str | None, str | None]:
             stacklevel=4,
         )
     return (None if path is None else str(path)), None
+
+
+def order_in(path: Path) -> tuple[int, int]:
+    """`order_of` of a checkpoint of either kind."""
+    return max(order_of(path.name), pieces.order_of(path.name))
+
+
+def check_kind(path: Path, in_full: bool) -> None:
+    """Raise ValueError if there is a checkpoint of the other kind."""
+    if path.exists() and path.is_dir() == in_full:
+        raise ValueError(unlike_kind(path, in_full))
+
+
+def unlike_kind(path: Path, in_full: bool) -> str:
+    """What to say of a checkpoint in pieces where one in full is to be read, or the other way round."""
+    found, key = ("a folder of pieces", "sharded") if in_full else ("one file", "full")
+    return f"the checkpoint {str(path)!r} is {found}: set fsdp_config.state_dict_type={key}"

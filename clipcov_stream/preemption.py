@@ -43,10 +43,10 @@ class SaveOnSignal(Callback):
 
     For any Trainer: `callbacks=[SaveOnSignal()]`. Ranks agree after every step, so a signal to one of them ends all
     after the same. An evaluation that is due after that step is run, lest it be missing later, between two checkpoints
-    of the step, of which the first is there should time run out; Composer's own savers write the first alone. A second
-    Ctrl-C ends at once, without saving; SIGTERM beside another signal changes nothing, whichever is seen first, because
-    Composer's launcher sends one to ranks that Ctrl-C has told to end. Signals are caught while `fit` runs in the main
-    thread, and in a run that has saved for QUIET seconds or until it is closed.
+    of the step, of which the first is there should time run out; Composer's own savers write the first alone, and so it
+    is with pieces. A second Ctrl-C ends at once, without saving; SIGTERM beside another signal changes nothing,
+    whichever is seen first, because Composer's launcher sends one to ranks that Ctrl-C has told to end. Signals are
+    caught while `fit` runs in the main thread, and in a run that has saved for QUIET seconds or until it is closed.
 
     Composer's uploads, of its savers and its loggers, are made by processes that a signal to the whole group ends. For
     checkpoints in a store there is `stored_checkpoints.StoredCheckpoints`.
@@ -126,8 +126,9 @@ class SaveOnSignal(Callback):
         for saver in savers:
             saver._symlink_upload_wait_before_next_try_in_seconds = SOON
             # Composer's own write over what is there, remove what they kept once for each time it was written, and
-            # upload nothing twice.
-            again = self._saved_at == int(state.timestamp.batch) and isinstance(saver, WholeCheckpoints)
+            # upload nothing twice. Pieces are written over, too.
+            in_files = isinstance(saver, WholeCheckpoints) and not state.fsdp_sharded_state_dict_enabled
+            again = self._saved_at == int(state.timestamp.batch) and in_files
             if saver.last_checkpoint_batch != state.timestamp.batch or again:
                 saver._save_checkpoint(state, logger)
             saver.fit_end(state, logger)  # which waits

@@ -9,7 +9,6 @@ proxy, which is small, is every rank's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,14 +74,6 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 def saves_in_full(given: Mapping[str, Any] | None) -> bool:
     """Whether checkpoints of a recipe with this `fsdp_config` are one file each."""
     return given is None or complete(given)["state_dict_type"] == "full"
-
-
-def check_kind(checkpoint: Path, in_full: bool) -> None:
-    """Raise ValueError if there is a checkpoint of pieces, a folder, where one in full is to be read, or the other way
-    round."""
-    if checkpoint.exists() and checkpoint.is_dir() == in_full:
-        found, key = ("a folder of pieces", "sharded") if in_full else ("one file", "full")
-        raise ValueError(f"the checkpoint {str(checkpoint)!r} is {found}: set fsdp_config.state_dict_type={key}")
 
 
 def fsdp_of(given: Mapping[str, Any] | None) -> FSDP2Config | None:

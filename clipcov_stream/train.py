@@ -23,7 +23,14 @@ from clipcov_stream import build, evaluators
 from clipcov_stream.about import About
 from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.alone import Alone
-from clipcov_stream.checkpoints import WholeCheckpoints, check_folder, folder_of, newest_whole, restore_generators
+from clipcov_stream.checkpoints import (
+    WholeCheckpoints,
+    check_folder,
+    check_kind,
+    folder_of,
+    newest_whole,
+    restore_generators,
+)
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration, check_interval
 from clipcov_stream.config import TrainConfig, load_config
@@ -37,7 +44,7 @@ from clipcov_stream.preemption import SaveOnSignal, Told
 from clipcov_stream.recorded import RecordedRecipe
 from clipcov_stream.redact import redacted
 from clipcov_stream.remote import is_remote
-from clipcov_stream.sharded import AverageGradients, check_kind, check_sharding, fsdp_of, make_shardable, saves_in_full
+from clipcov_stream.sharded import AverageGradients, check_sharding, fsdp_of, make_shardable, saves_in_full
 from clipcov_stream.stored_checkpoints import StoredCheckpoints, check_store, newest_stored, staging_of
 from clipcov_stream.stream import PoolLoader
 from clipcov_stream.weights import checked_loading
@@ -61,9 +68,9 @@ class EndThreads(Callback):
         self.alone.release()
 
 
-def saves_files_here(config: TrainConfig) -> bool:
-    """Whether checkpoints are files of their own on a local disk."""
-    return not is_remote(config.save_folder) and saves_in_full(config.fsdp_config)
+def saves_here(config: TrainConfig) -> bool:
+    """Whether checkpoints are on a local disk."""
+    return not is_remote(config.save_folder)
 
 
 def saves_files_there(config: TrainConfig) -> bool:
@@ -85,7 +92,7 @@ def written_by(config: TrainConfig) -> Alone:
 
 
 def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
-    """Composer's load_path, load_weights_only and autoresume, the last of which is done here but for pieces.
+    """Composer's load_path, load_weights_only and autoresume, the last of which is done here but for pieces in a store.
 
     Raises:
         ValueError: autoresume without a run_name or a save_folder, with torn checkpoints alone, or from a store that
@@ -95,11 +102,9 @@ def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
     in_full = saves_in_full(config.fsdp_config)
     if config.load_path and not is_remote(config.load_path):
         check_kind(Path(config.load_path), in_full)
-    if config.autoresume and config.save_folder and not is_remote(config.save_folder):
-        check_kind(folder_of(config.save_folder, config.run_name or "") / "latest-rank0.pt", in_full)
     if config.save_folder and saves_files_there(config):
         check_store(config.save_folder)
-    elif not config.autoresume or (config.save_folder and not saves_files_here(config)):
+    elif not config.autoresume or (config.save_folder and not saves_here(config)):
         return *as_given, config.autoresume
     if not config.autoresume:
         return *as_given, False
@@ -109,7 +114,7 @@ def resume_from(config: TrainConfig) -> tuple[str | None, bool, bool]:
     if saves_files_there(config):
         stored = newest_stored(str(config.save_folder), str(config.run_name))
         return (*as_given, False) if stored is None else (stored, False, False)
-    newest = newest_whole(folder_of(str(config.save_folder), str(config.run_name)))
+    newest = newest_whole(folder_of(str(config.save_folder), str(config.run_name)), in_full)
     # Nothing here: a logger that uploads checkpoints may have some, which Composer looks for.
     return (*as_given, True) if newest is None else (str(newest), False, False)
 
@@ -184,7 +189,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     there = saves_files_there(config)
     if config.save_folder and there:
         callbacks.append(StoredCheckpoints(config.save_folder, **saving))
-    elif config.save_folder and saves_files_here(config):
+    elif config.save_folder and saves_here(config):
         keep = config.save_num_checkpoints_to_keep
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {} if fsdp is None else {"parallelism_config": {"fsdp": fsdp}}
@@ -317,7 +322,7 @@ def summary(trainer: Trainer, config: TrainConfig) -> str:
         ),
     ]
     if config.save_folder:
-        here = folder_of(config.save_folder, state.run_name) if saves_files_here(config) else config.save_folder
+        here = folder_of(config.save_folder, state.run_name) if saves_here(config) else config.save_folder
         lines.append(f"  checkpoints: {redacted(here)}")
     if config.metrics_file:
         lines.append(f"  metrics: {config.metrics_file}")

@@ -31,8 +31,10 @@ def killed(*options: str) -> dict[str, Any]:
 
 
 def test_a_few_kills_change_nothing() -> None:
-    result = killed("--kills", "4", "--per-run", "4", "--run", "one rank, run-ahead")
-    assert result["kills"] >= 4 and result["faults"] == []
+    names = ("one rank, run-ahead", "two ranks, sharded, in pieces", "one rank, run-ahead, in a store")
+    runs = (option for name in names for option in ("--run", name))
+    result = killed("--kills", "6", "--per-run", "2", *runs)
+    assert result["kills"] >= 6 and result["runs"] >= 3 and result["faults"] == []
 
 
 @pytest.mark.slow
@@ -73,3 +75,6 @@ def test_kills_are_drawn_from_their_seed() -> None:
     assert {kill.kind for kill in many} == {"clock", "event", "write", "torn", "told"}
     assert {kill.rank for kill in many if kill.kind == "clock"} == {0, 1}
     assert {kill.rank for kill in many if kill.kind == "write"} == {0}
+    stored = [kills.Kill.drawn(random.Random(seed), 2, 5.0, stored=True) for seed in range(400)]
+    assert {kill.kind for kill in stored} == {"clock", "event", "write", "told", "upload"}
+    assert {kill.rank for kill in stored if kill.kind == "upload"} == {0}

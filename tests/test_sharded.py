@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from runs import assert_same, columns_recipe, proxy_section, run_ranks, trained_
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from clipcov_stream.checkpoints import newest_whole
 from clipcov_stream.model import build_towers
+from clipcov_stream.pieces import fault_of_pieces
 from clipcov_stream.sharded import blocks_of
 
 LAYERS = {
@@ -122,14 +123,49 @@ def test_the_same_command_goes_on(tmp_path: Path, corpus: Path, kind: str) -> No
     if kind == "full":
         (tmp_path / "run" / "ep0-ba6-rank0.pt").unlink()
     else:
-        shutil.rmtree(tmp_path / "run" / "ep0-ba6")
-        latest = tmp_path / "run" / "latest-rank0.pt"
-        latest.unlink()
-        latest.symlink_to("ep0-ba4")
+        # Killed at writing it, and between Composer's removal of its link and the next link.
+        (tmp_path / "run" / "ep0-ba6" / ".metadata").unlink()
+        (tmp_path / "run" / "ep0-ba6" / "__9_0.distcp").touch()
+        (tmp_path / "run" / "latest-rank0.pt").unlink()
     resumed = ranks_of(tmp_path / "again", tree, 2)
     assert len(resumed[0]["batches"]) == 2
     for name in ("model", "moments", "algorithm"):
         assert_same(resumed[0][name], straight[0][name])
+    assert not (tmp_path / "run" / "ep0-ba6" / "__9_0.distcp").exists()
+
+
+def test_torn_pieces_are_set_aside_and_old_ones_removed(tmp_path: Path, corpus: Path) -> None:
+    """A whole checkpoint before a torn one is gone on from; how many are kept is counted over stops."""
+    places = {"run_name": "run", "save_folder": str(tmp_path / "{run_name}"), "autoresume": True}
+    fsdp = {"state_dict_type": "sharded"}
+    tree = online(corpus, fsdp_config=fsdp, save_interval="1ba", save_num_checkpoints_to_keep=3, **places)
+    straight = ranks_of(tmp_path / "straight", tree, 2)
+    folder = tmp_path / "run"
+    assert saved_in(folder) == ["ep0-ba4", "ep0-ba5", "ep0-ba6"]
+    (folder / "ep0-ba6.torn").mkdir()  # of an earlier stop
+    for name in ("ep0-ba6", "ep0-ba5"):
+        piece = folder / name / "__1_0.distcp"
+        content, half = piece.read_bytes(), piece.stat().st_size // 2
+        # Cut short, and with other numbers in some tensor's place.
+        torn = content[:-1] if name == "ep0-ba6" else content[:half] + b"\1" * 400 + content[half + 400 :]
+        piece.write_bytes(torn)
+        assert fault_of_pieces(folder / name)
+    assert fault_of_pieces(folder / "ep0-ba4") is None
+    (folder / "ep0-ba4" / "__1_0.distcp").rename(away := folder / "away")
+    assert "__1_0.distcp" in str(fault_of_pieces(folder / "ep0-ba4"))
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: ep0-ba6 \(.*\); ep0-ba5 \(.*\); ep0-ba4 \("):
+        newest_whole(folder, in_full=False)
+    away.rename(folder / "ep0-ba4" / "__1_0.distcp")
+    resumed = ranks_of(tmp_path / "again", tree | {"max_duration": "7ba"}, 2)
+    assert len(resumed[0]["batches"]) == 3
+    for got, want in zip(resumed[0]["batches"], straight[0]["batches"][4:], strict=False):
+        assert_same(got, want)
+    assert saved_in(folder) == ["ep0-ba5", "ep0-ba6", "ep1-ba7"]
+    assert [path.name for path in sorted(folder.glob("*.torn"))] == ["ep0-ba5.torn", "ep0-ba6.torn"]
+
+
+def saved_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("ep*-ba?") if path.is_dir())
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")

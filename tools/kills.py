@@ -2,14 +2,16 @@
 
     python tools/kills.py --kills 200 --out tools/results
 
-A trajectory is one small run (columns, teacher or online, one or two ranks, with and without run-ahead), killed by
-SIGKILL up to `--per-run` times, resumed by the same command each time, and then finishes. A kill comes by the clock (a
-random moment from the process's start on), at a random event of a random step, within the write of a checkpoint after
-a random share of its bytes, or by the clock with the newest checkpoint then cut short, as a machine that lost power may
-leave it. It hits one rank, and the others a moment later, as a launcher would; half of the time a rank's whole process
-group with it, so that nothing cleans up shared memory. In place of a kill a rank, or its group, may be told to end, by
-SIGTERM: all ranks must do so of themselves, and no step that was trained may be lost. Seeds decide all of this but how
-far a process is when the clock strikes.
+A trajectory is one small run (columns, teacher or online, one or two ranks, with and without run-ahead, its checkpoints
+in full or in pieces, on the disk or in a store that speaks S3), killed by SIGKILL up to `--per-run` times, resumed by
+the same command each time, and then finishes. A kill comes by the clock (a random moment from the process's start on),
+at a random event of a random step, within the write of a checkpoint after a random share of its bytes, within its
+upload, or by the clock with the newest checkpoint then cut short, as a machine that lost power may leave it. It hits
+one rank, and the others a moment later, as a launcher would; half of the time a rank's whole process group with it, so
+that nothing cleans up shared memory. In place of a kill a rank, or its group, may be told to end, by SIGTERM: all ranks
+must do so of themselves, and no step that was trained may be lost. A store is slow at times and out at times, and half
+of the time what was still to be uploaded is gone with the machine. Seeds decide all of this but how far a process is
+when the clock strikes.
 
 At the end weights, optimizer, selection's state, random number generators, place in the stream and clock in the last
 checkpoint, the ledger's bytes and the metrics file (but for milliseconds) must equal those of the same run undisturbed.
@@ -35,43 +37,38 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import synthetic
 import torch
-import yaml
 from composer import Callback
 from composer.core import Event, State
 from composer.loggers import Logger
-from composer.utils import checkpoint
-from streaming import MDSWriter
+from composer.utils import S3ObjectStore, checkpoint
+from killed_runs import (
+    EVERY,
+    POOL,
+    RUNS,
+    STEPS,
+    begin_store,
+    left_by,
+    newest_step,
+    place_of,
+    recipe_of,
+    same,
+    tear,
+    write_corpus,
+)
+from torch.distributed.checkpoint import FileSystemWriter
 
-from clipcov_stream.checkpoints import checkpoints_in, step_of
+from clipcov_stream import stored_checkpoints
 from clipcov_stream.config import load_config
+from clipcov_stream.stored_checkpoints import staging_of
 from clipcov_stream.train import build_trainer, leave_group, train
 
-STEPS, POOL, SAMPLES = 12, 32, 160
-EVERY = 2
-"""Steps from checkpoint to checkpoint."""
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-}
-AHEAD = {"run_ahead": 2, "lag_delay": 2}
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {"embed": "columns"}),
-    "one rank, run-ahead": (1, {"embed": "columns", **AHEAD}),
-    "one rank, teacher": (1, {"embed": "teacher"}),
-    "one rank, online, run-ahead": (1, {"embed": "online", **AHEAD}),
-    "two ranks": (2, {"embed": "columns"}),
-    "two ranks, online": (2, {"embed": "online"}),
-    "two ranks, global, run-ahead": (2, {"embed": "columns", "scope": "global", **AHEAD}),
-}
-"""Name -> ranks, and `selection`."""
 EVENTS = (
     *(Event.FIT_START, Event.EPOCH_START, Event.AFTER_DATALOADER, Event.BEFORE_TRAIN_BATCH, Event.AFTER_FORWARD),
     *(Event.AFTER_BACKWARD, Event.BATCH_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END),
@@ -90,7 +87,7 @@ class Kill:
     """What an attempt dies of.
 
     Args:
-        kind: clock, event, write, torn or told.
+        kind: clock, event, write, torn, told or upload.
         delay: seconds after the process's start or, if `training`, after that of training, for clock, torn and told.
         event, step: where, for event.
         write, share: number of the checkpoint of this attempt, and share of its bytes, for write; of the newest
@@ -98,6 +95,9 @@ class Kill:
         rank: that is killed first.
         lag: seconds until the others are.
         group: whether a rank's children, workers and Python's resource tracker, die with it.
+        pause: seconds that the store takes for a checkpoint; for upload the kill is in that of number `write`.
+        fails: attempts at each that the store refuses.
+        elsewhere: whether the next attempt finds nothing of what was still to be uploaded.
     """
 
     kind: str
@@ -110,9 +110,22 @@ class Kill:
     rank: int = 0
     lag: float = 0.0
     group: bool = False
+    pause: float = 0.0
+    fails: int = 0
+    elsewhere: bool = False
 
     @classmethod
-    def drawn(cls, rng: random.Random, ranks: int, seconds: float) -> Kill:
+    def drawn(cls, rng: random.Random, ranks: int, seconds: float, stored: bool = False) -> Kill:
+        kill = cls._drawn(rng, ranks, seconds)
+        if not stored:
+            return kill
+        if kill.kind == "torn" or rng.random() < 0.2:  # an object is there in full or not at all
+            kill = replace(kill, kind="upload", rank=0)
+        store = {"pause": rng.choice((0.0, rng.uniform(0, 2))), "fails": rng.choice((0, 0, 1, 2))}
+        return replace(kill, **store, elsewhere=rng.random() < 0.5)
+
+    @classmethod
+    def _drawn(cls, rng: random.Random, ranks: int, seconds: float) -> Kill:
         kind = rng.choices(("clock", "event", "write", "torn", "told"), (0.35, 0.2, 0.15, 0.1, 0.2))[0]
         training = rng.random() < 0.7
         return cls(
@@ -151,7 +164,9 @@ class Board(Callback):
     def __init__(self, board: mmap.mmap, kill: Kill | None, rank: int) -> None:
         self.board, self.rank = board, rank
         self.kill = kill if kill is not None and kill.rank == rank else None
-        self.num_writes = 0
+        self.num_writes = self.num_uploads = 0
+        self.store = (0, 0.0) if kill is None else (kill.fails, kill.pause)
+        self.failed: Counter[str] = Counter()
 
     def show(self, phase: str, step: int) -> None:
         self.board[self.rank * NOW.size : (self.rank + 1) * NOW.size] = NOW.pack(PHASES.index(phase), step)
@@ -183,6 +198,33 @@ class Board(Callback):
                 self.die()
         self.board[: 2 * NOW.size] = before
 
+    def list_pieces(self, finish: Callable[..., None], *args: Any) -> None:
+        """torch's writing of the list that makes pieces a checkpoint, before or after which the run may end."""
+        before = self.board[: 2 * NOW.size]
+        self.show("writing a checkpoint", NOW.unpack_from(self.board, self.rank * NOW.size)[1])
+        kill, self.num_writes = self.kill, self.num_writes + 1
+        dies = kill is not None and kill.kind == "write" and self.num_writes > kill.write
+        if kill and dies and kill.share < 0.5:
+            self.die()
+        finish(*args)
+        if dies:
+            self.die()
+        self.board[: 2 * NOW.size] = before
+
+    def upload(self, upload: Callable[..., None], store: S3ObjectStore, name: str, *args: Any, **of: Any) -> None:
+        """A store's taking of an object, which may be slow, fail, or see the run end in the midst of one."""
+        (fails, pause), kill = self.store, self.kill
+        if not name.endswith(".pt"):
+            return upload(store, name, *args, **of)
+        self.failed[name] += 1
+        if self.failed[name] <= fails:
+            raise ConnectionError("the store is out")
+        time.sleep(pause)
+        self.num_uploads += 1
+        if kill and kill.kind == "upload" and self.num_uploads > kill.write:
+            of["callback"] = lambda *_: self.die()
+        return upload(store, name, *args, **of)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +237,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began, names, work = time.time(), args.run or list(RUNS), Path(tempfile.mkdtemp(prefix="kills"))
     try:
+        if any(RUNS[name].stored for name in names):
+            begin_store()
         write_corpus(work / "corpus")
         straight = {name: undisturbed(work, name) for name in names}
         done: list[Trajectory] = []
@@ -213,45 +257,6 @@ def main() -> None:
     raise SystemExit(bool(result["faults"]))
 
 
-def write_corpus(folder: Path) -> None:
-    """Pairs with embeddings, in several shards."""
-    rng = np.random.default_rng(0)
-    corpus = synthetic.Corpus(synthetic.draw_classes(4, 0), 1.0, 0.0, 0.0, 0.0, 4, 16, 0)
-    columns = {"image": "bytes", "caption": "str", "image_embedding": "ndarray", "text_embedding": "ndarray"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
-        for row in range(SAMPLES):
-            image, text = (rng.normal(size=8).astype(np.float16) for _ in range(2))
-            sample = {"image": corpus.sample(row)["image"], "caption": f"{row}"}
-            writer.write({**sample, "image_embedding": image, "text_embedding": text})
-
-
-def recipe_of(work: Path, name: str, folder: Path) -> Path:
-    """The recipe of a run, with everything it writes in `folder`."""
-    tree = {
-        "run_name": "killed",
-        "max_duration": f"{STEPS}ba",
-        "precision": "fp32",
-        "device": "cpu",
-        "progress_bar": False,
-        "model": {"config": MODEL},
-        # A copy, as of a remote folder: what refuses a second run on the same shared memory.
-        "stream": {"remote": str(work / "corpus"), "local": str(folder / "cache"), "global_pool_size": POOL},
-        "selection": {"filter_ratio": 0.75, "warmup": "2ba", **RUNS[name][1]},
-        "optimizer": {"lr": 1e-2},
-        "scheduler": {"t_warmup": "2ba"},
-        "save_folder": str(folder / "saved"),
-        "save_interval": f"{EVERY}ba",
-        "autoresume": True,
-        "metrics_file": str(folder / "metrics.jsonl"),
-        "ledger": str(folder / "ledger"),
-        "dist_timeout": 60,
-    }
-    folder.mkdir()
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
-
-
 def undisturbed(work: Path, name: str) -> tuple[dict[str, Any], float]:
     """What the run leaves if it is let be, and the seconds it takes."""
     folder = work / "straight"
@@ -259,7 +264,7 @@ def undisturbed(work: Path, name: str) -> tuple[dict[str, Any], float]:
     said = attempt(path, name, 0, None)
     if said is not None:
         raise SystemExit(f"error: the undisturbed run {name!r} fails: {said}")
-    left = left_by(folder), time.time() - began
+    left = left_by(folder, name), time.time() - began
     shutil.rmtree(folder)
     return left
 
@@ -269,7 +274,7 @@ def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[st
     rng, folder, done = random.Random(seed), work / f"run{seed}", Trajectory(name, seed)
     path = recipe_of(work, name, folder)
     while True:
-        kill = Kill.drawn(rng, RUNS[name][0], seconds) if len(done.kills) < per_run else None
+        kill = Kill.drawn(rng, RUNS[name].ranks, seconds, RUNS[name].stored) if len(done.kills) < per_run else None
         workers = int(rng.random() < 0.15)
         said = attempt(path, name, workers, kill)
         if said is None:
@@ -281,33 +286,20 @@ def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[st
         if kill is not None and kill.kind == "torn":
             said["torn"] = tear(folder / "saved", kill.share)
         done.kills.append(said)
-        if said["kind"] == "told" and said["phase"] in IN_TRAINING and newest_step(folder / "saved") < said["at_step"]:
+        if kill is not None and kill.elsewhere:
+            shutil.rmtree(Path(staging_of(place_of(folder, name))).parent, ignore_errors=True)
+        if said["kind"] == "told" and said["phase"] in IN_TRAINING and newest_step(folder, name) < said["at_step"]:
             done.faults.append(f"told to end after step {said['at_step']}, it saved none after {said['at_step'] - 1}")
             return done
-    found = left_by(folder)
+    found = left_by(folder, name)
     done.faults = [key for key in expected if not same(expected[key], found.get(key))]
     shutil.rmtree(folder)
     return done
 
 
-def newest_step(saved: Path) -> int:
-    """Steps done at the newest checkpoint; 0 without one."""
-    found = checkpoints_in(saved)
-    return step_of(found[0]) if found else 0
-
-
-def tear(saved: Path, share: float) -> str | None:
-    """Cut the newest checkpoint short if there is another; its name."""
-    found = checkpoints_in(saved)
-    if len(found) < 2:
-        return None
-    os.truncate(found[0], int(share * found[0].stat().st_size))
-    return found[0].name
-
-
 def attempt(path: Path, name: str, num_workers: int, kill: Kill | None) -> dict[str, Any] | str | None:
     """Run a recipe until it ends (None), is killed (what it was doing) or fails (what it said)."""
-    ranks = RUNS[name][0]
+    ranks = RUNS[name].ranks
     board = mmap.mmap(-1, ranks * NOW.size)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -397,6 +389,13 @@ def forked(path: Path, rank: int, ranks: int, port: int, num_workers: int, board
         torch.manual_seed(time.time_ns())
         shown = Board(board, kill, rank)
         checkpoint._write_checkpoint_file = shown.write
+        finish = FileSystemWriter.finish
+        upload = S3ObjectStore.upload_object
+        S3ObjectStore.upload_object = lambda self, object_name, filename, callback=None, **kwargs: shown.upload(
+            upload, self, object_name, filename, callback=callback, **kwargs
+        )
+        stored_checkpoints.FIRST_PAUSE = 0.05
+        FileSystemWriter.finish = lambda self, metadata, results: shown.list_pieces(finish, self, metadata, results)
         trainer = build_trainer(load_config(str(path), [f"stream.num_workers={num_workers}"]))
         trainer.state.callbacks.insert(0, shown)
         train(trainer)
@@ -411,44 +410,6 @@ def forked(path: Path, rank: int, ranks: int, port: int, num_workers: int, board
         # Its datasets' shared memory goes at the interpreter's exit, which os._exit leaves out.
         atexit._run_exitfuncs()
         os._exit(status)
-
-
-def left_by(folder: Path) -> dict[str, Any]:
-    """Everything a finished run leaves that must not depend on kills."""
-    newest = checkpoints_in(folder / "saved")[0]
-    # weights_only=False: Composer keeps numpy's and Python's generators as tuples of arrays.
-    saved = torch.load(newest, map_location="cpu", weights_only=False)
-    state = saved["state"]
-    clock = {key: value for key, value in state["timestamp"]["Timestamp"].items() if "wct" not in key}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
-        # But for those of runs that were told to end, which come at any step.
-        "checkpoints": [path.name for path in checkpoints_in(folder / "saved") if step_of(path) % EVERY == 0],
-        **{key: state[key] for key in ("model", "optimizers", "schedulers", "algorithms", "dataset_state")},
-        "timestamp": clock,
-        "generators": saved["rng"],
-        "ledger": {path.name: path.read_bytes() for path in (folder / "ledger").glob("*.ledger")},
-        "metrics": [{key: value for key, value in line.items() if not key.endswith("_ms")} for line in lines],
-        "shared memory": shared_memory(),
-    }
-
-
-def shared_memory() -> list[str]:
-    """What is in /dev/shm, which is this tool's own where it is run alone."""
-    return sorted(path.name for path in Path("/dev/shm").glob("0*"))
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Bit for bit, of nested containers."""
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, np.ndarray):
-        return isinstance(theirs, np.ndarray) and np.array_equal(ours, theirs)
-    if isinstance(ours, dict):
-        return isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
-    if isinstance(ours, (list, tuple)):
-        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
 
 
 def line_of(done: list[Trajectory], wanted: int, seconds: float) -> str:
