@@ -3,7 +3,7 @@
 Only wiring and metrics: what is chosen is decided in `selection`, on embeddings from `embed`. It selects at
 AFTER_DATALOADER, the last moment at which Composer still trains what it is given; at BEFORE_TRAIN_BATCH the batch is
 already split and a selection would be ignored in silence. At AFTER_FORWARD it notes what the model made of its
-survivors.
+survivors, or at AFTER_LOSS, if it has to ask the model again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
-from clipcov_stream.batch import check_batch, check_last_pool, check_ratio, count_survivors, normalizing, size_of
+from clipcov_stream.batch import (
+    check_batch,
+    check_last_pool,
+    check_ratio,
+    count_survivors,
+    normalizing,
+    num_drawn,
+    size_of,
+)
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, num_pools, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     IN_TRAINING,
@@ -356,6 +364,7 @@ class ClipCov(Algorithm):
             Event.BEFORE_DATALOADER,
             Event.AFTER_DATALOADER,
             Event.AFTER_FORWARD,
+            Event.AFTER_LOSS,
             Event.BATCH_END,
             Event.FIT_END,
         )
@@ -367,8 +376,11 @@ class ClipCov(Algorithm):
             self._asked = time.perf_counter()
         elif event == Event.AFTER_DATALOADER:
             self._keep_survivors(state, logger)
-        elif event == Event.AFTER_FORWARD:
-            self._learn(state)
+        elif event in (Event.AFTER_FORWARD, Event.AFTER_LOSS):
+            # A pass of one's own before the loss would take the place of what the model keeps of its training pass on
+            # itself, such as a layer's part of the loss, and nothing would be learned of that.
+            if event == Event.AFTER_LOSS or has_features(state.outputs):
+                self._learn(state)
         elif event == Event.FIT_END:
             self._catch_up()
             if getattr(loader := state.dataloader, "as_bytes", False):
@@ -442,7 +454,7 @@ class ClipCov(Algorithm):
                 f"training goes on from step {step} of a run without ClipCov: its checkpoint has no state of it. To "
                 "begin selection here, take its weights alone: load_path=... and load_weights_only=true"
             )
-        if hasattr(dataset := getattr(state.dataloader, "dataset", None), "selected"):
+        if hasattr(dataset := getattr(state.dataloader, "dataset", None), "check_selected"):
             dataset.selected = True  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         scored_at = [getattr(dataset, "scoring_size", None)]
         if self._scored_at not in (None, scored_at):
@@ -487,6 +499,11 @@ class ClipCov(Algorithm):
                 raise ValueError("embed='teacher' cannot copy a model sharded by FSDP; use another of selection.embed")
             self.teacher = Teacher(unwrap(state.model), self.teacher_momentum)
         if self.proxy is not None:
+            if self.embed == "online" and self.proxy is unwrap(state.model):
+                raise ValueError(
+                    "embed='online' trains its proxy with an optimizer of its own, and this proxy is the Trainer's "
+                    "model: give it a model of its own, or none"
+                )
             state.device.module_to_device(self.proxy)
             if self.embed == "online" and self.teacher is None:
                 counts = self.settings.copies > 0 and plain(self.function) is clipcov
@@ -510,10 +527,11 @@ class ClipCov(Algorithm):
     def _sizes(self, state: State) -> tuple[int, int]:
         """Samples of the data set that ids number, and of a pass over all that ranks read; 0 for what is not known."""
         given = self._given_size
-        own = size_of(getattr(state.dataloader, "dataset", None)) if given is None else given
+        own = size_of(state.dataloader) if given is None else given
         sizes = on_every_rank(own, state.device)
+        drawn = sum(on_every_rank(num_drawn(state.dataloader), state.device))
         if len(set(sizes)) == 1:
-            return own, own
+            return own, own if given is not None else min(own, drawn or own)
         if given is not None:
             raise ValueError(f"dataset_size must be the same on all ranks, not {sizes}")
         # Ranks with data sets of different sizes have one each, of ids of its own.
@@ -660,7 +678,7 @@ class ClipCov(Algorithm):
         outputs: Any = state.outputs
         model = unwrap(state.model)
         with Stopwatch(state) as self._learning:
-            if isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys():
+            if has_features(outputs):
                 image, text = outputs["image_features"], outputs["text_features"]
                 # Not the parameter, if it can be helped: FSDP leaves some ranks without it.
                 scale = scale_in(outputs) if "logit_scale" in outputs else scale_of(model)
@@ -676,3 +694,8 @@ class ClipCov(Algorithm):
             seen = with_learner(self._survivors, image, text, scale)
             self.selection = learn(self.selection, seen, all_reduce_of(self.scope))
         self._survivors = None
+
+
+def has_features(outputs: Any) -> bool:
+    """Whether a model's outputs have the embeddings of its training pass, as open_clip's."""
+    return isinstance(outputs, Mapping) and {"image_features", "text_features"} <= outputs.keys()

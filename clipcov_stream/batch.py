@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from clipcov_stream.fused import brought
 
@@ -129,14 +130,27 @@ def normalizing(loader: Any, image: Any) -> Normalize | None:
     return None
 
 
-def size_of(dataset: Any) -> int:
-    """Samples of a data set, which their ids number from 0; 0 if it does not say.
+def size_of(loader: Any) -> int:
+    """Samples of a loader's data set, which their ids number from 0; 0 if it does not say.
 
     What is read in order says so as `num_samples`, as a StreamingDataset does: its length is one rank's, of one epoch,
-    or a number of batches.
+    or a number of batches. So is that of a data set whose items are pools, which a loader does not put together.
     """
+    dataset = getattr(loader, "dataset", None)
     try:
         of_all = getattr(dataset, "num_samples", None)
-        return int(of_all or (0 if isinstance(dataset, IterableDataset) else len(dataset)))
+        if isinstance(of_all, Integral) and of_all:
+            return int(of_all)
+        if isinstance(dataset, IterableDataset) or (isinstance(loader, DataLoader) and loader.batch_sampler is None):
+            return 0
+        return len(dataset)  # pyright: ignore[reportArgumentType]
     except Exception:  # whatever a stranger's __len__ raises, it does not say
+        return 0
+
+
+def num_drawn(loader: Any) -> int:
+    """Samples of a loader's data set that its sampler draws in an epoch; 0 if it does not say."""
+    try:
+        return len(loader.sampler)
+    except Exception:  # it has none, or one without an end
         return 0

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,31 +112,36 @@ class WholeCheckpoints(CheckpointSaver):
 
 
 class Generators(Callback):
-    """Sets torch's, NumPy's and Python's random number generators to a checkpoint's before the first pool is asked for.
+    """Sets torch's, NumPy's and Python's random number generators to a checkpoint's before the first pool is asked for,
+    where the data set goes on by itself.
+
+    Where it does not, Composer reads pools and throws them away, and sets the generators before the last of these: what
+    shuffles them may have drawn from the generators before.
 
     Args:
-        states: of all ranks, as `composer.utils.reproducibility` gives and takes them.
+        trainer: that goes on from a checkpoint.
     """
 
-    def __init__(self, states: list[dict[str, Any]]) -> None:
-        self.states: list[dict[str, Any]] | None = states
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = weakref.ref(trainer)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        if self.states is not None:
-            reproducibility.load_rng_state(self.states)
-            self.states = None
+        trainer = self.trainer()
+        goes_on = "train" in state.dataset_resumption
+        if trainer is not None and trainer._rng_state is not None and (goes_on or not trainer.spin_dataloaders):
+            reproducibility.load_rng_state(trainer._rng_state)
+            trainer._rng_state = None
 
 
 def restore_generators(trainer: Trainer) -> None:
     """Have a Trainer that was just made from a checkpoint go on with the checkpoint's generators.
 
-    Composer 0.32 does that by itself only where an epoch begins: in the midst of one it waits for a pool to throw away,
-    and a StreamingDataset resumes without. What draws from them, such as dropout, would draw other numbers than in a
-    run that was not stopped.
+    Composer 0.32 does that by itself where an epoch begins, and in the midst of one as it throws away the last pool
+    that was trained on. A StreamingDataset resumes without any to throw away, and what draws from the generators, such
+    as dropout, would draw other numbers than in a run that was not stopped.
     """
     if trainer._rng_state is not None and int(trainer.state.timestamp.batch_in_epoch):
-        trainer.state.callbacks.append(Generators(trainer._rng_state))
-        trainer._rng_state = None
+        trainer.state.callbacks.append(Generators(trainer))
 
 
 def check_folder(trainer: Trainer) -> None:

@@ -411,6 +411,19 @@ EXACT = "float32."
 """What a Teacher's state has before the names of averages of half-precision weights."""
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model.
+
+    A `forward` that was compiled, as Composer's `compile_config` has it, is the model's own function, and a copy of it
+    still passes through the model: the copy has the class's.
+    """
+    found = copy.deepcopy(model)
+    for module in found.modules():
+        if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            del module.__dict__["forward"]
+    return found
+
+
 class Teacher:
     """Moving average of the learner's weights: an embedder that needs no reference model.
 
@@ -431,7 +444,7 @@ class Teacher:
 
     def __init__(self, learner: nn.Module, momentum: float) -> None:
         try:
-            self.model = copy.deepcopy(learner).eval().requires_grad_(False)
+            self.model = copied(learner).eval().requires_grad_(False)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # of tensors that a hook computes, as torch.nn.utils.weight_norm's

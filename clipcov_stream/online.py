@@ -8,7 +8,6 @@ moving average judges before the update.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from clipcov_stream.collectives import summed
 from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies, remembered
-from clipcov_stream.embed import Proxy
+from clipcov_stream.embed import Proxy, copied
 from clipcov_stream.evidence import matching
 from clipcov_stream.fused import brought
 from clipcov_stream.pool import Pool, prepared, valid_of
@@ -156,7 +155,7 @@ class OnlineProxy:
         self.learned = [p for p in proxy.parameters() if p.requires_grad]
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
-        self.model = copy.deepcopy(proxy).eval().requires_grad_(False)
+        self.model = copied(proxy).eval().requires_grad_(False)
         self.lr, self.momentum = lr, momentum
         self.updates, self.samples_streamed, self.dataset_size = 0, 0, 0
         self.pictures = (
@@ -254,6 +253,12 @@ class OnlineProxy:
         if len(image):
             with precision():
                 x, y = self.trained.encode_image(image), self.trained.encode_text(text)
+            if not (x.requires_grad or y.requires_grad):
+                raise ValueError(
+                    f"an online proxy learns by gradients, and neither encode_image nor encode_text of this "
+                    f"{type(self.trained).__name__} has any: take torch.no_grad and the like out of them, or use "
+                    "embed='proxy'"
+                )
         scale, there = getattr(self.trained, "logit_scale", None), None
         # In bfloat16 the logits would be off by a third at a scale of 100.
         with torch.autocast(weights.device.type, enabled=False):

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,8 @@ def test_the_size_of_a_data_set_is_what_it_says() -> None:
         def __len__(self) -> int:
             return 3
 
-    assert [size_of(of) for of in (Streamed(), [1, 2], Endless(), Batches(), None)] == [9, 2, 0, 0, 0]
+    of = (Streamed(), [1, 2], Endless(), Batches(), None)
+    assert [size_of(SimpleNamespace(dataset=each)) for each in of] == [9, 2, 0, 0, 0]
 
 
 def test_patches_of_a_tower_without_any_cannot_be_left_out(tmp_path: Path, corpus: Path) -> None:

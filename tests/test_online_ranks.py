@@ -38,7 +38,7 @@ from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer, leave_group
 trainer = build_trainer(load_config(sys.argv[1]))
 own = [int(size) for size in sys.argv[2].split(",")]
-algorithm.size_of = lambda dataset: own[dist.get_global_rank()]
+algorithm.size_of = lambda loader: own[dist.get_global_rank()]
 trainer.fit()
 clipcov = next(of for of in trainer.state.algorithms if isinstance(of, algorithm.ClipCov))
 print("passes of", clipcov.teacher.dataset_size, "and ids below", clipcov.dataset_size)

@@ -45,7 +45,7 @@ def test_a_run_selects_by_a_proxy_that_learns_from_the_stream(tmp_path: Path, co
     online = clipcov.teacher
     assert isinstance(online, OnlineProxy)
     assert online.updates == 6 * 4  # the warm-up's pools too, in parts of 8 of 32
-    assert online.samples_streamed == 6 * 32 and online.dataset_size == size_of(trainer.state.dataloader.dataset) > 0
+    assert online.samples_streamed == 6 * 32 and online.dataset_size == size_of(trainer.state.dataloader) > 0
     assert clipcov.selection is not None and clipcov.selection.stream.image_dim == 8
     assert clipcov.settings.half_life == 20 * 32
     assert len(values(memory, "selection/embed_ms")) == 6  # it judges what it is to learn from in the warm-up too
@@ -97,7 +97,7 @@ def test_it_knows_how_long_a_pass_is_whoever_selects(tmp_path: Path, corpus: Pat
     clipcov = algorithm_of(trainer)
     online = clipcov.teacher
     assert isinstance(online, OnlineProxy)
-    assert clipcov.dataset_size == 0 and online.dataset_size == size_of(trainer.state.dataloader.dataset) > 0
+    assert clipcov.dataset_size == 0 and online.dataset_size == size_of(trainer.state.dataloader) > 0
 
 
 def test_another_learning_rate_or_model_is_another_run(tmp_path: Path, corpus: Path) -> None:
