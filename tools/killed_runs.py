@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from streaming import MDSWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from clipcov_stream.checkpoints import checkpoints_in, order_in, pieces_in, step_of
+from clipcov_stream.shared_memory import claims
 
 STEPS, POOL, SAMPLES = 12, 32, 160
 EVERY = 2
@@ -66,6 +68,8 @@ RUNS: dict[str, Run] = {
     "two ranks, online, in a store": Run(2, {"embed": "online"}, stored=True),
 }
 BUCKET = "kills"
+SETTLING = 3.0
+"""Seconds that another job has to remove its shared memory once it is over."""
 
 
 def write_corpus(folder: Path) -> None:
@@ -177,8 +181,8 @@ def tear(saved: Path, share: float) -> str | None:
     return newest.name
 
 
-def left_by(folder: Path, name: str) -> dict[str, Any]:
-    """Everything a finished run leaves that must not depend on kills."""
+def left_by(folder: Path, name: str, others: set[str]) -> dict[str, Any]:
+    """Everything a finished run leaves that must not depend on kills; of shared memory what is not `others`."""
     kept = saved_by(folder, name)
     newest = max(kept)[1]
     if RUNS[name].stored:
@@ -200,13 +204,20 @@ def left_by(folder: Path, name: str) -> dict[str, Any]:
         "generators": saved["rng"],
         "ledger": {path.name: path.read_bytes() for path in (folder / "ledger").glob("*.ledger")},
         "metrics": [{key: value for key, value in line.items() if not key.endswith("_ms")} for line in lines],
-        "shared memory": shared_memory(),
+        "shared memory": shared_memory(others),
     }
 
 
-def shared_memory() -> list[str]:
-    """What is in /dev/shm, which is this tool's own where it is run alone."""
-    return sorted(path.name for path in Path("/dev/shm").glob("0*"))
+def shared_memory(others: Collection[str] = ()) -> list[str]:
+    """What is in /dev/shm, but for `others` and what another job's process is alive to remove."""
+    deadline = time.monotonic() + SETTLING
+    while True:
+        live = {said.get("prefix") for said in claims().values() if said["held"]}
+        found = (path.name for path in Path("/dev/shm").glob("0*"))
+        left = sorted(name for name in found if name not in others and f"{name.partition('_')[0]}_" not in live)
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
 
 
 def same(ours: Any, theirs: Any) -> bool:

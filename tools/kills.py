@@ -28,6 +28,7 @@ import json
 import mmap
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -59,6 +60,7 @@ from killed_runs import (
     place_of,
     recipe_of,
     same,
+    shared_memory,
     tear,
     write_corpus,
 )
@@ -234,6 +236,9 @@ def main() -> None:
     parser.add_argument("--run", action="append", choices=list(RUNS), help="only this; all in turn by default")
     parser.add_argument("--out", help="folder for kills.json and kills.md")
     args = parser.parse_args()
+    for option in ("kills", "per_run"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
     torch.set_num_threads(1)
     began, names, work = time.time(), args.run or list(RUNS), Path(tempfile.mkdtemp(prefix="kills"))
     try:
@@ -260,11 +265,11 @@ def main() -> None:
 def undisturbed(work: Path, name: str) -> tuple[dict[str, Any], float]:
     """What the run leaves if it is let be, and the seconds it takes."""
     folder = work / "straight"
-    path, began = recipe_of(work, name, folder), time.time()
+    path, began, others = recipe_of(work, name, folder), time.time(), set(shared_memory())
     said = attempt(path, name, 0, None)
     if said is not None:
         raise SystemExit(f"error: the undisturbed run {name!r} fails: {said}")
-    left = left_by(folder, name), time.time() - began
+    left = left_by(folder, name, others), time.time() - began
     shutil.rmtree(folder)
     return left
 
@@ -272,7 +277,7 @@ def undisturbed(work: Path, name: str) -> tuple[dict[str, Any], float]:
 def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[str, Any], seconds: float) -> Trajectory:
     """Kill a run and resume it until it ends, and compare."""
     rng, folder, done = random.Random(seed), work / f"run{seed}", Trajectory(name, seed)
-    path = recipe_of(work, name, folder)
+    path, others = recipe_of(work, name, folder), set(shared_memory())
     while True:
         kill = Kill.drawn(rng, RUNS[name].ranks, seconds, RUNS[name].stored) if len(done.kills) < per_run else None
         workers = int(rng.random() < 0.15)
@@ -291,7 +296,7 @@ def trajectory(work: Path, name: str, seed: int, per_run: int, expected: dict[st
         if said["kind"] == "told" and said["phase"] in IN_TRAINING and newest_step(folder, name) < said["at_step"]:
             done.faults.append(f"told to end after step {said['at_step']}, it saved none after {said['at_step'] - 1}")
             return done
-    found = left_by(folder, name)
+    found = left_by(folder, name, others)
     done.faults = [key for key in expected if not same(expected[key], found.get(key))]
     shutil.rmtree(folder)
     return done
@@ -421,6 +426,8 @@ def line_of(done: list[Trajectory], wanted: int, seconds: float) -> str:
 
 def summary(done: list[Trajectory], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     kills = [kill for each in done for kill in each.kills]
+    options = ["--kills", str(args.kills), "--per-run", str(args.per_run), "--seed", str(args.seed)]
+    options += [option for name in args.run or () for option in ("--run", name)]
     return {
         "kills": len(kills),
         "runs": len(done),
@@ -433,7 +440,7 @@ def summary(done: list[Trajectory], args: argparse.Namespace, seconds: float) ->
         "whole_group": sum(kill["group"] for kill in kills),
         "with_workers": sum(kill["workers"] > 0 for kill in kills),
         "seeds": [args.seed, args.seed + len(done) - 1],
-        "command": f"python tools/kills.py --kills {args.kills} --per-run {args.per_run} --seed {args.seed}",
+        "command": shlex.join(["python", "tools/kills.py", *options]),
         "minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
         "trajectories": [asdict(each) for each in done],
