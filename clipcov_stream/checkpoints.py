@@ -144,6 +144,21 @@ def restore_generators(trainer: Trainer) -> None:
         trainer.state.callbacks.append(Generators(trainer))
 
 
+@contextmanager
+def signal_files_of_nodes() -> Iterator[None]:
+    """Within the block each node has a file of its own by which its ranks wait for its first.
+
+    Composer 0.32 gives the files of all nodes one name: in a folder that nodes share, as for `autoresume` the
+    checkpoints' is, the second node to remove it fails, and the run with it.
+    """
+    of_all = dist.get_node_signal_file_name
+    dist.get_node_signal_file_name = lambda *args, **kwargs: f"{of_all(*args, **kwargs)}_{dist.get_node_rank()}"
+    try:
+        yield
+    finally:
+        dist.get_node_signal_file_name = of_all
+
+
 def check_folder(trainer: Trainer) -> None:
     """Raise ValueError, on all ranks, if the folder has a checkpoint of a step that the run is still to come to, or
     does not let itself be looked at.

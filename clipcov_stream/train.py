@@ -30,6 +30,7 @@ from clipcov_stream.checkpoints import (
     folder_of,
     newest_whole,
     restore_generators,
+    signal_files_of_nodes,
 )
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration, check_interval
@@ -193,7 +194,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
         keep = config.save_num_checkpoints_to_keep
         callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {} if fsdp is None else {"parallelism_config": {"fsdp": fsdp}}
-    with checked_loading():
+    with checked_loading(), signal_files_of_nodes():
         trainer = Trainer(
             model=model,
             train_dataloader=loader,
