@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, IterableDataset
 
+from clipcov_stream.arguments import real_number
 from clipcov_stream.fused import brought
 
 NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding", "thumbnail")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 
-def check_ratio(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"selection.{name}={value} must be in [0, 1)")
+def checked_ratio(name: str, value: float) -> float:
+    """A share of a pool. Raises ValueError for what is none."""
+    return real_number(f"selection.{name}", value, "in [0, 1)", lambda ratio: 0 <= ratio < 1)
 
 
 def count_survivors(pool_size: int, filter_ratio: float) -> int:
     """pool_size * (1 - filter_ratio), checked; see `ClipCov.num_survivors`."""
-    check_ratio("filter_ratio", filter_ratio)
+    filter_ratio = checked_ratio("filter_ratio", filter_ratio)
     exact = pool_size * (1 - filter_ratio)
     count = round(exact)
     if abs(exact - count) > 1e-6 * pool_size:

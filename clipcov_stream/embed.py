@@ -104,21 +104,13 @@ def check_towers(model: Any, what: str) -> None:
 def check_embedder(
     embed: str,
     proxy: nn.Module | None,
-    teacher_momentum: float,
-    logit_scale: float,
-    embed_chunk: int | None,
     embed_resolution: int | None,
     embed_precision: str | None,
     embed_patch_dropout: float | None,
-    proxy_lr: float = 1e-3,
 ) -> None:
     """Raise ValueError unless these arguments of `ClipCov` say how to embed a pool."""
-    if not 0 <= teacher_momentum < 1:
-        raise ValueError(f"selection.teacher_momentum={teacher_momentum} must be in [0, 1)")
     if embed not in EMBED_SOURCES:
         raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
-    if not (proxy_lr > 0 and math.isfinite(proxy_lr)):
-        raise ValueError(f"selection.proxy_lr={proxy_lr} must be a finite number above 0")
     if proxy is not None and embed not in ("proxy", "online"):
         raise ValueError(f"embed={embed!r} takes no proxy model")
     if proxy is None and embed == "proxy":
@@ -126,12 +118,10 @@ def check_embedder(
             f"embed={embed!r} needs a proxy model: selection.proxy.name and .pretrained in a recipe, proxy=MODEL of "
             "ClipCov"
         )
+    if isinstance(proxy, type):
+        raise ValueError(f"selection.proxy={proxy.__name__} is a class; give ClipCov a model made of it, proxy=MODEL")
     if proxy is not None:
         check_towers(proxy, "proxy")
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
-        raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
-    if embed_chunk is not None and embed_chunk < 1:
-        raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
     options = {
         "embed_resolution": embed_resolution,
         "embed_precision": embed_precision,
@@ -140,10 +130,6 @@ def check_embedder(
     for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
-    if embed_resolution is not None and embed_resolution < 1:
-        raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
-    if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:
-        raise ValueError(f"selection.embed_patch_dropout={embed_patch_dropout} must be in [0, 1), or null")
     for name in ("embed_resolution", "embed_patch_dropout"):
         if options[name] is not None and embed == "online":
             raise ValueError(

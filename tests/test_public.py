@@ -92,3 +92,61 @@ def test_the_readme_loop_runs_as_written() -> None:
     cosine = torch.nn.functional.cosine_similarity(pool.image, pool.text)
     survivors = clipcov_stream.Selector(scope["worst_first"])(pool, 64)
     assert sorted(survivors.tolist()) == sorted(cosine.argsort()[:64].tolist())
+
+
+ARGUMENTS = """
+import numpy, torch
+from clipcov_stream import ClipCov, Pool, Selector, Settings
+rows = torch.randn(8, 4)
+for make in (
+    lambda: Settings(gate="1"),
+    lambda: Settings(half_life=True),
+    lambda: ClipCov(soft_start="a"),
+    lambda: ClipCov(seed=None),
+    lambda: Settings(references=256.0),
+    lambda: Settings(seed=1 << 64),
+    lambda: Selector(seed="0"),
+    lambda: Selector(seed=1.5),
+    lambda: Selector(settings={"gate": 2.0}),
+    lambda: Selector(dataset_size=96.0),
+    lambda: Selector(dataset_size=-1),
+    lambda: Selector()(Pool(rows, rows), 2.5),
+    lambda: Selector()(Pool(rows, rows), 2.0),
+    lambda: Selector()(Pool(rows, rows), True),
+):
+    try:
+        make()
+        print("nothing")
+    except ValueError as error:
+        print(error)
+knobs = Settings(seed=numpy.int64(3), references=numpy.int32(64), recent=numpy.uint8(64), gate=numpy.float32(2))
+print(sorted({type(value).__name__ for value in vars(knobs).values()}), knobs.seed, knobs.gate)
+chosen = [Selector(seed=seed)(Pool(rows, rows), k).tolist() for seed, k in ((3, 2), (torch.tensor(3), numpy.int64(2)))]
+print(chosen[0] == chosen[1])
+"""
+
+
+def test_arguments_that_are_none_are_named():
+    # In a process of its own: here the checks of types would refuse them first.
+    result = subprocess.run([sys.executable, "-c", ARGUMENTS], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    expected = (
+        "selection.gate='1' is a str; it must be a number, above 0; inf opens every candidate",
+        "selection.half_life=True is a bool; it must be a number, a positive number of samples, or inf",
+        "selection.soft_start='a' is a str; it must be a number, from 0 to 1",
+        "selection.seed=None is a NoneType; it must be a whole number",
+        "selection.references=256.0 is a float; it must be a whole number, at least 2",
+        "selection.seed=18446744073709551616 must be from -2**63 to 2**64 - 1",
+        "selection.seed='0' is a str; it must be a whole number, from -2**63",
+        "selection.seed=1.5 is a float",
+        "settings={'gate': 2.0} must be a Settings",
+        "dataset_size=96.0 is a float; it must be a whole number, a number of samples",
+        "dataset_size=-1 must be a number of samples, 0 if it is not known",
+        "num_survivors=2.5 is a float; it must be a whole number, from 1 to the pool's size, 8",
+        "num_survivors=2.0 is a float",
+        "num_survivors=True is a bool",
+        "['float', 'int'] 3 2.0",
+        "True",
+    )
+    for line, begins in zip(result.stdout.splitlines(), expected, strict=True):
+        assert line.startswith(begins), line

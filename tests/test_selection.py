@@ -341,6 +341,8 @@ def test_a_function_of_ones_own_is_a_selector():
         (torch.tensor([0, 1]), r"returned \(2,\) of torch.int64; it must return \(3,\)"),
         (torch.tensor([0, 1, 2], dtype=torch.int32), "of torch.int32"),
         (torch.tensor([0.0, 1.0, 2.0]), "of torch.float32"),
+        ([0, 1, 2], r"returned a list; it must return a tensor, \(3,\) of torch.int64"),
+        (torch.topk(torch.arange(8.0), 3), r"returned a topk; .* as torch.topk\(...\).indices is"),
     ],
 )
 def test_a_bad_selector_is_named(survivors, message):
