@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
 from clipcov_stream.arguments import no_less_than, real_number, whole_number
-from clipcov_stream.batch import check_batch, check_last_pool, checked_ratio, count_survivors, normalizing, size_of
+from clipcov_stream.batch import (
+    check_batch,
+    check_last_pool,
+    checked_ratio,
+    count_survivors,
+    ids_in,
+    normalizing,
+    size_of,
+)
 from clipcov_stream.clock import Stopwatch, check_foreseen, in_warmup, num_pools, outlasts, parse_warmup, steps_later
 from clipcov_stream.embed import (
     IN_TRAINING,
@@ -45,7 +53,7 @@ from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.online import OnlineProxy
 from clipcov_stream.patches import towers_with_patches
-from clipcov_stream.pool import Pool, with_learner
+from clipcov_stream.pool import Pool, SharedCounts, with_learner
 from clipcov_stream.pool_sizes import PoolSizes
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
 from clipcov_stream.ranks import (
@@ -272,6 +280,7 @@ class ClipCov(Algorithm):
         while a thread runs ahead with one of its own, until training ends."""
         self.selection: SelectionState | None = None
         self._graphed = GraphedSelect()
+        self._shared_counts = SharedCounts()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
         self.dist_timeout: float | None = None
@@ -618,7 +627,7 @@ class ClipCov(Algorithm):
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares, self._begun = None, None, True
-        self.pool_ids = state.batch.get("id") if isinstance(state.batch, Mapping) else None
+        self.pool_ids = ids_in(state.batch)
         prepared = self._prepared(state)
         self.alignment = prepared.alignment
         counts = (prepared.pool_size, len(prepared), prepared.num_invalid)
@@ -669,6 +678,7 @@ class ClipCov(Algorithm):
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
             online=self.teacher if isinstance(self.teacher, OnlineProxy) else None,
             selecting=self._graphed,
+            shared_counts=self._shared_counts,
             saved=self._pending.get("selection"),
             # Now: while training evaluates, the state has another loader, and a thread may be at work.
             loader=state.dataloader,

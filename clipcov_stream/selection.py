@@ -208,7 +208,9 @@ def aim_of(
     memory = torch.where(state.kept.weight > 0, memory, target)
     figures, crowding = {"matched_share": match.share, "filter_edge": match.edge}, 1.0
     if settings.starts_softly:
-        figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
+        figures["random_share"] = 1 - torch.as_tensor(
+            places / num_survivors, dtype=torch.float32, device=match.share.device
+        )
     if settings.unevenness > 0:
         figures["unevenness"] = unevenness(*whitened, among, settings.references)
         crowding = (figures["unevenness"] / settings.unevenness).clamp_max(1).square()
@@ -221,7 +223,7 @@ def aim_of(
     aim = settings.overshoot * target + settings.memory * (target - memory)
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
     herding = Herding(*whitened, worth, aim, settings.coverage, among, num_picks, mean_atom)
-    figures["open_share"] = open_.sum() / valid.sum().clamp_min(1)
+    figures["open_share"] = open_.sum().float() / valid.sum().clamp_min(1)
     return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), places, times, copies, figures)
 
 

@@ -13,7 +13,7 @@ from clipcov_stream.arguments import no_less_than, whole_number
 from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts, with_learner
+from clipcov_stream.pool import Pool, SharedCounts, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
 from clipcov_stream.selection import checked_count, clipcov, learn, reads_lag, resolve
 
@@ -69,7 +69,7 @@ class Selector:
         self.report: dict[str, Tensor] = {}
         self.gain: Tensor | None = None
         self._select = GraphedSelect()
-        self._warned = False
+        self._shared_counts = SharedCounts()
         self._survivors: Pool | None = None
         self._pending: dict[str, Any] | None = None
 
@@ -84,8 +84,8 @@ class Selector:
         """
         num_survivors = checked_count(num_survivors, len(pool))
         before = self._state_for(pool)
-        if pool.ids is not None and not self._warned:
-            self._warned = warn_of_shared_counts(pool.ids, self.dataset_size)
+        if pool.ids is not None:
+            self._shared_counts.check(pool.ids, self.dataset_size)
         state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         num_short = int(num_valid < num_survivors)
@@ -160,10 +160,11 @@ class Selector:
             if theirs != own:
                 raise ValueError(f"the state is of a Selector with {name}={theirs!r}, this one has {name}={own!r}")
         waiting = state.get("survivors") if state else None
-        self._survivors = Pool(**waiting) if waiting else None
+        survivors = Pool(**waiting) if waiting else None
         if not state:
             self.state, self._pending = None, None
         elif self.state is None:
             self._pending = state
         else:
             self.state = self.state.restored(state)
+        self._survivors = survivors  # last: a state that is refused changes nothing

@@ -150,3 +150,54 @@ def test_arguments_that_are_none_are_named():
     )
     for line, begins in zip(result.stdout.splitlines(), expected, strict=True):
         assert line.startswith(begins), line
+
+
+COLUMNS = """
+import io, math, numpy, torch
+from clipcov_stream import Pool, Selector
+rows = torch.randn(24, 4)
+mask, ids = torch.arange(24) % 3 > 0, torch.arange(24)
+for valid in (mask.byte(), mask.long(), mask.float(), mask.tolist(), mask.numpy()):
+    assert torch.equal(Pool(rows, rows, valid=valid).valid, mask), type(valid)
+kinds = (torch.uint8, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+chosen = [
+    Selector(dataset_size=24)(Pool(rows, rows, ids=given), 6).tolist()
+    for given in (ids, ids.tolist(), list(ids), ids.numpy(), *(ids.to(kind) for kind in kinds))
+]
+assert all(each == chosen[0] for each in chosen)
+selector, file = Selector(), io.BytesIO()
+selector(Pool(rows, rows, numpy.float32(50)), 6)
+torch.save(selector.state_dict(), file)
+file.seek(0)
+assert torch.load(file, weights_only=True)["survivors"]["logit_scale"] == 50
+for given in (
+    {"ids": torch.arange(24.0)},
+    {"ids": [str(i) for i in range(24)]},
+    {"valid": ["yes"] * 24},
+    {"concepts": ["dog"] * 24},
+    {"thumbnail": [b"x"] * 24},
+    *({"logit_scale": scale} for scale in (0, -1.0, math.nan, "9", torch.ones(2))),
+):
+    try:
+        Pool(rows, rows, **given)
+        print("nothing")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_columns_of_a_pool_are_taken_as_they_come_or_named():
+    result = subprocess.run([sys.executable, "-c", COLUMNS], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    expected = (
+        "ids must be whole numbers, not torch.float32",
+        "ids must be a tensor with a row per sample, not list of str",
+        "valid must be a tensor with a row per sample, not list of str",
+        "concepts must be a tensor with a row per sample, not list of str",
+        "thumbnail must be a tensor with a row per sample, not list of bytes",
+        *(f"logit_scale={scale} must be a finite number above 0" for scale in ("0", "-1.0", "nan")),
+        "logit_scale='9' is a str; it must be a number",
+        "logit_scale has shape (2,); it must be one number",
+    )
+    for line, begins in zip(result.stdout.splitlines(), expected, strict=True):
+        assert line.startswith(begins), line
