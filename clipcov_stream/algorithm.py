@@ -32,6 +32,7 @@ from clipcov_stream.batch import (
     checked_ratio,
     count_survivors,
     ids_in,
+    inputs_of,
     normalizing,
     size_of,
 )
@@ -280,7 +281,7 @@ class ClipCov(Algorithm):
         while a thread runs ahead with one of its own, until training ends."""
         self.selection: SelectionState | None = None
         self._graphed = GraphedSelect()
-        self._shared_counts = SharedCounts()
+        self.shared_counts = SharedCounts()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
         self.dist_timeout: float | None = None
@@ -678,7 +679,6 @@ class ClipCov(Algorithm):
             embedder=self.teacher.model if self.teacher is not None else self.proxy,
             online=self.teacher if isinstance(self.teacher, OnlineProxy) else None,
             selecting=self._graphed,
-            shared_counts=self._shared_counts,
             saved=self._pending.get("selection"),
             # Now: while training evaluates, the state has another loader, and a thread may be at work.
             loader=state.dataloader,
@@ -706,7 +706,7 @@ class ClipCov(Algorithm):
                 scale = scale_in(outputs) if "logit_scale" in outputs else scale_of(model)
             else:
                 check_towers(model, "learnability above 0 (selection.learnability): the Trainer's model")
-                inputs = (state.batch[self.image_key], state.batch[self.text_key])
+                inputs = inputs_of(state.batch, self.image_key, self.text_key)
                 precision = get_precision_context(state.precision, state.precision_config)
                 chunk = self.embed_chunk or len(inputs[0])
                 image, text, scale = embed_with_towers(model, *inputs, chunk, precision, plain=True)

@@ -60,7 +60,7 @@ class Selector:
         self.settings = settings or Settings()
         if seed is not None:
             self.settings = replace(self.settings, seed=seed)
-        self.rank = whole_number("rank", rank, "at least 0", no_less_than(0))
+        self.rank = whole_number("rank", rank, "the number of this process", lambda number: True)
         self.all_reduce = all_reduce
         samples = "a number of samples, 0 if it is not known"
         dataset_size = whole_number("dataset_size", dataset_size, samples, no_less_than(0))
