@@ -58,7 +58,8 @@ class PoolSizes:
                 )
             if known is not None:
                 check_same_run({"global_pool_size": known}, {"global_pool_size": streamed})
-            self.everywhere, self._is_checked, self._is_own = streamed, True, True
+            self.everywhere, self._is_checked = streamed, True
+            self._is_own = self._is_own or known is None  # and no checkpoint's
             if microbatch in (None, pool_size):
                 # Composer's default is the loader's batch, our pool.
                 microbatch = state.device_train_microbatch_size = survivors
