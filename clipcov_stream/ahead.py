@@ -153,9 +153,6 @@ def check_ahead(run_ahead: int, lag_delay: int, follows: str, uses_lag: bool) ->
         follows: the arguments, if any, that make selection follow the model in training.
         uses_lag: whether selection reads the lag.
     """
-    for name, value in (("run_ahead", run_ahead), ("lag_delay", lag_delay)):
-        if value < 0:
-            raise ValueError(f"selection.{name}={value} must be at least 0 steps")
     if run_ahead and follows:
         raise ValueError(
             f"selection.run_ahead={run_ahead}: selection with {follows} follows the model in training, and cannot run "

@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,11 +25,14 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from clipcov_stream.ahead import Ahead, check_ahead
+from clipcov_stream.arguments import no_less_than, real_number, whole_number
 from clipcov_stream.batch import (
     check_batch,
     check_last_pool,
-    check_ratio,
+    checked_ratio,
     count_survivors,
+    ids_in,
+    inputs_of,
     normalizing,
     num_drawn,
     size_of,
@@ -52,7 +55,7 @@ from clipcov_stream.lags import Lags
 from clipcov_stream.objective import SelectionState, Settings
 from clipcov_stream.online import OnlineProxy
 from clipcov_stream.patches import towers_with_patches
-from clipcov_stream.pool import Pool, with_learner
+from clipcov_stream.pool import Pool, SharedCounts, with_learner
 from clipcov_stream.pool_sizes import PoolSizes
 from clipcov_stream.prepare import PASSED_ON, Preparation, Prepared, ReadyPool, Ticket, all_reduce_of, unwrap, with_lag
 from clipcov_stream.ranks import (
@@ -77,6 +80,31 @@ ONLINE_WIDTH = 16
 
 HARD_WARMUP = "100ba"
 """Of selection that would trust an embedder in training from the first step on."""
+
+POSITIVE = "a finite number above 0", lambda value: 0 < value < math.inf
+STEPS = "at least 0 steps", no_less_than(0)
+NUMBERS: dict[str, tuple[Callable[..., Any], str, Callable[[float], bool]]] = {
+    "proxy_lr": (real_number, *POSITIVE),
+    "logit_scale": (real_number, *POSITIVE),
+    "embedder": (whole_number, "`identity.fingerprint` of the columns' model, or null", math.isfinite),
+    "embed_chunk": (whole_number, "at least 1, or null", no_less_than(1)),
+    "embed_resolution": (whole_number, "at least 1 pixel, or null", no_less_than(1)),
+    "embed_patch_dropout": (real_number, "in [0, 1), or null", lambda value: 0 <= value < 1),
+    "run_ahead": (whole_number, *STEPS),
+    "lag_delay": (whole_number, *STEPS),
+    "dataset_size": (whole_number, "a number of samples, 0 if it is not known, or None", no_less_than(0)),
+}
+"""What each of these arguments must be."""
+
+MAY_BE_NONE = ("embedder", "embed_chunk", "embed_resolution", "embed_patch_dropout", "dataset_size")
+
+
+def checked(name: str, value: Any) -> Any:
+    """One of NUMBERS as Python's own; raises ValueError, naming it, for what it must not be."""
+    if value is None and name in MAY_BE_NONE:
+        return None
+    kind, must, holds = NUMBERS[name]
+    return kind(f"selection.{name}", value, must, holds)
 
 
 class ClipCov(Algorithm):
@@ -193,10 +221,16 @@ class ClipCov(Algorithm):
         image_key: str = "image",
         text_key: str = "text",
     ) -> None:
-        for name, ratio in (("filter_ratio", filter_ratio), ("max_invalid_ratio", max_invalid_ratio)):
-            check_ratio(name, ratio)
-        passes = (embed_chunk, embed_resolution, embed_precision, embed_patch_dropout)
-        check_embedder(embed, proxy, teacher_momentum, logit_scale, *passes, proxy_lr)
+        filter_ratio = checked_ratio("filter_ratio", filter_ratio)
+        max_invalid_ratio = checked_ratio("max_invalid_ratio", max_invalid_ratio)
+        teacher_momentum = checked_ratio("teacher_momentum", teacher_momentum)
+        proxy_lr, logit_scale = checked("proxy_lr", proxy_lr), checked("logit_scale", logit_scale)
+        embed_chunk, embedder = checked("embed_chunk", embed_chunk), checked("embedder", embedder)
+        embed_resolution = checked("embed_resolution", embed_resolution)
+        embed_patch_dropout = checked("embed_patch_dropout", embed_patch_dropout)
+        run_ahead, lag_delay = checked("run_ahead", run_ahead), checked("lag_delay", lag_delay)
+        dataset_size = checked("dataset_size", dataset_size)
+        check_embedder(embed, proxy, embed_resolution, embed_precision, embed_patch_dropout)
         if scope not in SCOPES:
             raise ValueError(f"selection.scope={scope!r} is not one of {list(SCOPES)}")
         self.function = resolve(selector)
@@ -231,8 +265,8 @@ class ClipCov(Algorithm):
         if embed == "online" and proxy is None:
             # Nobody else's random numbers, nor a GPU's, are touched.
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                torch.default_generator.manual_seed(seed)
-                small = SmallTowers(ONLINE_WIDTH)
+                torch.default_generator.manual_seed(self.settings.seed)
+                small = SmallTowers(ONLINE_WIDTH).float()  # whatever torch's default is
             proxy = Proxy(small, small.image_size)
         self.proxy, self.proxy_lr = proxy, proxy_lr
         self.teacher_momentum = teacher_momentum
@@ -241,8 +275,6 @@ class ClipCov(Algorithm):
         self.embed_resolution, self.embed_precision = embed_resolution, embed_precision
         self.embed_patch_dropout = embed_patch_dropout or None  # 0 leaves out as little
         self.max_invalid_ratio = max_invalid_ratio
-        if not (dataset_size is None or (isinstance(dataset_size, int) and dataset_size >= 0)):
-            raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known, or None")
         self.dataset_size, self._given_size = dataset_size or 0, dataset_size
         self.image_key, self.text_key = image_key, text_key
         self.teacher: Teacher | OnlineProxy | None = None
@@ -250,6 +282,7 @@ class ClipCov(Algorithm):
         while a thread runs ahead with one of its own, until training ends."""
         self.selection: SelectionState | None = None
         self._graphed = GraphedSelect()
+        self.shared_counts = SharedCounts()
         self._survivors: Pool | None = None
         self._shares: Shares | None = None
         self.dist_timeout: float | None = None
@@ -284,7 +317,7 @@ class ClipCov(Algorithm):
             "proxy": None if proxy is None else fingerprint(proxy, values=embed == "proxy"),
             "proxy_lr": proxy_lr if embed == "online" else None,
             "warmup": self.warmup.to_timestring(),
-            "half_life": half_life,
+            "half_life": half_life if half_life is None else self.settings.half_life,
             **{key: value for key, value in vars(self.settings).items() if key != "half_life"},
             "teacher_momentum": teacher_momentum,
             "logit_scale": logit_scale,
@@ -606,7 +639,7 @@ class ClipCov(Algorithm):
     def _keep_survivors(self, state: State, logger: Logger) -> None:
         """Replace the pool in `state.batch` by its survivors, and log the step's figures."""
         self._survivors, self._shares, self._begun = None, None, True
-        self.pool_ids = state.batch.get("id") if isinstance(state.batch, Mapping) else None
+        self.pool_ids = ids_in(state.batch)
         prepared = self._prepared(state)
         self.alignment = prepared.alignment
         counts = (prepared.pool_size, len(prepared), prepared.num_invalid)
@@ -684,7 +717,7 @@ class ClipCov(Algorithm):
                 scale = scale_in(outputs) if "logit_scale" in outputs else scale_of(model)
             else:
                 check_towers(model, "learnability above 0 (selection.learnability): the Trainer's model")
-                inputs = (state.batch[self.image_key], state.batch[self.text_key])
+                inputs = inputs_of(state.batch, self.image_key, self.text_key)
                 precision = get_precision_context(state.precision, state.precision_config)
                 chunk = self.embed_chunk or len(inputs[0])
                 image, text, scale = embed_with_towers(model, *inputs, chunk, precision, plain=True)

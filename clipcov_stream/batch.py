@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from clipcov_stream.arguments import real_number
 from clipcov_stream.fused import brought
+from clipcov_stream.pool import flags, whole_numbers
 
 NOT_TRAINED_ON = ("valid", "id", "concepts", "scoring_image", "image_embedding", "text_embedding", "thumbnail")
 """Keys of a pool that the model does not need; Composer copies every microbatch, so they are dropped."""
 
 
-def check_ratio(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"selection.{name}={value} must be in [0, 1)")
+def checked_ratio(name: str, value: float) -> float:
+    """A share of a pool. Raises ValueError for what is none."""
+    return real_number(f"selection.{name}", value, "in [0, 1)", lambda ratio: 0 <= ratio < 1)
 
 
 def count_survivors(pool_size: int, filter_ratio: float) -> int:
     """pool_size * (1 - filter_ratio), checked; see `ClipCov.num_survivors`."""
-    check_ratio("filter_ratio", filter_ratio)
+    filter_ratio = checked_ratio("filter_ratio", filter_ratio)
     exact = pool_size * (1 - filter_ratio)
     count = round(exact)
     if abs(exact - count) > 1e-6 * pool_size:
@@ -77,7 +79,8 @@ def check_last_pool(loader: Any, filter_ratio: float, num_pools: int) -> None:
 
 
 def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
-    """The batch, if it is a dict whose entries all have one row per candidate.
+    """The batch, if it is a dict whose entries all have one row per candidate; `valid` as bools, `id` as a tensor where
+    it is of numbers.
 
     Raises:
         ValueError: anything else; Composer would train on misaligned rows in silence.
@@ -91,12 +94,43 @@ def check_batch(batch: Any, image_key: str) -> dict[str, Any]:
     sizes = {key: len(value) for key, value in batch.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"entries of the batch differ in length: {sizes}")
-    return dict(batch)
+    known: dict[str, Any] = {"id": ids_in(batch)} if "id" in batch else {}
+    if "valid" in batch:
+        known["valid"] = valid = flags("the batch's 'valid'", batch["valid"])
+        if valid.ndim != 1:
+            raise ValueError(f"the batch's 'valid' has shape {tuple(valid.shape)}, the pool has {len(valid)} samples")
+    return {**batch, **known}
 
 
-def trained_on(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that a model may train on."""
-    return {key: value for key, value in batch.items() if key not in NOT_TRAINED_ON}
+def ids_in(batch: Any) -> Any:
+    """A batch's `id`, as a tensor if these are whole numbers, of a list or an array too; None if it has none."""
+    ids = batch.get("id") if isinstance(batch, Mapping) else None
+    try:
+        return None if ids is None else whole_numbers("id", ids)
+    except ValueError:  # names, say, which are a user's own
+        return ids
+
+
+def trained_on(batch: Mapping[str, Any], *read: str) -> dict[str, Any]:
+    """The entries that a model may train on; those that it is known to `read` whatever they are called."""
+    return {key: value for key, value in batch.items() if key in read or key not in NOT_TRAINED_ON}
+
+
+def inputs_of(batch: Mapping[str, Any], image_key: str, text_key: str) -> tuple[Tensor, Tensor]:
+    """Images and captions of survivors that the model in training embeds once more, for their lag.
+
+    Raises:
+        ValueError: an entry that is missing, or not a tensor.
+    """
+    for name, key in (("image_key", image_key), ("text_key", text_key)):
+        if not isinstance(batch.get(key), Tensor):
+            found = type(batch[key]).__name__ if key in batch else f"in a batch of {sorted(batch)}"
+            raise ValueError(
+                "the model's outputs have no image_features and text_features, so that learnability above 0 "
+                f"(selection.learnability) embeds survivors once more: it reads {key!r} ({name}) as a tensor, not "
+                f"{found}. Set {name} to the model's own input, or selection.learnability=0"
+            )
+    return batch[image_key], batch[text_key]
 
 
 def rows_of(value: Any, survivors: Tensor) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 from composer.core import State, Time, Timestamp, TimeUnit
+
+from clipcov_stream.arguments import no_less_than, whole_number
 
 
 class Stopwatch:
@@ -39,12 +42,16 @@ def parse_warmup(warmup: str | int) -> Time:
     """Composer time from a string or a number of batches.
 
     Raises:
-        ValueError: not a Composer time, or one in tokens, seconds or samples.
+        ValueError: not a Composer time, a negative one, or one in tokens, seconds or samples.
     """
+    if not isinstance(warmup, (str, Time)):
+        warmup = whole_number("selection.warmup", warmup, "at least 0 batches, or a Composer time", no_less_than(0))
     try:
         time_ = Time.from_input(warmup, TimeUnit.BATCH)
     except (ValueError, TypeError) as error:
         raise ValueError(f"selection.warmup={warmup!r} is not a Composer time such as '100ba' or '0.1dur'") from error
+    if not 0 <= time_.value < math.inf:
+        raise ValueError(f"selection.warmup={warmup!r} must not be negative; 0 selects from the first step on")
     if time_.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.DURATION):
         raise ValueError(f"selection.warmup={warmup!r} must be in batches (ba), epochs (ep) or duration (dur)")
     return time_

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from clipcov_stream.folded import folded
 from clipcov_stream.fused import brought
 from clipcov_stream.patches import fewer_patches
+from clipcov_stream.pool import as_rows
 from clipcov_stream.sharded import whole
 from clipcov_stream.sketch import sync_is_free
 from clipcov_stream.towers import SmallTowers
@@ -94,31 +95,24 @@ def check_towers(model: Any, what: str) -> None:
             "(encode_image(images), encode_text(tokens), and logit_scale as a logarithm)"
         )
     scale = getattr(model, "logit_scale", None)
-    if scale is not None and not isinstance(scale, Tensor):
+    if scale is not None and not (isinstance(scale, Tensor) and scale.numel() <= 1):  # of none on some ranks, with FSDP
+        found = f" of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else f"={scale!r}"
         raise ValueError(
-            f"{what} {type(model).__name__} has logit_scale={scale!r}; selection reads it as a tensor that holds its "
-            "logarithm, or takes 100 where there is none"
+            f"{what} {type(model).__name__} has logit_scale{found}; selection reads it as a tensor of one number that "
+            "holds its logarithm, or takes 100 where there is none"
         )
 
 
 def check_embedder(
     embed: str,
     proxy: nn.Module | None,
-    teacher_momentum: float,
-    logit_scale: float,
-    embed_chunk: int | None,
     embed_resolution: int | None,
     embed_precision: str | None,
     embed_patch_dropout: float | None,
-    proxy_lr: float = 1e-3,
 ) -> None:
     """Raise ValueError unless these arguments of `ClipCov` say how to embed a pool."""
-    if not 0 <= teacher_momentum < 1:
-        raise ValueError(f"selection.teacher_momentum={teacher_momentum} must be in [0, 1)")
     if embed not in EMBED_SOURCES:
         raise ValueError(f"selection.embed={embed!r} is not one of {list(EMBED_SOURCES)}")
-    if not (proxy_lr > 0 and math.isfinite(proxy_lr)):
-        raise ValueError(f"selection.proxy_lr={proxy_lr} must be a finite number above 0")
     if proxy is not None and embed not in ("proxy", "online"):
         raise ValueError(f"embed={embed!r} takes no proxy model")
     if proxy is None and embed == "proxy":
@@ -126,12 +120,10 @@ def check_embedder(
             f"embed={embed!r} needs a proxy model: selection.proxy.name and .pretrained in a recipe, proxy=MODEL of "
             "ClipCov"
         )
+    if isinstance(proxy, type):
+        raise ValueError(f"selection.proxy={proxy.__name__} is a class; give ClipCov a model made of it, proxy=MODEL")
     if proxy is not None:
         check_towers(proxy, "proxy")
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
-        raise ValueError(f"selection.logit_scale={logit_scale} must be a finite number above 0")
-    if embed_chunk is not None and embed_chunk < 1:
-        raise ValueError(f"selection.embed_chunk={embed_chunk} must be at least 1, or null")
     options = {
         "embed_resolution": embed_resolution,
         "embed_precision": embed_precision,
@@ -140,10 +132,6 @@ def check_embedder(
     for name, value in options.items():
         if value is not None and embed == "columns":
             raise ValueError(f"selection.{name}={value} has no effect with embed='columns', which has no pass")
-    if embed_resolution is not None and embed_resolution < 1:
-        raise ValueError(f"selection.embed_resolution={embed_resolution} must be at least 1 pixel, or null")
-    if embed_patch_dropout is not None and not 0 <= embed_patch_dropout < 1:
-        raise ValueError(f"selection.embed_patch_dropout={embed_patch_dropout} must be in [0, 1), or null")
     for name in ("embed_resolution", "embed_patch_dropout"):
         if options[name] is not None and embed == "online":
             raise ValueError(
@@ -202,7 +190,8 @@ def embed_with_towers(
                 on_images(images)
             short = None if plain or not sync_is_free(text) else reads_to_end(model)
             if short is None:
-                texts = torch.cat([model.encode_text(part) for part in brought(text, image.device).split(chunk)])
+                parts = brought(text, image.device).split(chunk)
+                texts = torch.cat([call_with(model, {}, "encode_text", part) for part in parts])
             else:
                 texts = encoded_captions(model, text, chunk, *short, image.device)
     finally:
@@ -234,12 +223,42 @@ class Call(nn.Module):
 
 
 def call_with(model: nn.Module, tensors: dict[str, Tensor], method: str, value: Tensor) -> Tensor:
-    """A method's result with some parameters or buffers replaced during the call."""
-    if not tensors:
-        return getattr(model, method)(value)
-    call = Call(model)
-    call.training = model.training
-    return functional_call(call, {f"model.{name}": tensor for name, tensor in tensors.items()}, (method, value))
+    """A method's result with some parameters or buffers replaced during the call.
+
+    Raises:
+        ValueError: it is no tensor, or a model of half-precision weights cannot read the value.
+    """
+    try:
+        if not tensors:
+            return checked_rows(model, method, getattr(model, method)(value))
+        call = Call(model)
+        call.training = model.training
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        return checked_rows(model, method, functional_call(call, named, (method, value)))
+    except RuntimeError as error:
+        kinds = sorted({str(p.dtype) for p in model.parameters() if p.dtype in HALVES})
+        if not kinds or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{named_model(model)}.{method} with weights of {' and '.join(kinds)} failed ({error}). If it cannot read "
+            f"{value.dtype}, convert it, model.float(), or set selection.embed_precision to 'amp_fp16' or 'amp_bf16'"
+        ) from error
+
+
+def named_model(model: nn.Module) -> str:
+    """What messages call a model: a Proxy's towers are a user's own."""
+    return type(model.towers if isinstance(model, Proxy) else model).__name__
+
+
+def checked_rows(model: nn.Module, method: str, rows: Any) -> Tensor:
+    """Embeddings, as a tower returned them. Raises ValueError unless these are a tensor."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(
+            f"{named_model(model)}.{method} returned a {type(rows).__name__}; selection needs a tensor of embeddings, "
+            "(n, dim). Have it return that, or use embed='online' with a proxy=MODEL whose towers do, or "
+            "embed='columns'"
+        )
+    return rows
 
 
 def encoded_images(
@@ -264,7 +283,7 @@ def encoded_images(
         if normalize is not None:
             part = normalize(part)
         if smaller:
-            part = F.interpolate(part, size=(resolution, resolution), mode="bicubic", antialias=True)
+            part = F.interpolate(resizable(part), size=(resolution, resolution), mode="bicubic", antialias=True)
         if not plain and part.ndim == 4:
             part = part.contiguous(memory_format=torch.channels_last)
         return call_with(model, tensors, "encode_image", part)
@@ -280,6 +299,11 @@ def encoded_images(
             f"selection.embed_resolution={resolution}: the embedder cannot read images of {resolution} x {resolution} "
             f"pixels ({error}); of transformers, open_clip's own can, in multiples of the patch size"
         ) from error
+
+
+def resizable(image: Tensor) -> Tensor:
+    """Images of a type that every device resizes: of halves a CPU's antialiasing has none, of bytes a GPU's."""
+    return image if image.dtype in (torch.float32, torch.float64) else image.float()
 
 
 def positions_at(model: nn.Module, resolution: int) -> dict[str, Tensor]:
@@ -371,8 +395,10 @@ def encoded_captions(model: nn.Module, text: Tensor, chunk: int, name: str, towe
 
 
 def scale_of(model: Any) -> float | Tensor:
-    """The model's logit scale, exponentiated; CLIP's 100 if it has none."""
+    """The model's logit scale, exponentiated; CLIP's 100 if it has none. Raises ValueError as `check_towers`."""
     scale = getattr(model, "logit_scale", None)
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        check_towers(model, "selection reads the logit scale of the Trainer's model:")
     return whole(scale.detach()).float().exp().reshape(()) if isinstance(scale, Tensor) else 100.0
 
 
@@ -392,10 +418,10 @@ def scale_in(outputs: Mapping[str, Any]) -> float | Tensor:
 
 
 def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, logit_scale: float) -> Embeddings:
-    """Embeddings that came with the pool, of the type they came in.
+    """Embeddings that came with the pool, of the type they came in; of lists and arrays, as tensors.
 
     Raises:
-        ValueError: a column that is not in the batch.
+        ValueError: a column that is not in the batch, or is not one of numbers.
     """
     for key in (image_key, text_key):
         if key not in batch:
@@ -403,7 +429,8 @@ def embed_from_columns(batch: Mapping[str, Any], image_key: str, text_key: str, 
                 f"embed='columns' needs {key!r} in the batch, which has {sorted(batch)}; set stream.columns."
                 "image_embedding and stream.columns.text_embedding, or use embed='online'"
             )
-    return batch[image_key], batch[text_key], logit_scale
+    image, text = (as_rows(f"the batch's {key!r}", batch[key]) for key in (image_key, text_key))
+    return image, text, logit_scale
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -461,8 +488,13 @@ class Teacher:
         """Move towards the learner, after optimizer step number `step`."""
         weight = 1 - min(self.momentum, (1 + step) / (10 + step))
         average = [self.exact.get(name, p) for name, p in self.model.named_parameters()]
-        now = [p.detach().to(a.dtype) for a, p in zip(average, learner.parameters(), strict=True)]
-        torch._foreach_lerp_(average, now, weight)
+        pairs = list(zip(average, (p.detach() for p in learner.parameters()), strict=True))
+        moving = [(mine, theirs.to(mine.dtype)) for mine, theirs in pairs if mine.is_floating_point()]
+        if moving:
+            torch._foreach_lerp_([mine for mine, _ in moving], [theirs for _, theirs in moving], weight)
+        for mine, theirs in pairs:
+            if not mine.is_floating_point():  # quantized, say: of whole numbers there is no average
+                mine.copy_(theirs)
         self._round()
         for mine, theirs in zip(self.model.buffers(), learner.buffers(), strict=True):
             mine.copy_(theirs)
@@ -512,7 +544,7 @@ class Proxy(nn.Module):
         self.towers = towers.eval().requires_grad_(False)
         self.image_size = image_size
         self.context_length = context_length
-        one = torch.ones(1, 3, 1, 1)
+        one = torch.ones(1, 3, 1, 1, dtype=torch.float32)
         own = [one * 0 if mean is None else channels(mean), one if std is None else channels(std)]
         pool = [
             own[0] if pool_mean is None else channels(pool_mean),
@@ -541,7 +573,7 @@ class Proxy(nn.Module):
                 "proxy=MODEL that reads these, or embed='teacher'"
             )
         if self.image_size is not None and image.shape[-1] != self.image_size:
-            image = F.interpolate(image, size=(self.image_size,) * 2, mode="bicubic", antialias=True)
+            image = F.interpolate(resizable(image), size=(self.image_size,) * 2, mode="bicubic", antialias=True)
         return self.towers.encode_image(image * self.gain + self.shift)  # pyright: ignore
 
     @passes_on("towers")

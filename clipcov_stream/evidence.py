@@ -108,7 +108,7 @@ class Matching:
         by_chance = (2 * LEAST_P_VALUE * count / self.edge).clamp_min(0.5)
         least = least & (least.sum() * (1 - likely) > by_chance)
         num = (valid & (least | (self.posterior(valid) > likely))).sum()
-        return num / (torch.maximum(self.share, count.rsqrt()) * count).clamp_min(1)
+        return num / (torch.maximum(self.share, count.float().rsqrt()) * count).clamp_min(1)
 
     def opened(
         self,
@@ -147,7 +147,7 @@ def references(among: Bool[Tensor, " pool"], most: int) -> tuple[Int64[Tensor, "
     """
     num = min(most, len(among))
     count = among.sum()
-    stride = (count / num).clamp_min(1.0)
+    stride = (count.float() / num).clamp_min(1.0)
     rank = (torch.arange(num, device=among.device, dtype=torch.float64) * stride).floor_().long()
     if all_hold(among):
         return rank, torch.ones_like(rank, dtype=torch.bool)
@@ -243,14 +243,14 @@ def matching(pool: Pool, most: int) -> Matching:
     count = valid.sum()
     others = filled.sum() - marked(index, filled, valid)
     # A sample alone among invalid ones has no others; 0 leaves its own logit.
-    to_pool = ((count - 1).clamp_min(1) / others.clamp_min(1)).log()
+    to_pool = ((count - 1).clamp_min(1).float() / others.clamp_min(1)).log()
     own = row_dots(pool.image, pool.text) * pool.logit_scale
     compare = compared_at_once if fits(pool.image, index) else compared
     halves, above = compare(pool, index, filled, to_pool, own)
     score = (own - halves).masked_fill(~valid, 0.0)
     p_value = (above / (2 * others).clamp_min(1)).masked_fill(~valid, 1.0)
     edge = edge_of(p_value, valid)
-    by_chance = 2 * ((p_value > 0.5 * edge) & valid).sum() / count.clamp_min(1)
+    by_chance = 2 * ((p_value > 0.5 * edge) & valid).sum().float() / count.clamp_min(1)
     return Matching(score, p_value, (1 - by_chance).clamp_min(0.0), edge)
 
 
@@ -292,7 +292,7 @@ def edges_on(
     each, less a STEEP-th of how many would; and to how many are mismatched by it. In double, which counts exactly."""
     place, step = torch.arange(2 * EDGES + 1, device=device), torch.arange(LEAST_EDGE, EDGES, device=device)[:, None]
     beyond, below = (place >= 2 * step).double(), ((place >= step) & (place < 2 * step)).double()
-    edges = step / EDGES
+    edges = step.float() / EDGES
     return edges.squeeze(1), beyond + below * edges.double().log2() / STEEP, 2 * (beyond + below)
 
 
@@ -308,7 +308,7 @@ def compared(
         own: (pool,) logit of every pair.
     """
     ref_image, ref_text = (rows.index_select(0, index) * pool.logit_scale for rows in (pool.image, pool.text))
-    closed = torch.where(filled, 0.0, -torch.inf)
+    closed = torch.where(filled, 0.0, -torch.inf).float()
 
     def totals(rows: Tensor, refs: Tensor) -> Tensor:
         """Of references: log of what the others' exponentials sum to."""
@@ -411,7 +411,7 @@ def row_log_density(
 ) -> Float[Tensor, " pool"]:
     """`log_density` of one side."""
     count = among.sum()
-    mean = (among / count.clamp_min(1)) @ rows
+    mean = (among.float() / count.clamp_min(1)) @ rows
     centred_refs = F.normalize(rows.index_select(0, index) - mean, dim=1)
     num_others = (filled.sum() - marked(index, filled, among)).clamp_min(1)
     weight = filled.to(rows.dtype)

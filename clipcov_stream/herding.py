@@ -141,7 +141,7 @@ class Herding:
         """The mean of the valid atoms. Costs: 2 * pool * dim^2 flops, unless it is known."""
         if self.known_mean is not None:
             return self.known_mean
-        weight = self.valid / self.valid.sum().clamp_min(1)
+        weight = self.valid.float() / self.valid.sum().clamp_min(1)
         return (self.image * weight[:, None]).T @ self.text
 
     @cached_property

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.arguments import no_less_than, real_number, whole_number
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.copies import MEMORY, THUMBNAIL
 from clipcov_stream.fused import brought, fused
@@ -46,6 +48,25 @@ MOST_COUNTS = 1 << 27
 
 COVARIANCE_ROWS = 4
 """Per dimension: what whitening learns of a pool. Rows of one pool say little that the next pool's do not say too."""
+
+
+WEIGHTS = ("balance", "unevenness", "novelty", "copies", "quality", "learnability", "coverage", "overshoot", "memory")
+REAL: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("half_life",), "a positive number of samples, or inf", lambda value: value > 0),
+    (("gate",), "above 0; inf opens every candidate", lambda value: value > 0),
+    (WEIGHTS, "a finite number, at least 0", lambda value: 0 <= value < math.inf),
+    (("repeats",), "at least 0; inf lets no pair wear out", no_less_than(0)),
+    (("soft_start",), "from 0 to 1, a share of the matching pairs", lambda value: 0 <= value <= 1),
+    (("ridge",), "a finite number above 0", lambda value: 0 < value < math.inf),
+)
+"""What numbers of `Settings` must be."""
+
+WHOLE: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("references", "at least 2", no_less_than(2)),
+    ("recent", f"at least {RECENT_STEPS}", no_less_than(RECENT_STEPS)),
+    ("seed", "from -2**63 to 2**64 - 1", lambda value: -(1 << 63) <= value < 1 << 64),
+)
+"""And what its whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -115,27 +136,11 @@ class Settings:
         return self.soft_start > 0 and self.gate < math.inf
 
     def __post_init__(self) -> None:
-        if not self.half_life > 0:
-            raise ValueError(f"selection.half_life={self.half_life} must be a positive number of samples, or inf")
-        if not self.gate > 0:
-            raise ValueError(f"selection.gate={self.gate} must be above 0; inf opens every candidate")
-        weights = ("balance", "unevenness", "novelty", "copies", "quality", "learnability", "coverage")
-        for name in (*weights, "overshoot", "memory"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"selection.{name}={value} must be a finite number, at least 0")
-        if not self.repeats >= 0:
-            raise ValueError(f"selection.repeats={self.repeats} must be at least 0; inf lets no pair wear out")
-        if not 0 <= self.soft_start <= 1:
-            raise ValueError(
-                f"selection.soft_start={self.soft_start} must be from 0 to 1, a share of the matching pairs"
-            )
-        if not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise ValueError(f"selection.ridge={self.ridge} must be a finite number above 0")
-        if not (isinstance(self.references, int) and self.references >= 2):
-            raise ValueError(f"selection.references={self.references} must be a whole number, at least 2")
-        if not (isinstance(self.recent, int) and self.recent >= RECENT_STEPS):
-            raise ValueError(f"selection.recent={self.recent} must be a whole number, at least {RECENT_STEPS}")
+        for names, must, holds in REAL:
+            for name in names:
+                object.__setattr__(self, name, real_number(f"selection.{name}", getattr(self, name), must, holds))
+        for name, must, holds in WHOLE:
+            object.__setattr__(self, name, whole_number(f"selection.{name}", getattr(self, name), must, holds))
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,10 @@ class SelectionState:
     ) -> SelectionState:
         """State before the first pool of embeddings `dim` wide, of a data set of that many samples; 0 if not known."""
 
+        num_recent = settings.recent if settings.novelty > 0 else 0
+
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(settings.recent if settings.novelty > 0 else 0, *shape, device=device)
+            return torch.zeros(num_recent, *shape, dtype=torch.float32, device=device)
 
         stream, opened, kept = (
             CrossCovSketch(
@@ -205,12 +212,12 @@ class SelectionState:
             stream=stream,
             opened=opened,
             kept=kept,
-            lag=torch.zeros(dim, dim, device=device),
-            lag_weight=torch.zeros((), device=device),
+            lag=torch.zeros(dim, dim, dtype=torch.float32, device=device),
+            lag_weight=torch.zeros((), dtype=torch.float32, device=device),
             recent_image=zeros(dim),
             recent_text=zeros(dim),
             recent_weight=zeros(),
-            looks=torch.zeros(MEMORY if settings.copies > 0 else 0, THUMBNAIL, device=device),
+            looks=torch.zeros(MEMORY if settings.copies > 0 else 0, THUMBNAIL, dtype=torch.float32, device=device),
             times=torch.zeros(
                 min(dataset_size, MOST_COUNTS) if settings.repeats < math.inf else 0, dtype=torch.uint8, device=device
             ),
@@ -332,7 +339,7 @@ def random_survivors(
     valid: Bool[Tensor, " pool"], num_survivors: int, generator: torch.Generator
 ) -> Int64[Tensor, " survivors"]:
     """A uniform draw without replacement from the valid samples."""
-    keys = brought(torch.rand(len(valid), generator=generator), valid.device)
+    keys = brought(torch.rand(len(valid), generator=generator, dtype=torch.float32), valid.device)
     return top(keys.masked_fill(~valid, -torch.inf), num_survivors)
 
 

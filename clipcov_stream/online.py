@@ -130,7 +130,7 @@ class OnlineProxy:
         counts_copies: whether the last candidates are remembered by their thumbnails (`recurring`).
 
     Raises:
-        ValueError: a proxy of other weights than float32.
+        ValueError: a proxy of other weights than float32, or one that cannot be copied.
 
     Costs: a forward and a backward pass of the proxy over the pool, beside embedding it; three copies of its
         weights. With several ranks, per update, a gathering of embeddings, all ranks' squared logits and a sum (by gloo
@@ -155,11 +155,22 @@ class OnlineProxy:
         self.learned = [p for p in proxy.parameters() if p.requires_grad]
         for tensor in proxy.state_dict().values():
             dist.broadcast(tensor, 0)  # where somebody built it without a seed, ranks would have others
-        self.model = copied(proxy).eval().requires_grad_(False)
+        try:
+            self.model = copied(proxy).eval().requires_grad_(False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tensors that a hook computes, locks, handles of files
+            towers = proxy.towers if isinstance(proxy, Proxy) else proxy
+            raise ValueError(
+                f"embed='online' cannot copy {type(towers).__name__} (selection.proxy), of which it keeps a moving "
+                f"average: {error}. Give ClipCov another proxy=MODEL, or this one with embed='proxy'"
+            ) from error
         self.lr, self.momentum = lr, momentum
         self.updates, self.samples_streamed, self.dataset_size = 0, 0, 0
         self.pictures = (
-            torch.zeros(MEMORY, THUMBNAIL, device=next(proxy.parameters()).device) if counts_copies else None
+            torch.zeros(MEMORY, THUMBNAIL, dtype=torch.float32, device=next(proxy.parameters()).device)
+            if counts_copies
+            else None
         )
         """Thumbnails of the last candidates of all ranks, the newest last; zeros where there were none yet. None where
         copies are not counted."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.arguments import real_number
 from clipcov_stream.fused import fused
 from clipcov_stream.sketch import all_hold, sync_is_free
 
@@ -34,8 +35,10 @@ class Pool:
         concepts: (pool, width) int64, the indices of each sample's concepts, padded with -1; only `concept_balance`
             needs them.
 
+    What is not an embedding may come as an array or a list too, and `valid` as numbers.
+
     Raises:
-        ValueError: rows or widths that do not match.
+        ValueError: rows or widths that do not match, or what is no such column.
         TypeError: embeddings that are not tensors.
     """
 
@@ -52,6 +55,12 @@ class Pool:
     thumbnail: Float[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_scale", checked_scale("logit_scale", self.logit_scale))
+        for name, made in (("valid", flags), ("ids", whole_numbers), ("concepts", whole_numbers)):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, made(name, given))
+        if self.thumbnail is not None:
+            object.__setattr__(self, "thumbnail", as_rows("thumbnail", self.thumbnail))
         check_pair(self.image, self.text, "embeddings")
         if (self.learner_image is None) != (self.learner_text is None):
             raise ValueError("a pool needs both learner_image and learner_text, or neither")
@@ -69,6 +78,56 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.image)
+
+
+def checked_scale(name: str, scale: Any) -> float | Tensor:
+    """A logit scale, as one number. Raises ValueError for what is none.
+
+    A tensor's value is not read, which would stall a GPU.
+    """
+    must = "a finite number above 0: the embedder's, exponentiated"
+    if not isinstance(scale, Tensor):
+        return real_number(name, scale, must, lambda value: 0 < value < math.inf)
+    if scale.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}; it must be one number, exponentiated")
+    return scale.reshape(())
+
+
+def as_rows(name: str, value: Any) -> Tensor:
+    """A column of a pool as a tensor, of a list or an array too. Raises ValueError, naming it, for what is no table."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, (list, tuple)) and len(value) and not isinstance(value[0], (bool, int, float, list)):
+            return torch.stack([torch.as_tensor(row) for row in value])
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor with a row per sample, not {like(value)}") from error
+
+
+def like(value: Any) -> str:
+    """What a value is, for a message."""
+    inside = f" of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and len(value) else ""
+    return f"{type(value).__name__}{inside}"
+
+
+def flags(name: str, value: Any) -> Bool[Tensor, "..."]:
+    """A column of bools, from numbers too: 0 is False."""
+    return as_rows(name, value).bool()
+
+
+def whole_numbers(name: str, value: Any) -> Integer[Tensor, "..."]:
+    """A column of whole numbers. Raises ValueError for others.
+
+    Those of a type that torch can store and not compute with, as uint32, become int64.
+    """
+    rows = as_rows(name, value)
+    if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+        raise ValueError(f"{name} must be whole numbers, not {rows.dtype}")
+    return rows.long() if rows.dtype in UNSIGNED or name == "concepts" else rows
+
+
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_pair(image: Tensor, text: Tensor, what: str) -> None:
@@ -130,22 +189,30 @@ def valid_of(pool: Pool) -> Bool[Tensor, " pool"]:
     return torch.ones(len(pool), dtype=torch.bool, device=pool.image.device) if pool.valid is None else pool.valid
 
 
-def warn_of_shared_counts(ids: Tensor, dataset_size: int) -> bool:
-    """Warn, and say so, if ids reach beyond the data set; on a GPU, where asking would stall it, do not ask."""
-    if not (dataset_size and len(ids) and sync_is_free(ids)) or (largest := int(ids.max())) < dataset_size:
-        return False
-    warnings.warn(
-        f"ids of the pool reach {largest}, but dataset_size={dataset_size}: ids that are alike modulo dataset_size "
-        "share one count of how often they were trained on. dataset_size= is the number that all ids are below",
-        stacklevel=4,
-    )
-    return True
+class SharedCounts:
+    """Warns, once, of ids that reach beyond the data set; on a GPU, where asking would stall it, it does not ask."""
+
+    def __init__(self) -> None:
+        self.has_warned = False
+
+    def check(self, ids: Tensor, dataset_size: int) -> None:
+        asks = dataset_size and len(ids) and not self.has_warned and sync_is_free(ids)
+        if not asks or (largest := int(ids.max())) < dataset_size:
+            return
+        self.has_warned = True
+        warnings.warn(
+            f"ids of the pool reach {largest}, but dataset_size={dataset_size}: ids that are alike modulo dataset_size "
+            "share one count of how often they were trained on. dataset_size= is the number that all ids are below",
+            stacklevel=4,
+        )
 
 
 def survivors_of(pool: Pool, survivors: Int64[Tensor, " survivors"]) -> Pool:
-    """The embedder's rows of the survivors, in the order chosen."""
-    image, text = (rows.index_select(0, survivors) for rows in (pool.image, pool.text))
-    return Pool(image, text, pool.logit_scale)
+    """The embedder's rows of the survivors, in the order chosen, and its scale: nothing of the pool's own, as it may be
+    kept."""
+    image, text = (rows.detach().index_select(0, survivors) for rows in (pool.image, pool.text))
+    scale = pool.logit_scale
+    return Pool(image, text, scale.detach().clone() if isinstance(scale, Tensor) else scale)
 
 
 def with_learner(
@@ -156,6 +223,9 @@ def with_learner(
     Raises:
         ValueError: another number of rows.
     """
+    check_pair(image, text, "learner embeddings")
+    if not isinstance(logit_scale, Tensor):
+        logit_scale = real_number("logit_scale", logit_scale, "the learner's, exponentiated", lambda value: True)
     if len(image) != len(survivors):
         raise ValueError(f"the learner embedded {len(image)} samples, there are {len(survivors)} survivors")
 

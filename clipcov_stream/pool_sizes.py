@@ -22,7 +22,7 @@ class PoolSizes:
     def __init__(self, filter_ratio: float) -> None:
         self.filter_ratio = filter_ratio
         self.everywhere: int | None = None
-        self._is_checked = self._was_short = False
+        self._is_checked = self._was_short = self._is_own = False
 
     def begin(self) -> None:
         """Another `fit`, with a loader that may be another one."""
@@ -32,7 +32,8 @@ class PoolSizes:
         """Take note of a rank's pool; the first sets Composer's microbatch, which must hold the survivors at each step.
 
         Raises:
-            ValueError: a microbatch that splits survivors, 'auto', or pools of another size than the checkpoint's.
+            ValueError: a microbatch that splits survivors, 'auto', or pools of another size than before, or than the
+                checkpoint's.
         """
         survivors, microbatch = count_survivors(pool_size, self.filter_ratio), state.device_train_microbatch_size
         if state.auto_microbatching:
@@ -49,9 +50,16 @@ class PoolSizes:
                 self.check(state, known // dist.get_world_size())
                 self._is_checked, self._was_short = False, True
                 return
+            if known is not None and self._is_own and known != streamed:
+                raise ValueError(
+                    f"this ClipCov has selected from {known} candidates a step, over all ranks, and this fit's loader "
+                    f"gives {streamed}: its sketch and embedder are of pools of one size. Give the loader the batch "
+                    "size of before, or begin anew, with a new Trainer and a new ClipCov"
+                )
             if known is not None:
                 check_same_run({"global_pool_size": known}, {"global_pool_size": streamed})
             self.everywhere, self._is_checked = streamed, True
+            self._is_own = self._is_own or known is None  # and no checkpoint's
             if microbatch in (None, pool_size):
                 # Composer's default is the loader's batch, our pool.
                 microbatch = state.device_train_microbatch_size = survivors

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcov_stream.batch import Normalize, check_batch, count_survivors, normalizing, rows_of, trained_on
 from clipcov_stream.clock import Stopwatch
 from clipcov_stream.collectives import AllReduce
-from clipcov_stream.copies import thumbnails
+from clipcov_stream.copies import THUMBNAIL, thumbnails
 from clipcov_stream.embed import EMBED_PRECISIONS, Embeddings, embed_from_columns, embed_with_towers, rows_at_once
 from clipcov_stream.fused import brought
 from clipcov_stream.graphed import GraphedSelect
@@ -34,10 +34,10 @@ from clipcov_stream.lags import Lag
 from clipcov_stream.materialize import Made, Materializer
 from clipcov_stream.objective import SelectionState, Settings, mix, random_survivors
 from clipcov_stream.online import OnlineProxy, Part, learning_weights, parts_in_turn
-from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts
+from clipcov_stream.pool import Pool, SharedCounts, as_rows, like, survivors_of, whole_numbers
 from clipcov_stream.ranks import Gathering, Group, Placement, Shares, gathered, sum_over_ranks, travelling
-from clipcov_stream.rivals import SelectorFn, plain
-from clipcov_stream.selection import clipcov
+from clipcov_stream.rivals import SelectorFn, concept_balance, plain
+from clipcov_stream.selection import SELECTORS, clipcov
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Preparation:
         uses_lag: whether survivors' rows are kept for the lag.
         notes_alignment: whether candidates' alignments are kept.
         selecting: `select`, in the form that is fast where the pool is.
+        shared_counts: warns of ids beyond the data set.
         dataset_size: samples of the data set, whose ids are below that; 0 if not known.
         saved: the selection state of a checkpoint, to begin from.
         loader: that the pools are of.
@@ -151,6 +152,7 @@ class Preparation:
     uses_lag: bool
     notes_alignment: bool
     selecting: GraphedSelect
+    shared_counts: SharedCounts
     dataset_size: int = 0
     saved: Mapping[str, Any] | None = None
     loader: Any = None
@@ -173,7 +175,7 @@ class Preparation:
         pool_size = len(batch[self.image_key])
         num_chosen = count_survivors(pool_size, self.filter_ratio)
         chunk = self.embed_chunk or num_chosen
-        valid = batch["valid"].bool() if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
+        valid = batch["valid"] if "valid" in batch else torch.ones(pool_size, dtype=torch.bool)
         placement = None
         if self.scope == "global":
             if self._ids(batch) is None:
@@ -220,7 +222,7 @@ class Preparation:
         rank = dist.get_global_rank() if self.scope == "local" else 0
         generator = torch.Generator().manual_seed(mix(self.settings.seed, step, rank))
         index = random_survivors(valid, num_chosen, generator)
-        return Chosen(index, torch.full((num_chosen,), math.nan), int((~valid).sum()))
+        return Chosen(index, torch.full((num_chosen,), math.nan, dtype=torch.float32), int((~valid).sum()))
 
     def _select(self, pool: Pool, num_chosen: int, ticket: Ticket, before: SelectionState | None) -> Chosen:
         if before is None:
@@ -248,7 +250,7 @@ class Preparation:
         self, batch: Mapping[str, Any], index: Tensor, placement: Placement | None, pool_size: int
     ) -> tuple[dict[str, Any], Shares | None]:
         """This rank's survivors' rows, still encoded where the pool is, and who trains which."""
-        rows = trained_on(batch)
+        rows = trained_on(batch, self.image_key, self.text_key)
         if "id" in batch:
             rows["id"] = batch["id"]
         if placement is None:
@@ -300,7 +302,13 @@ class Preparation:
         @functools.cache
         def pictures() -> Tensor:
             """Thumbnails of what the embedder reads."""
-            return thumbnails(pixels()[0])
+            image = pixels()[0]
+            if image.ndim != 4 or image.shape[1] != 3:
+                raise ValueError(
+                    f"selection.copies={self.settings.copies} looks at images of shape (n, 3, height, width), not "
+                    f"{tuple(image.shape)}: set selection.copies=0"
+                )
+            return thumbnails(image)
 
         def send(images: Tensor) -> None:
             sending.append(Gathering(travelling(images), self.group))
@@ -325,11 +333,11 @@ class Preparation:
                 raise RuntimeError("ClipCov has no embedder: was FIT_START skipped?")
             else:
                 image, text, scale = towers(self.embedder)
-            named = {"valid": valid, "ids": self._ids(batch), "concepts": batch.get("concepts")}
+            named = {"valid": valid, "ids": self._ids(batch), "concepts": self._concepts(batch)}
             if selects and self.settings.copies > 0 and plain(self.function) is clipcov:
                 # Of what the embedder reads; with columns nothing is decoded, and a thumbnail is a column or not there.
                 reads = self.embed != "columns"
-                named["thumbnail"] = pictures() if reads else batch.get("thumbnail")
+                named["thumbnail"] = pictures() if reads else self._thumbnails(batch)
             on_device = {key: device.tensor_to_device(value) for key, value in named.items() if value is not None}
             pool = Pool(image, text, scale, **on_device)
             alignment = F.cosine_similarity(image.float(), text.float()) if self.notes_alignment else None
@@ -348,6 +356,11 @@ class Preparation:
     def _pixels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Normalize | None]:
         """The images that the embedder reads, on the device, and what they still need."""
         image = batch.get("scoring_image", batch[self.image_key])
+        if not isinstance(image, Tensor) and self.materialize is None:
+            raise ValueError(
+                f"selection.embed={self.embed!r} reads the batch's {self.image_key!r} (image_key) as a tensor of "
+                f"images, not {like(image)}: stack them in the DataLoader's collate_fn, or use embed='columns'"
+            )
         if not isinstance(image, Tensor):
             raise ValueError(
                 f"selection.embed={self.embed!r}, embed_resolution={self.embed_resolution}: the stream leaves "
@@ -414,8 +427,29 @@ class Preparation:
         ids = batch.get("id")
         if not (isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()):
             return None
-        warn_of_shared_counts(ids, self.dataset_size)
+        self.shared_counts.check(ids, self.dataset_size)
         return ids
+
+    def _thumbnails(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The column of them; raises ValueError for what is none."""
+        if (given := batch.get("thumbnail")) is None:
+            return None
+        looks = as_rows("the batch's 'thumbnail'", given)
+        if looks.ndim != 2 or looks.shape[1] != THUMBNAIL:
+            raise ValueError(
+                f"selection.copies={self.settings.copies} reads the batch's 'thumbnail' as (n, {THUMBNAIL}) numbers, "
+                f"clipcov_stream.copies.thumbnails of the images, not {tuple(looks.shape)}: set selection.copies=0"
+            )
+        return looks
+
+    def _concepts(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The samples' concepts, for a selector that may read them: elsewhere the key is a user's own."""
+        function, concepts = plain(self.function), batch.get("concepts")
+        if concepts is None or (function in SELECTORS.values() and function is not concept_balance):
+            return None
+        if function is concept_balance:
+            return whole_numbers("the batch's 'concepts'", concepts)
+        return concepts if isinstance(concepts, Tensor) else None
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Of the embedder's pass. Composer's own contexts do nothing on a CPU."""

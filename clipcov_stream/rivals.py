@@ -104,7 +104,7 @@ def sem_dedup(
     recent = state.own.get("recent")
     if recent is not None and len(recent):
         closest = torch.maximum(closest, product(pool.image, recent).amax(1))
-    keys = brought(torch.rand(len(pool), generator=state.generator()), closest.device)
+    keys = brought(torch.rand(len(pool), generator=state.generator(), dtype=torch.float32), closest.device)
     # Duplicates come after all others, the closest last.
     keys = torch.where(closest > 1 - eps, -closest, keys)
     return top(keys.masked_fill(~valid, -torch.inf), num_survivors)
@@ -175,7 +175,7 @@ def dissect(pool: Pool, num_survivors: int, state: SelectionState) -> Int64[Tens
     fall = (history - learner_alignment(pool)).masked_fill(~known, 0.0)
     fall = (fall - fall.sum() / known.sum().clamp_min(1)).masked_fill(~known, 0.0)
     # Ties, which all samples without history are, fall at random.
-    order = brought(torch.rand(len(pool), generator=state.generator()).argsort(), fall.device)
+    order = brought(torch.rand(len(pool), generator=state.generator(), dtype=torch.float32).argsort(), fall.device)
     score = fall.masked_fill(~valid_of(pool), -torch.inf)
     return order[top(score[order], num_survivors)]
 
@@ -314,7 +314,7 @@ def one_hot(concepts: Int64[Tensor, "pool width"], num_concepts: int) -> Float[T
     size = max(num_concepts, int(concepts.max()) + 1, 1)
     if size > MAX_CONCEPTS:
         raise ValueError(f"concept {size - 1} is too large an index; number concepts from 0 to {MAX_CONCEPTS - 1}")
-    tags = torch.zeros(len(concepts), size + 1, device=concepts.device)
+    tags = torch.zeros(len(concepts), size + 1, dtype=torch.float32, device=concepts.device)
     tags.scatter_(1, concepts.where(concepts >= 0, size), 1.0)
     return tags[:, :size]
 
@@ -348,10 +348,11 @@ def remember_scores(
         # A sum that bounds the maximum over ranks; the table is only longer than it has to be.
         all_reduce(longest)
     size = max(int(longest) + 1, len(state.own.get("history", ())))
-    old, known = torch.zeros(size, device=ids.device), torch.zeros(size, dtype=torch.bool, device=ids.device)
+    old = torch.zeros(size, dtype=torch.float32, device=ids.device)
+    known = torch.zeros_like(old, dtype=torch.bool)
     if "history" in state.own:
         old[: len(state.own["history"])], known[: len(state.own["known"])] = state.own["history"], state.own["known"]
-    total, count = torch.zeros(size, device=ids.device), torch.zeros(size, device=ids.device)
+    total, count = torch.zeros_like(old), torch.zeros_like(old)
     total.index_add_(0, ids, learner_alignment(pool) * valid)
     count.index_add_(0, ids, valid.to(count))
     if all_reduce is not None:
@@ -371,7 +372,7 @@ def remember_concepts(
     longest = concepts.max()[None].double().clamp_min(0)
     if all_reduce is not None:
         all_reduce(longest)
-    old = state.own.get("concept_count", torch.zeros(0, device=concepts.device))
+    old = state.own.get("concept_count", torch.zeros(0, dtype=torch.float32, device=concepts.device))
     new = one_hot(concepts, max(int(longest) + 1, len(old))).sum(0)
     if all_reduce is not None:
         all_reduce(new)

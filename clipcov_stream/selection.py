@@ -32,11 +32,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.arguments import whole_number
 from clipcov_stream.collectives import AllReduce
 from clipcov_stream.copies import log_copies
 from clipcov_stream.evidence import log_density, log_exposure, matching, unevenness
@@ -207,7 +208,9 @@ def aim_of(
     memory = torch.where(state.kept.weight > 0, memory, target)
     figures, crowding = {"matched_share": match.share, "filter_edge": match.edge}, 1.0
     if settings.starts_softly:
-        figures["random_share"] = 1 - torch.as_tensor(places / num_survivors, device=match.share.device)
+        figures["random_share"] = 1 - torch.as_tensor(
+            places / num_survivors, dtype=torch.float32, device=match.share.device
+        )
     if settings.unevenness > 0:
         figures["unevenness"] = unevenness(*whitened, among, settings.references)
         crowding = (figures["unevenness"] / settings.unevenness).clamp_max(1).square()
@@ -220,7 +223,7 @@ def aim_of(
     aim = settings.overshoot * target + settings.memory * (target - memory)
     mean_atom = frame.matrix(batch.cross_cov_about(*centres))
     herding = Herding(*whitened, worth, aim, settings.coverage, among, num_picks, mean_atom)
-    figures["open_share"] = open_.sum() / valid.sum().clamp_min(1)
+    figures["open_share"] = open_.sum().float() / valid.sum().clamp_min(1)
     return Aimed(rows, herding, opened, target.norm().clamp_min(1e-12), places, times, copies, figures)
 
 
@@ -286,8 +289,7 @@ def select(
         ValueError: num_survivors outside [1, pool], or widths that differ from the state's.
         RuntimeError: a selector that returned something else than num_survivors distinct indices.
     """
-    if not 1 <= num_survivors <= len(pool):
-        raise ValueError(f"num_survivors={num_survivors} must be from 1 to the pool's size, {len(pool)}")
+    num_survivors = checked_count(num_survivors, len(pool))
     if pool.image.shape[1] != state.stream.image_dim:
         raise ValueError(
             f"the pool's embeddings are {pool.image.shape[1]} wide, the sketch is {state.stream.image_dim} wide; "
@@ -312,7 +314,7 @@ def select(
         seen = replace(seen, opened=choice.opened)
     else:
         survivors = selector(pool, num_survivors, seen)
-        gain = torch.full((num_survivors,), math.nan, device=pool.image.device)
+        gain = torch.full((num_survivors,), math.nan, dtype=torch.float32, device=pool.image.device)
     check_survivors(survivors, valid, num_survivors, selector)
     image, text, counted = (rows.index_select(0, survivors) for rows in (pool.image, pool.text, valid))
     trained_on = kept.update(image, text, counted, all_reduce, elapsed)
@@ -365,10 +367,21 @@ def resolve(selector: str | SelectorFn) -> SelectorFn:
     return SELECTORS[selector]
 
 
-def check_survivors(survivors: Tensor, valid: Tensor, num_survivors: int, selector: SelectorFn) -> None:
+def checked_count(num_survivors: int, pool_size: int) -> int:
+    """How many of a pool are to be chosen; raises ValueError for what cannot be."""
+    must = f"from 1 to the pool's size, {pool_size}"
+    return whole_number("num_survivors", num_survivors, must, lambda count: 1 <= count <= pool_size)
+
+
+def check_survivors(survivors: Any, valid: Tensor, num_survivors: int, selector: SelectorFn) -> None:
     """Raise RuntimeError unless a selector returned what it must."""
     pool_size = len(valid)
     name = getattr(plain(selector), "__name__", repr(selector))
+    if not isinstance(survivors, Tensor):
+        raise RuntimeError(
+            f"selector {name} returned a {type(survivors).__name__}; it must return a tensor, ({num_survivors},) of "
+            "torch.int64, as torch.topk(...).indices is"
+        )
     if survivors.dtype != torch.int64 or survivors.shape != (num_survivors,):
         raise RuntimeError(
             f"selector {name} returned {tuple(survivors.shape)} of {survivors.dtype}; it must return "

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipcov_stream.arguments import no_less_than, whole_number
 from clipcov_stream.collectives import AllReduce, gathered, ranks_of
 from clipcov_stream.graphed import GraphedSelect
 from clipcov_stream.objective import SelectionState, Settings
-from clipcov_stream.pool import Pool, survivors_of, warn_of_shared_counts, with_learner
+from clipcov_stream.pool import Pool, SharedCounts, survivors_of, with_learner
 from clipcov_stream.rivals import SelectorFn, plain
-from clipcov_stream.selection import clipcov, learn, reads_lag, resolve
+from clipcov_stream.selection import checked_count, clipcov, learn, reads_lag, resolve
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -32,7 +34,7 @@ class Selector:
             counts how often it trained on each (`Settings.repeats`). 0: not known, every pair is as good as new.
 
     Raises:
-        ValueError: a name that is not in SELECTORS, or a negative dataset_size.
+        ValueError: a name that is not in SELECTORS, or another argument outside its range.
 
     >>> import torch
     >>> selector = Selector("clipcov", seed=0)
@@ -53,19 +55,21 @@ class Selector:
         dataset_size: int = 0,
     ) -> None:
         self.function = resolve(name)
+        if not isinstance(settings, (Settings, NoneType)):
+            raise ValueError(f"settings={settings!r} must be a Settings, as Settings(gate=2.0)")
         self.settings = settings or Settings()
         if seed is not None:
             self.settings = replace(self.settings, seed=seed)
-        self.rank = rank
+        self.rank = whole_number("rank", rank, "the number of this process", lambda number: True)
         self.all_reduce = all_reduce
-        if dataset_size < 0:
-            raise ValueError(f"dataset_size={dataset_size} must be a number of samples, 0 if it is not known")
+        samples = "a number of samples, 0 if it is not known"
+        dataset_size = whole_number("dataset_size", dataset_size, samples, no_less_than(0))
         self.dataset_size = dataset_size if plain(self.function) is clipcov else 0
         self.state: SelectionState | None = None
         self.report: dict[str, Tensor] = {}
         self.gain: Tensor | None = None
         self._select = GraphedSelect()
-        self._warned = False
+        self._shared_counts = SharedCounts()
         self._survivors: Pool | None = None
         self._pending: dict[str, Any] | None = None
 
@@ -78,9 +82,10 @@ class Selector:
             ValueError: as `select`; with `all_reduce`, ranks that share a number, or differ in dataset_size.
             RuntimeError: fewer valid candidates than survivors, on all ranks if on one; the state is as it was.
         """
+        num_survivors = checked_count(num_survivors, len(pool))
         before = self._state_for(pool)
-        if pool.ids is not None and not self._warned:
-            self._warned = warn_of_shared_counts(pool.ids, self.dataset_size)
+        if pool.ids is not None:
+            self._shared_counts.check(pool.ids, self.dataset_size)
         state, survivors, report, gain = self._select(before, pool, num_survivors, self.function, self.all_reduce)
         num_valid = len(pool) - int(report["num_invalid"])
         num_short = int(num_valid < num_survivors)
@@ -155,10 +160,11 @@ class Selector:
             if theirs != own:
                 raise ValueError(f"the state is of a Selector with {name}={theirs!r}, this one has {name}={own!r}")
         waiting = state.get("survivors") if state else None
-        self._survivors = Pool(**waiting) if waiting else None
+        survivors = Pool(**waiting) if waiting else None
         if not state:
             self.state, self._pending = None, None
         elif self.state is None:
             self._pending = state
         else:
             self.state = self.state.restored(state)
+        self._survivors = survivors  # last: a state that is refused changes nothing

@@ -107,7 +107,7 @@ def recent_rows(
     """
     num = min(mean_rows, max(1, len(state.recent_weight) // RECENT_STEPS // ranks))
     index = evenly(len(image), num, image.device)
-    weight = counted.index_select(0, index) * (len(image) / num)
+    weight = counted.index_select(0, index).float() * (len(image) / num)
     return [image.index_select(0, index), text.index_select(0, index), weight]
 
 

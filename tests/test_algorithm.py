@@ -32,6 +32,7 @@ from clipcov_stream.embed import is_native
 from clipcov_stream.model import ClipModel, build_towers
 from clipcov_stream.selection import SELECTORS
 from clipcov_stream.stream import Tokenizer
+from clipcov_stream.towers import SmallTowers
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +189,39 @@ def test_patches_of_a_tower_without_any_cannot_be_left_out(tmp_path: Path, corpu
         ),
         ({"embed_precision": "int8"}, r"embed_precision='int8' is not one of \['fp32', 'amp_fp16', 'amp_bf16'\]"),
         ({"embed": "columns", "embed_resolution": 16}, "embed_resolution=16 has no effect with embed='columns'"),
+        ({"filter_ratio": "0.8"}, r"selection.filter_ratio='0.8' is a str; it must be a number, in \[0, 1\)"),
+        (
+            {"filter_ratio": torch.tensor(0.8)},
+            r"selection.filter_ratio=tensor\(0.8000\) is a Tensor; it must be a number",
+        ),
+        ({"max_invalid_ratio": None}, "selection.max_invalid_ratio=None is a NoneType"),
+        ({"teacher_momentum": "1"}, "selection.teacher_momentum='1' is a str"),
+        ({"proxy_lr": "1e-3"}, "selection.proxy_lr='1e-3' is a str"),
+        ({"embed_chunk": 2.5}, "selection.embed_chunk=2.5 is a float; it must be a whole number, at least 1, or null"),
+        ({"embed_resolution": "16"}, "selection.embed_resolution='16' is a str"),
+        ({"embedder": "x"}, "selection.embedder='x' is a str"),
+        ({"lag_delay": 1.5}, "selection.lag_delay=1.5 is a float; it must be a whole number, at least 0 steps"),
+        ({"run_ahead": True}, "selection.run_ahead=True is a bool"),
+        ({"dataset_size": 160.0}, "dataset_size=160.0 is a float; it must be a whole number, a number of samples"),
+        ({"warmup": -1}, "selection.warmup=-1 must be at least 0 batches"),
+        ({"warmup": True}, "selection.warmup=True is a bool"),
+        ({"warmup": "-2ba"}, "selection.warmup='-2ba' must not be negative"),
+        ({"embed": "proxy", "proxy": SmallTowers}, "selection.proxy=SmallTowers is a class; .* proxy=MODEL"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_knob(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipCov(**kwargs)
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons() -> None:
+    knobs: dict[str, Any] = {"filter_ratio": np.float64(0.75), "dataset_size": np.int64(64), "warmup": np.int64(2)}
+    knobs |= {"embed_chunk": np.int32(4), "lag_delay": np.int8(1), "proxy_lr": np.float64(0.5)}
+    of_numpy = ClipCov(**knobs)
+    of_python = ClipCov(**{name: value.item() for name, value in knobs.items()})
+    arguments = of_numpy.state_dict()["arguments"]
+    assert arguments == of_python.state_dict()["arguments"]
+    assert {type(value) for value in arguments.values()} <= {int, float, str, type(None)}
 
 
 def test_survivors_must_be_a_whole_number_of_at_least_two() -> None:

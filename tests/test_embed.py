@@ -453,6 +453,26 @@ def test_models_without_towers_are_refused():
     check_towers(tiny_clip(), "learner")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_proxy_of_halves_says_what_makes_it_read(dtype):
+    image, text = inputs(2)
+    with pytest.raises(ValueError, match=rf"CLIP.encode_image with weights of {dtype} failed .*model.float.*amp_bf16"):
+        embed_with_towers(Proxy(tiny_clip().to(dtype)), image, text, 2, contextlib.nullcontext())
+
+
+def test_teacher_copies_weights_that_are_whole_numbers():
+    learner = nn.Linear(3, 2)
+    learner.register_parameter("codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
+    teacher = Teacher(learner, 0.5)
+    with torch.no_grad():
+        learner.codes += 7
+        learner.weight += 1
+    before = teacher.model.weight.clone()
+    teacher.update(learner, 100)
+    assert teacher.model.codes.tolist() == [7, 7]
+    torch.testing.assert_close(teacher.model.weight, (before + learner.weight.detach()) / 2)
+
+
 # Columns
 
 

@@ -312,3 +312,10 @@ def test_one_that_is_wholly_frozen_is_trained() -> None:
 def test_one_in_half_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is trained in float32, this one has \['torch.bfloat16'\]: proxy.float"):
         OnlineProxy(Linear().to(torch.bfloat16), lr=1e-2, momentum=0.9)
+
+
+def test_one_that_cannot_be_copied_is_named() -> None:
+    proxy = Linear()
+    proxy.image.register_buffer("computed", proxy.image.weight * 2)
+    with pytest.raises(ValueError, match=r"embed='online' cannot copy Linear \(selection.proxy\).*embed='proxy'"):
+        OnlineProxy(proxy, lr=1e-2, momentum=0.9)

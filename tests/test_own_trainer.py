@@ -372,3 +372,155 @@ def test_by_default_a_small_model_of_its_own_judges(precision: str | None) -> No
 def test_what_the_default_judge_cannot_read_is_named() -> None:
     with pytest.raises(ValueError, match=r"reads images of shape .* not \(8, 6\).*embed='teacher'"):
         own_trainer([ClipCov(0.75, image_key="pixels", text_key="words")]).fit()
+
+
+def drawn(pool: int = 16, **others: Any) -> list[dict[str, Any]]:
+    """Pools for `Coloured`, as dicts, with the entries of `others`."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixels": torch.randn(pool, 3, 8, 8, generator=generator),
+            "words": torch.randint(1, 99, (pool, 5), generator=generator),
+            "image_embedding": torch.randn(pool, 6, generator=generator),
+            "text_embedding": torch.randn(pool, 6, generator=generator),
+            **others,
+        }
+        for _ in range(2)
+    ]
+
+
+def trained(pools: list[dict[str, Any]], model: OwnModel | None = None, **kwargs: Any) -> list[int]:
+    """Rows of the batches that a model was trained on, in two steps, of such pools."""
+    keys = {"image_key": "pixels", "text_key": "words"}
+    clipcov = ClipCov(0.75, **{"warmup": 0, "soft_start": 0.0, **keys, **kwargs})
+    loader = DataLoader(pools, batch_size=None)  # pyright: ignore[reportArgumentType]
+    trainer = own_trainer([clipcov], loader=loader, model=model or Coloured(), max_duration="2ba")
+    trainer.fit()
+    return trainer.state.model.rows
+
+
+class Heads(OwnModel):
+    """It trains on the embeddings themselves."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.rows.append(len(batch["image_embedding"]))
+        return self.encode_image(batch["image_embedding"]) @ self.encode_text(batch["text_embedding"]).T
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.text_tower(text[:, :5])
+
+
+class Floats(Coloured):
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return super().encode_image(image.float())
+
+
+class Outside(Coloured):
+    """It has no features in its outputs, and reads no captions for them."""
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.rows.append(len(batch["pixels"]))
+        return self.encode_image(batch["pixels"]) @ self.text_tower.weight[:, :4]
+
+
+class Pairs(Coloured):
+    def encode_image(self, image: torch.Tensor) -> Any:
+        return super().encode_image(image), image
+
+
+class Several(Coloured):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.ones(2))
+
+
+MASK = torch.arange(16) % 8 > 0
+BYTES = [b"x"] * 16
+FLAT = r"copies=1.0 looks at images .* not \(16, 6\): set selection.copies=0"
+
+
+@pytest.mark.filterwarnings("ignore:No optimizer was specified")
+class TestOwnBatches:
+    def test_heads_are_trained_on_columns(self) -> None:
+        pools = [{key: pool[key] for key in ("image_embedding", "text_embedding")} for pool in drawn()]
+        keys = {"image_key": "image_embedding", "text_key": "text_embedding"}
+        assert trained(pools, Heads(), embed="columns", **keys) == [4, 4]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+    @pytest.mark.parametrize("side", [8, 72])
+    def test_the_default_judge_reads_images_of_any_type(self, dtype: torch.dtype, side: int) -> None:
+        pools = [{**pool, "pixels": torch.rand(16, 3, side, side).mul(99).to(dtype)} for pool in drawn()]
+        assert trained(pools, Floats()) == [4, 4]
+
+    @pytest.mark.parametrize(
+        "others",
+        [
+            {"valid": MASK.tolist()},
+            {"valid": MASK.long()},
+            {"id": torch.arange(16).to(torch.uint32)},
+            {"id": list(range(16))},
+            {"id": [f"key{i}" for i in range(16)]},
+            {"concepts": ["dog"] * 16},
+            {"thumbnail": BYTES},
+        ],
+    )
+    @pytest.mark.parametrize("embed", ["columns", "teacher"])
+    def test_what_comes_beside_a_pool_may_be_a_users_own(self, others: dict[str, Any], embed: str) -> None:
+        assert trained(drawn(**others), embed=embed, dataset_size=64, max_invalid_ratio=0.2) == [4, 4]
+
+    def test_columns_may_be_lists(self) -> None:
+        pools = [{**pool, "text_embedding": pool["text_embedding"].tolist()} for pool in drawn()]
+        assert trained(pools, embed="columns") == [4, 4]
+
+    @pytest.mark.parametrize(
+        ("others", "kwargs", "message"),
+        [
+            ({"valid": torch.ones(16, 3)}, {}, r"the batch's 'valid' has shape \(16, 3\)"),
+            ({"valid": ["yes"] * 16}, {}, "the batch's 'valid' must be a tensor .* not list of str"),
+            ({"concepts": ["dog"] * 16}, {"selector": "concept_balance"}, "the batch's 'concepts' must be a tensor"),
+            ({"thumbnail": BYTES}, {"embed": "columns", "copies": 1.0}, "the batch's 'thumbnail' must be a tensor"),
+            ({"thumbnail": MASK[:, None]}, {"embed": "columns", "copies": 1.0}, "copies=1.0 reads .*copies=0"),
+            ({"text_embedding": ["x"] * 16}, {"embed": "columns"}, "the batch's 'text_embedding' must be a tensor"),
+            ({"pixels": [torch.ones(3, 8, 8)] * 16}, {}, "'pixels' .image_key. as a tensor of images, not list of"),
+            ({"pixels": torch.ones(16, 6), "words": torch.ones(16, 5)}, {"embed": "teacher", "copies": 1.0}, FLAT),
+        ],
+    )
+    def test_what_cannot_be_read_is_named(self, others: dict[str, Any], kwargs: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            trained(drawn(**others), OwnModel() if message == FLAT else None, **kwargs)
+
+    @pytest.mark.parametrize(
+        ("words", "key", "message"),
+        [
+            (["a cat"] * 16, "words", r"reads 'words' \(text_key\) as a tensor, not list.*selection.learnability=0"),
+            (torch.ones(16, 5), "captions", r"'captions' \(text_key\) as a tensor, not in a batch of \['pixels'"),
+        ],
+    )
+    def test_a_lag_without_captions_says_what_it_needs(self, words: Any, key: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            trained(drawn(words=words), Outside(), embed="columns", text_key=key)
+        assert trained(drawn(words=words), Outside(), embed="columns", text_key=key, learnability=0.0) == [4, 4]
+
+    def test_ids_beyond_the_data_set_are_warned_of_once(self) -> None:
+        pools = [{**pool, "id": torch.arange(16) + 16 * at} for at, pool in enumerate(drawn())]
+        with pytest.warns(UserWarning) as said:
+            trained(pools, embed="columns", dataset_size=10)
+        assert sum("ids of the pool reach" in str(each.message) for each in said) == 1
+
+    def test_a_second_fit_with_other_pools_says_so(self) -> None:
+        clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
+        trainer = own_trainer([clipcov])
+        trainer.fit()
+        with pytest.raises(ValueError, match=r"has selected from 32 candidates a step, .* this fit's loader gives 64"):
+            trainer.fit(train_dataloader=DataLoader(numbered(64), 64), duration="1ba", device_train_microbatch_size=16)
+
+    @pytest.mark.parametrize("embed", ["teacher", "online", "proxy"])
+    def test_towers_that_return_no_tensor_are_named(self, embed: str) -> None:
+        model = {} if embed == "teacher" else {"proxy": Pairs()}
+        with pytest.raises(ValueError, match=r"Pairs\.encode_image returned a tuple; selection needs a tensor"):
+            trained(drawn(), embed=embed, model=Pairs() if embed == "teacher" else None, **model)
+
+    @pytest.mark.parametrize("embed", ["teacher", "columns"])
+    def test_a_logit_scale_of_several_numbers_is_named(self, embed: str) -> None:
+        with pytest.raises(ValueError, match=r"Several has logit_scale of shape \(2,\); .* one number"):
+            trained(drawn(), Several(), embed=embed)

@@ -1,5 +1,6 @@
 """Selection: the objective's pieces against the oracle, then what every selector must obey."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from pools import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipcov_stream import sketch
+from clipcov_stream import evidence, sketch
 from clipcov_stream.evidence import matching
 from clipcov_stream.herding import Herding, top
 from clipcov_stream.objective import (
@@ -341,6 +342,8 @@ def test_a_function_of_ones_own_is_a_selector():
         (torch.tensor([0, 1]), r"returned \(2,\) of torch.int64; it must return \(3,\)"),
         (torch.tensor([0, 1, 2], dtype=torch.int32), "of torch.int32"),
         (torch.tensor([0.0, 1.0, 2.0]), "of torch.float32"),
+        ([0, 1, 2], r"returned a list; it must return a tensor, \(3,\) of torch.int64"),
+        (torch.topk(torch.arange(8.0), 3), r"returned a topk; .* as torch.topk\(...\).indices is"),
     ],
 )
 def test_a_bad_selector_is_named(survivors, message):
@@ -631,3 +634,59 @@ def test_ids_beyond_the_data_set_are_warned_of_once():
     with pytest.warns(UserWarning, match="ids of the pool reach 15099, but dataset_size=100"):
         selector(pool, 4)
     selector(pool, 4)  # a second warning would be an error
+
+
+def test_a_state_holds_nothing_of_the_callers_graph_and_loads_with_weights_only(tmp_path):
+    selector, scale = Selector(), torch.tensor([2.0], requires_grad=True)
+    with torch.enable_grad():
+        selector(replace(draw(16, 4, 0), logit_scale=scale.exp()), 4)
+    state = copy.deepcopy(selector.state_dict())
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.testing.assert_close(loaded["survivors"]["logit_scale"], torch.tensor(2.0).exp())
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    selector, other = Selector(), Selector()
+    survivors = selector(draw(16, 4, 0), 4)
+    other(draw(16, 3, 0), 5)
+    with pytest.raises(ValueError, match="3 x 3 wide"):
+        selector.load_state_dict(other.state_dict())
+    selector.learned(torch.randn(len(survivors), 2), torch.randn(len(survivors), 2), 50.0)  # of 5 it would raise
+    assert selector.state is not None and float(selector.state.lag_weight) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "most", "in_one"),
+    [
+        ("clipcov", 256, True),
+        ("clipcov", 8, False),
+        ("random", 256, True),
+        ("concept_balance", 256, True),
+        ("dissect", 8, True),
+    ],
+)
+def test_torchs_default_type_changes_no_survivor(name, most, in_one, dtype, monkeypatch):
+    if not in_one:  # as of pools larger than one block
+        monkeypatch.setattr(evidence, "fits", lambda rows, index: False)
+    pools = [replace(draw(24, 4, seed), ids=torch.arange(24)) for seed in range(3)]
+    learner = {"learner_image": pools[0].text, "learner_text": pools[0].image, "learner_logit_scale": 20.0}
+    others = {"concepts": torch.arange(24)[:, None] % 5, "valid": torch.arange(24) % 7 > 0, **learner}
+
+    def chosen() -> list[list[int]]:
+        selector, found = Selector(name, dataset_size=24, settings=Settings(soft_start=0.5, references=most)), []
+        for pool in pools:
+            survivors = selector(pool if name == "clipcov" else replace(pool, **others), 6)
+            selector.learned(pool.text[survivors], pool.image[survivors], 20.0)
+            found.append(survivors.tolist())
+            assert all(value.dtype == torch.float32 for value in selector.report.values() if value.is_floating_point())
+        return found
+
+    expected = chosen()
+    evidence.edges_on.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        assert chosen() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
