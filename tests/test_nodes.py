@@ -12,11 +12,10 @@ import sys
 
 os.environ |= {"NODE_RANK": os.environ["RANK"], "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
-sys.path.insert(0, sys.argv[2])
-
+import torch
 from composer import Trainer
+from composer.models import ComposerClassifier
 from composer.utils import dist
-from test_own_trainer import OwnModel
 
 from clipcov_stream.checkpoints import signal_files_of_nodes
 
@@ -25,7 +24,8 @@ given = dist.get_node_signal_file_name
 with signal_files_of_nodes():
     names = dist.all_gather_object(dist.get_node_signal_file_name())
     assert len(set(names)) == 2 and len({name.rpartition("_")[0] for name in names}) == 1, names
-    Trainer(model=OwnModel(), device="cpu", save_folder=sys.argv[1], autoresume=True, run_name="own")
+    model = ComposerClassifier(torch.nn.Linear(2, 2), num_classes=2)
+    Trainer(model=model, device="cpu", save_folder=sys.argv[1], autoresume=True, run_name="own")
 assert dist.get_node_signal_file_name is given
 """
 
@@ -33,5 +33,5 @@ assert dist.get_node_signal_file_name is given
 def test_nodes_that_share_a_folder_begin_together(tmp_path: Path) -> None:
     script = tmp_path / "nodes.py"
     script.write_text(NODES, encoding="utf-8")
-    launch(2, script, str(tmp_path / "shared"), str(Path(__file__).parent))
+    launch(2, script, str(tmp_path / "shared"))
     assert list((tmp_path / "shared").glob(".*signal*")) == []
