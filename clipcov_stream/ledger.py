@@ -225,17 +225,23 @@ def read_ledger(*places: str | Path) -> list[Record]:
     """All ranks' records, by rank.
 
     Args:
-        places: the run's ledger folder; of ranks that share no disk, all their folders, or their files.
+        places: the run's ledger folder; of ranks that share no disk, all their folders, or their files; of a run that
+            went on on another machine those of both. A rank's later file counts from where it begins.
 
     Raises:
-        ValueError: no ledger, one that lacks a rank's file or has it twice, ranks of different runs, or a damaged file.
+        ValueError: no ledger, one that lacks a rank's file or has its beginning twice, ranks of different runs, or a
+            damaged file.
     """
     paths = [path for place in map(Path, places) for path in (files_of(place) if place.is_dir() else [place])]
     names = ", ".join(map(str, places))
     if not paths or not all(path.is_file() for path in paths):
         raise ValueError(f"{names}: no ledger there (a folder with {path_of(Path(), 0)})")
     read = sorted(((read_file(path), path) for path in paths), key=lambda pair: pair[0].rank)
-    records, ranks = [record for record, _ in read], [record.rank for record, _ in read]
+    parts: dict[int, list[Record]] = {}
+    for record, _ in read:
+        parts.setdefault(record.rank, []).append(record)
+    records = [record for rank in sorted(parts) for record in joined(parts[rank])]
+    ranks = [record.rank for record in records]
     wanted = list(range(max(len(records), *(record.header["num_ranks"] for record in records))))
     if ranks != wanted:
         raise ValueError(f"ledger {names} has files of ranks {ranks}; it must have one of each of {wanted}")
@@ -267,6 +273,24 @@ def read_file(path: Path) -> Record:
     samples = np.concatenate([np.zeros(0, SAMPLE), *(samples for _, samples, _ in found)])
     steps = np.concatenate([np.zeros(0, np.int64), *step])
     return Record(header, steps, samples["id"].astype(np.int64), samples["gain"].astype(np.float32), torn)
+
+
+def joined(parts: list[Record]) -> list[Record]:
+    """One record of a rank's files on several machines; as they are where two of them begin at once."""
+    begins = [int(part.step[0]) if len(part.step) else 0 for part in parts]
+    if len(set(begins)) < len(parts) or len(parts) == 1:
+        return parts
+    parts = [parts[at] for at in np.argsort(begins)]
+    # What a machine trained beyond the checkpoint that another went on from was undone.
+    rows = [
+        *(slice(int(np.searchsorted(before.step, after.step[0]))) for before, after in pairwise(parts)),
+        slice(None),
+    ]
+    columns = {
+        name: np.concatenate([getattr(part, name)[own] for part, own in zip(parts, rows, strict=True)])
+        for name in ("step", "sample", "gain")
+    }
+    return [Record(parts[0].header, **columns, torn_bytes=sum(part.torn_bytes for part in parts))]
 
 
 def samples_of(ids: Tensor, gains: Tensor | None) -> np.ndarray:

@@ -20,8 +20,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import verify_mds
 from corpora import recipe, write_recipe
 from datacomp import Metadata
+from mds_folder import read_split
 from PIL import Image
 from sources import make, picture, read, rejected, wds, write_tar
 from subset_folder import PairFolder
@@ -274,6 +276,31 @@ def test_workers_write_the_shards_asked_for(tmp_path: Path, compression: str) ->
     assert {path.name for path in out.iterdir()} == files and len(files) == 5
     uids = [s["uid"].decode() for s in PairFolder(str(out)).samples(range(12))]
     assert uids == [uid(n) for n in range(12)]
+
+
+def test_the_pairs_held_out_depend_on_no_number_of_workers(tmp_path: Path) -> None:
+    shards = draw_pool(tmp_path / "pool", tars=4) / "shards" / "small"
+    again = wds("x", picture(3), b"an image once more", {"uid": uid(5)}) | wds("y", b"", b"rejected", {"uid": "e"})
+    write_tar(shards / "00000004.tar", again | sample(16))
+    whole, outs = tmp_path / "whole", {workers: tmp_path / str(workers) for workers in (1, 2)}
+    options = ["--embeddings", "b32", "--compression", "zstd"]
+    make("pairs", shards, whole, *options)
+    for workers, out in outs.items():
+        make("pairs", shards, out, "--hold-out", 5, "--workers", workers, *options)
+        assert verify_mds.main([str(out), "--all"]) == verify_mds.main([str(out / "held"), "--all"]) == 0
+    every = list(read_split(whole))
+    kept, held = ({workers: list(read_split(out / place)) for workers, out in outs.items()} for place in ("", "held"))
+    for found in (kept, held):
+        assert [sample["uid"] for sample in found[1]] == [sample["uid"] for sample in found[2]]
+        for sample_ in (*found[1], *found[2]):
+            (other,) = (one for one in every if one["uid"] == sample_["uid"])
+            assert all(np.array_equal(sample_[key], other[key]) for key in other)
+    assert len(every) == 17 and len(held[1]) in (5, 6) and len(kept[1]) + len(held[1]) == 17
+    assert not {sample["image"] for sample in kept[1]} & {sample["image"] for sample in held[1]}
+    assert rejected(outs[1]) == rejected(outs[2]) != [] and (outs[1] / "held" / "embedder.json").is_file()
+    for out in outs.values():
+        counts = json.loads((out / "source.json").read_text())["counts"]
+        assert (counts["held"], counts["uids_repeated"]) == (len(held[1]), 1)
 
 
 def test_what_workers_cannot_do_is_said(tmp_path: Path) -> None:

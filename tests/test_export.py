@@ -65,10 +65,10 @@ RANKS = [[[5, 31, 9], [7, 5, 0], [39, 3, 9]], [[22, 2, 8], [5, 1, 31], [6, 7, 22
 """Per rank and step."""
 
 
-def ledger_for(path: Path, folder: Path, ranks: list[list[list[int]]] = RANKS) -> Path:
+def ledger_for(path: Path, folder: Path, ranks: list[list[list[int]]] = RANKS, first: int = 0) -> Path:
     header = {"num_ranks": len(ranks), "folder": index_hash((folder / "index.json").read_bytes())}
     for rank, steps in enumerate(ranks):
-        written(path, steps, rank=rank, **header)
+        written(path, steps, rank=rank, first=first, **header)
     return path
 
 
@@ -357,6 +357,25 @@ def test_what_cannot_be_exported_says_why(
     before = sorted(path.name for path in tmp_path.iterdir())
     assert message in fails(capsys, *(part.format(**places) for part in argv))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["table", "mds", "datacomp"])
+def test_steps_of_another_machine_are_missed_and_joined(
+    tmp_path: Path, folder: Path, ledger: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    out = {"table": "out.csv", "mds": "out", "datacomp": "out.npy"}[command]
+    later = ledger_for(tmp_path / "later", folder, [[[1, 2], [3, 4]], [[10, 11], [12, 13]]], first=2)
+    assert export.main([command, str(later), str(folder), str(tmp_path / out)]) == 0
+    said = capsys.readouterr()
+    assert "SOURCE lacks 2 steps, 0 to 1: " in said.err and "give that one's ledger folder too" in said.err
+    assert json.loads(said.out.splitlines()[-1])["missing_steps"] == 2
+    figures = run(capsys, command, later, ledger, folder, tmp_path / f"all_{out}")
+    # Of step 2, which the first machine had trained too, what the second made of it.
+    undone = [sample for rank in RANKS for sample in rank[2]]
+    assert (figures["missing_steps"], figures["records"]) == (0, 18 - len(undone) + 8)
+    if command == "table":
+        ids = {int(row["id"]) for row in table(tmp_path / "all_out.csv")}
+        assert ids == {5, 31, 9, 7, 0, 22, 2, 8, 1} | {1, 2, 3, 4, 10, 11, 12, 13}
 
 
 def test_a_torn_step_is_left_out_and_said(

@@ -259,11 +259,11 @@ def gain_of(sample: int, step: int) -> float:
     return math.nan if sample == 9 else sample / 8 - step
 
 
-def written(place: Path, blocks: list[list[int]], rank: int = 0, **header: Any) -> Path:
-    """A ledger by the format's description, with none of the package's own code."""
+def written(place: Path, blocks: list[list[int]], rank: int = 0, first: int = 0, **header: Any) -> Path:
+    """A ledger by the format's description, with none of the package's own code; from the step `first` on."""
     text = json.dumps({"version": 2, "rank": rank, "num_ranks": 1, **header}).encode()
     data = b"CLEDGER2" + struct.pack("<II", len(text), zlib.crc32(text)) + text
-    for step, ids in enumerate(blocks):
+    for step, ids in enumerate(blocks, first):
         body = b"".join(struct.pack("<Qf", i, gain_of(i, step)) for i in ids)
         head = struct.pack("<QI", step, len(ids))
         data += head + struct.pack("<I", zlib.crc32(head + body)) + body

@@ -10,6 +10,7 @@ from collections import Counter
 import parallel
 import pytest
 import tar_source
+from held_out import key_of
 from mds_folder import check_image
 from PIL import Image
 from sources import (
@@ -206,6 +207,52 @@ def test_limit_and_shuffle(tmp_path):
     assert sorted(orders["all"]) == sorted(orders["other"]) == list(IMAGES)
     assert orders["all"] == orders["again"] != orders["other"] != list(IMAGES)
     assert orders["some"] == orders["all"][:3]
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_pairs_are_held_out_once_each_and_drawn_anew_by_another_seed(tmp_path, seed, capsys):
+    rows = [*ROWS, ("000.jpg", "the first once more")]
+    tar = write_tar(tmp_path / "x.tar", IMAGES | {"captions.csv": table("csv", rows)})
+    options = [] if seed is None else ["--shuffle-seed", seed]
+    for out in ("1", "2"):
+        make("pairs", tar, tmp_path / out, "--hold-out", 3, *options)
+    assert "held out in" in capsys.readouterr().out
+    kept, held = read(tmp_path / "1"), read(tmp_path / "1" / "held")
+    assert (kept, held) == (read(tmp_path / "2"), read(tmp_path / "2" / "held"))
+    assert sorted(s["caption"] for s in (*kept, *held)) == sorted(caption for _, caption in rows)
+    assert not {s["image"] for s in kept} & {s["image"] for s in held} and len(held) in (3, 4)
+    files = {place: [path.name for path in sorted((tmp_path / "1" / place).glob("*.json"))] for place in ("", "held")}
+    assert files == {"": ["index.json", "source.json"], "held": ["index.json", "source.json"]}
+    make("pairs", tar, tmp_path / "some", "--hold-out", 2, "--limit", 3, *options)
+    assert len(read(tmp_path / "some")) == 3 - (len(read(tmp_path / "some" / "held")) - 2) * (seed is None)
+    make("pairs", tar, tmp_path / "1", "--overwrite", "--hold-out", 1, "--shuffle-seed", 7)
+    others = {key_of(s["image"], 7) for s in read(tmp_path / "1")}
+    assert all(key_of(s["image"], 7) < min(others) for s in read(tmp_path / "1" / "held"))
+
+
+def test_what_is_held_out_must_leave_something(tmp_path):
+    write_files(tmp_path / "in", IMAGES | {"captions.csv": table("csv", ROWS)})
+    with pytest.raises(ValueError, match="--hold-out 8 leaves none of the 8 usable pairs"):
+        make("pairs", tmp_path / "in", tmp_path / "out", "--hold-out", 8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["table", "tars"])
+def test_repeated_uids_are_counted(tmp_path, layout, capsys):
+    uids = ["a", "b", "a", "c", "a"]
+    pairs = list(zip(uids, IMAGES, strict=False))
+    if layout == "table":
+        rows = [(name, "x", uid) for uid, name in pairs]
+        write_files(tmp_path / "in", {"t.csv": table("csv", rows, ("file", "caption", "uid")), **IMAGES})
+    else:
+        files = [wds(name[:3], IMAGES[name], b"x", {"uid": uid}) for uid, name in pairs]
+        write_files(tmp_path / "in", {})
+        (tmp_path / "in").mkdir()
+        write_tar(tmp_path / "in" / "0.tar", {name: data for some in files for name, data in some.items()})
+    make("pairs", tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "source.json").read_text())["counts"]["uids_repeated"] == 2
+    assert "uids_repeated: 2 rows" in capsys.readouterr().out
+    assert len({s["uid"] for s in read(tmp_path / "out")}) == 5
 
 
 def test_a_tar_is_read_from_front_to_back(tmp_path):

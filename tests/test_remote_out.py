@@ -52,6 +52,17 @@ def test_a_pool_goes_to_a_bucket_as_to_a_disk(tmp_path: Path, bucket: Bucket, sc
     assert [sample["uid"] for sample in dataset] == [uid(number) for number in range(12)]
 
 
+def test_held_out_pairs_go_to_a_bucket_too(tmp_path: Path, bucket: Bucket, scratch: Path) -> None:
+    shards = draw_pool(tmp_path / "pool") / "shards" / "small"
+    make("pairs", shards, f"{bucket.url}/out", "--hold-out", 3)
+    found = {}
+    for place in ("out", "out/held"):
+        local = str(tmp_path / place)
+        dataset = StreamingDataset(remote=f"{bucket.url}/{place}", local=local, batch_size=1)
+        found[place] = [sample["uid"] for sample in dataset]
+    assert len(found["out/held"]) == 3 and sorted([*found["out"], *found["out/held"]]) == sorted(map(uid, range(12)))
+
+
 def test_index_json_comes_last_and_only_after_all_else(bucket: Bucket, scratch: Path, monkeypatch) -> None:
     out, order, upload = f"{bucket.url}/out", [], S3Uploader.upload_file
 

@@ -5,8 +5,9 @@
     python tools/export.py table SOURCE FOLDER OUT.csv         or OUT.parquet: id, uid, times, first_step, last_step,
                                                                first_gain
 
-SOURCE is a run's ledger folder (`ledger` in its recipe), several where ranks shared no disk, or the output of
-tools/select_offline.py. FOLDER is the MDS folder that it chose from. FOLDER and OUT may be URLs.
+SOURCE is a run's ledger folder (`ledger` in its recipe), several where ranks shared no disk or the run went on on
+another machine, or the output of tools/select_offline.py. FOLDER is the MDS folder that it chose from. FOLDER and OUT
+may be URLs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +232,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "written": len(found),
         "repeats": found.num_records - len(found),
         "torn_bytes": found.torn_bytes,
+        "missing_steps": len(found.missing),
     }
+    if found.missing:
+        print(
+            f"warning: SOURCE lacks {len(found.missing)} steps, {ranges(found.missing)}: what was trained on then is "
+            "left out. Where the run began on another machine, give that one's ledger folder too",
+            file=sys.stderr,
+        )
     with pairs_of(args.folder) as pairs:
         found.check(pairs)
         counts["samples"] = len(pairs)
         args.export(args, pairs, found, counts)
     return {**counts, "seconds": round(time.monotonic() - began, 3)}
+
+
+def ranges(steps: Sequence[int]) -> str:
+    """Ascending numbers in words, the first stretches of them."""
+    breaks = [0, *(at for at in range(1, len(steps)) if steps[at] != steps[at - 1] + 1), len(steps)]
+    found = [f"{steps[a]} to {steps[b - 1]}" if b - a > 1 else str(steps[a]) for a, b in pairwise(breaks)]
+    return ", ".join([*found[:3], *["..."] * (len(found) > 3)])
 
 
 def pairs_of(folder: str) -> AbstractContextManager[PairFolder]:

@@ -29,10 +29,12 @@ from PIL import Image
 from remote_folder import output_folder
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
+from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hashes, is_hash
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
+from clipcov_stream.checked import decompressed
 from clipcov_stream.decode import MAX_PIXELS, ImageTooLarge, check_size, in_eight_bits, opened
 
 
@@ -69,8 +71,9 @@ class MdsSplit:
     """The open writer of one MDS split: samples written, rows rejected, and their counts.
 
     Made by `mds_split` and `mds_folder`. `num_written`, `rejected` (reason -> rows), `unreferenced` (images
-    that no row names) and `not_downloaded` (rows that never came with the source; like the former they are
-    counted but not listed) may be read at any time, also after the block has ended.
+    that no row names), `not_downloaded` (rows that never came with the source; like the former they are
+    counted but not listed), `uids_repeated` (rows whose uid got a number) and `num_held` (samples of another split)
+    may be read at any time, also after the block has ended.
     """
 
     def __init__(self, folder: Path, writer: MDSWriter) -> None:
@@ -79,6 +82,8 @@ class MdsSplit:
         self.rejected: Counter[str] = Counter()
         self.unreferenced = 0
         self.not_downloaded = 0
+        self.uids_repeated = 0
+        self.num_held = 0
         self._first: dict[str, Rejection] = {}
         self._writer = writer
         self._log = None
@@ -117,12 +122,18 @@ class MdsSplit:
     def counts(self) -> dict[str, Any]:
         """The account of the run, as it goes into source.json."""
         rejected = dict(sorted(self.rejected.items()))
-        counts = {"written": self.num_written, "rejected": rejected, "image_unreferenced": self.unreferenced}
-        return {**counts, "not_downloaded": self.not_downloaded} if self.not_downloaded else counts
+        others = {"not_downloaded": self.not_downloaded, "uids_repeated": self.uids_repeated, "held": self.num_held}
+        return {
+            "written": self.num_written,
+            "rejected": rejected,
+            "image_unreferenced": self.unreferenced,
+            **{name: count for name, count in others.items() if count},
+        }
 
     def summary(self) -> str:
         """Samples written and rows rejected by reason with the first of each, one line each."""
-        lines = [f"{self.num_written} samples written, {self.rejected.total()} rows rejected"]
+        held = f"{self.num_held} held out, " if self.num_held else ""
+        lines = [f"{self.num_written} samples written, {held}{self.rejected.total()} rows rejected"]
         for reason, count in self.rejected.most_common():
             first = self._first[reason]
             place = "" if first.row is None else f"row {first.row}, "
@@ -133,6 +144,8 @@ class MdsSplit:
             lines.append(
                 f"  not_downloaded: {self.not_downloaded} rows (counted by img2dataset, listed in its .parquet)"
             )
+        if self.uids_repeated:
+            lines.append(f"  uids_repeated: {self.uids_repeated} rows have a uid of others; theirs got a number, '#2'")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -232,6 +245,19 @@ def mds_folder(
         yield split
 
 
+def read_split(folder: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a split that `mds_split` wrote, in order; compressed shards are unpacked one at a time."""
+    for shard in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
+        raw, packed = folder / shard["raw_data"]["basename"], shard["zip_data"]
+        if packed is not None:
+            data = (folder / packed["basename"]).read_bytes()
+            raw.write_bytes(decompressed(shard["compression"], data, shard["raw_data"]["bytes"]))
+        reader = reader_from_json(str(folder), None, shard)
+        yield from (reader[row] for row in range(len(reader)))
+        if packed is not None:
+            raw.unlink()
+
+
 def write_found(
     found: Iterable[Found | Rejection],
     split: MdsSplit,
@@ -240,6 +266,7 @@ def write_found(
     total: int | None = None,
     limit: int | None = None,
     choose: Callable[[list[Any]], Iterable[int]] | None = None,
+    aside: tuple[MdsSplit, Callable[[], Iterable[int]]] | None = None,
     num_threads: int | None = None,
     show: bool = True,
 ) -> None:
@@ -249,7 +276,8 @@ def write_found(
         total: rows to expect, for the progress bar on stderr.
         limit: stop after this many samples; rows after them are neither read nor counted.
         choose: from the labels of all usable samples (None without), the indices to write, in order.
-            Samples then wait on disk (`open_spool`) until the last one is known. Instead of `limit`.
+            Samples then wait on disk (`open_spool`) until the last one is known.
+        aside: with `choose`, after it: another split, and the indices to write there.
         num_threads: that decode images; one per core, at most 8, without.
         show: whether to show the progress bar.
     """
@@ -272,6 +300,10 @@ def write_found(
                 labels.append(sample.get("label"))
             for sample in spool.read(choose(labels)):
                 split.write(sample)
+            if aside is not None:
+                other, chosen = aside
+                for sample in spool.read(chosen()):
+                    other.write(sample)
 
 
 def check_image(data: bytes) -> tuple[str, str] | None:

@@ -16,13 +16,15 @@ import argparse
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from datacomp import ARRAYS, Metadata, embedding_encodings, find_metadata, write_embedder
-from mds_folder import Found, MdsSplit, Rejection, mds_folder, write_found
+from held_out import HELD, held_out, key_of
+from mds_folder import Found, MdsSplit, Rejection, Row, mds_folder, mds_split, write_found
 from parallel import TarJob, convert, pair
 from remote_folder import SCHEMES
 from source import Source, find_source
@@ -52,14 +54,63 @@ def run(args: argparse.Namespace) -> None:
                 split.reject(rejection)
         if source.table is None:
             split.not_downloaded = count_not_downloaded(source.tars)
-        if args.workers > 1:
-            _convert(args, source.tars, split, columns, metadata)
-        else:
-            found, total = _find(args, source, split, metadata)
-            choose = None if args.shuffle_seed is None else _shuffle(args.shuffle_seed, args.limit)
-            limit = args.limit if choose is None else None
-            write_found(found, split, pair, total=total, limit=limit, choose=choose)
+        with _open_held(args, columns, split, metadata) if args.hold_out else nullcontext() as held:
+            if args.workers > 1:
+                _convert(args, source.tars, split, columns, metadata, held)
+            else:
+                _write(args, *_find(args, source, split, metadata), split, held)
     print(split.summary(), f"written to {args.out}", sep="\n")
+    if args.hold_out:
+        print(f"held out in {args.out.rstrip('/')}/{HELD}: eval.NAME.local=..., 'eval.NAME.tasks=[retrieval]'")
+
+
+@contextmanager
+def _open_held(
+    args: argparse.Namespace, columns: Mapping[str, str], split: MdsSplit, metadata: Metadata | None
+) -> Iterator[MdsSplit]:
+    source = {"tool": f"make_mds.py {args.command}", "arguments": {"hold_out": args.hold_out, "seed": _seed(args)}}
+    with mds_split(split.folder / HELD, columns, source=source, allow_empty=True, **_writer_options(args)) as held:
+        if metadata:
+            write_embedder(held.folder, metadata.kind)
+        yield held
+        split.num_held = held.num_written
+
+
+def _seed(args: argparse.Namespace) -> int:
+    """Of the pairs held out."""
+    return args.shuffle_seed or 0
+
+
+def _write(
+    args: argparse.Namespace,
+    found: Iterator[Found | Rejection],
+    total: int | None,
+    split: MdsSplit,
+    held: MdsSplit | None,
+) -> None:
+    keys = array("Q")
+    out: set[int] = set()
+
+    def keyed(row: Row, data: bytes) -> dict[str, Any]:
+        if held is not None:
+            keys.append(key_of(data, _seed(args)))
+        return pair(row, data)
+
+    def choose(labels: list[Any]) -> list[int]:
+        if held is not None:
+            out.update(*held_out([keys], args.hold_out))
+        rest = [index for index in range(len(labels)) if index not in out]
+        if args.shuffle_seed is not None:
+            rest = random.Random(args.shuffle_seed).sample(rest, len(rest))
+        return rest[: args.limit]
+
+    if args.shuffle_seed is None and held is None:
+        write_found(found, split, pair, total=total, limit=args.limit)
+        return
+    # Unshuffled, what is behind the limit is not read.
+    limit = args.limit + args.hold_out if args.limit and args.shuffle_seed is None else None
+    aside = None if held is None else (held, lambda: sorted(out))
+    write_found(found, split, keyed, total=total, limit=limit, choose=choose, aside=aside)
 
 
 def _check_options(args: argparse.Namespace, source: Source) -> None:
@@ -83,10 +134,11 @@ def _find(
     """(the source's images with their rows, how many rows there are if that is known)."""
     if source.table is None:
         found = read_webdataset(source.tars, args.caption_column, args.uid_column)
-        return number_repeats(metadata.attach(found) if metadata else found), None
+        return number_repeats(metadata.attach(found) if metadata else found, split), None
     columns = {"image": args.image_column, "caption": args.caption_column, "uid": args.uid_column}
     table = source.read_table(columns, optional=("uid",))
     print(table)
+    split.uids_repeated = table.uids_repeated
     return source.find(table, split), len(table.rows)
 
 
@@ -96,6 +148,7 @@ def _convert(
     split: MdsSplit,
     columns: Mapping[str, str],
     metadata: Metadata | None,
+    held: MdsSplit | None,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=split.folder) as shared:
         if metadata:
@@ -107,12 +160,9 @@ def _convert(
             max(1, (os.cpu_count() or 1) // args.workers),
             Path(shared) if metadata else None,
             _writer_options(args),
+            _seed(args),
         )
-        convert(tars, split, job, args.workers)
-
-
-def _shuffle(seed: int, limit: int | None) -> Callable[[list[Any]], list[int]]:
-    return lambda labels: random.Random(seed).sample(range(len(labels)), len(labels))[:limit]
+        convert(tars, split, job, args.workers, held, args.hold_out)
 
 
 def open_output(
@@ -192,6 +242,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--metadata", metavar="FOLDER", help="DataComp: with its .parquet and .npz (found if near)")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that convert tars (1)")
     parser.add_argument("--shuffle-seed", type=int, help="write in a random order (default: as found)")
+    parser.add_argument(
+        "--hold-out",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="keep N pairs, drawn from all with the shuffle seed (or 0), out of OUT and write them to OUT/held, to "
+        "evaluate retrieval on; of several captions of one image all, so perhaps a few more. In one process all "
+        "samples then wait on OUT's disk first (0)",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="write N samples: the first, or random if shuffled")
     add_output_options(parser)
     parser.set_defaults(run=run)

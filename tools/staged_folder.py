@@ -16,8 +16,9 @@ from pathlib import Path
 
 from clipcov_stream.mds_index import checked_index, names_of, read_index
 
-SPLITS = ("", "train", "eval")
-"""Where in OUT a tool writes an MDS folder: OUT itself, the splits of a drawn corpus, a subset's samples."""
+SPLITS = ("", "train", "eval", "held")
+"""Where in OUT a tool writes an MDS folder: OUT itself, the splits of a drawn corpus, a subset's samples, held-out
+pairs."""
 BESIDE = ("index.json", "source.json", "rejected.jsonl", "classes.json", "embedder.json", "subset.csv")
 """What tools write beside shards."""
 CACHES = (".sidecar-", ".ranges-")

@@ -31,13 +31,17 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
 @dataclass
 class Table:
-    """The rows of a table, usable and not, the names of all images they speak of, and the columns read."""
+    """The rows of a table, usable and not, the names of all images they speak of, and the columns read.
+
+    `uids_repeated` counts the rows whose uid, of a column, another row before them has.
+    """
 
     name: str
     columns: dict[str, str]
     rows: list[Row]
     rejected: list[Rejection]
     named: set[str]
+    uids_repeated: int = 0
 
     def __str__(self) -> str:
         columns = ", ".join(f"{role} from {column!r}" for role, column in self.columns.items())
@@ -78,6 +82,8 @@ def read_table(
         else:
             table.rejected.append(row)
     total, last = Counter(row.uid for row in table.rows), Counter()
+    if "uid" in picked:  # else they are names of images, of which each may have several captions
+        table.uids_repeated = total.total() - len(total)
     for row in table.rows:
         if total[uid := row.uid] > 1:
             last[uid] += 1

@@ -138,12 +138,18 @@ def read_webdataset(
             yield Rejection(None, tar.name, "tar_damaged", str(error))
 
 
-def number_repeats(items: Iterable[Found | Rejection]) -> Iterator[Found | Rejection]:
-    """The items; from the second time on a uid gets '#2', '#3', but for what another sample is called."""
+def number_repeats(items: Iterable[Found | Rejection], split: MdsSplit | None = None) -> Iterator[Found | Rejection]:
+    """The items; from the second time on a uid gets '#2', '#3', but for what another sample is called.
+
+    Those that got a number are counted in `split`.
+    """
     numbers: Counter[str] = Counter()
     for item in items:
         for row in item.rows if isinstance(item, Found) else []:
-            row.uid = numbered(row.uid, numbers)
+            name = numbered(row.uid, numbers)
+            if split is not None:
+                split.uids_repeated += name != row.uid
+            row.uid = name
         yield item
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from streaming.base.storage import CloudDownloader
 from subset_folder import PairFolder
 
-from clipcov_stream.ledger import index_hash, read_ledger
+from clipcov_stream.ledger import Record, index_hash, read_ledger
 from clipcov_stream.remote import read_remote
 
 
@@ -37,6 +37,7 @@ class TrainedOn:
             the order chosen.
         num_records: lines of the source, each a sample trained on once.
         torn_bytes: of steps that a killed run did not finish writing, left out.
+        missing: steps, ascending, that a rank's ledger lacks: another machine has them.
         folder: `ledger.index_hash` of the folder; None where the source does not know it.
         uids: of the samples, where the source has them.
     """
@@ -49,6 +50,7 @@ class TrainedOn:
     order: np.ndarray
     num_records: int
     torn_bytes: int = 0
+    missing: Sequence[int] = ()
     folder: str | None = None
     uids: Sequence[str] | None = None
 
@@ -96,7 +98,17 @@ def ledger_of(*places: Path) -> TrainedOn:
     gain = np.concatenate([record.gain for record in records])[by_step]
     order, folder = np.argsort(first), records[0].header["folder"]
     figures = times, step[first], step[last], gain[first].astype(np.float64)
-    return TrainedOn(ids, *figures, order, len(sample), torn, folder)
+    return TrainedOn(ids, *figures, order, len(sample), torn, missing_steps(records), folder)
+
+
+def missing_steps(records: Sequence[Record]) -> list[int]:
+    """Steps that a rank has none of before its last. Ranks that came later begin later, so only those count that the
+    run had when rank 0's file was begun."""
+    missing: set[int] = set()
+    for record in records[: records[0].header["num_ranks"]]:
+        if len(record.step):
+            missing.update(np.setdiff1d(np.arange(record.step[-1]), record.step).tolist())
+    return sorted(missing)
 
 
 def subset_of(path: Path) -> TrainedOn:
