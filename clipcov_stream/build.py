@@ -503,6 +503,16 @@ def classes_of(module: ModuleType) -> dict[str, type]:
     return {name.lower(): kind for name, kind in vars(module).items() if inspect.isclass(kind)}
 
 
+def check_compile(config: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for what torch.compile does not take; nothing is compiled yet."""
+    if config is None:
+        return
+    try:
+        torch.compile(nn.Identity(), **config)
+    except Exception as error:  # of Dynamo's kinds, and of each backend's
+        raise ValueError(f"compile_config={dict(config)} is not for torch.compile: {str(error)[:300]}") from error
+
+
 def check_microbatch(value: int | str | None, num_survivors: int) -> int:
     """Survivors per rank, unless the recipe asks for something else, which is an error."""
     if value is None or value == num_survivors:

@@ -306,6 +306,21 @@ def resizable(image: Tensor) -> Tensor:
     return image if image.dtype in (torch.float32, torch.float64) else image.float()
 
 
+@torch.no_grad()
+def check_resolution(model: nn.Module, resolution: int | None) -> None:
+    """Raise ValueError unless an embedder, in float32, can read images of `resolution` pixels: it is given one."""
+    if resolution is None:
+        return
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        device = next((tensor.device for tensor in model.parameters()), None)
+        encoded_images(model, torch.zeros(1, 3, resolution, resolution, device=device), 1, resolution, plain=True)
+    finally:
+        for part in training:
+            part.training = True
+
+
 def positions_at(model: nn.Module, resolution: int) -> dict[str, Tensor]:
     """The position embeddings of open_clip's image towers for images of another size, by name; none if they fit.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +84,35 @@ def label_of(samples: Any, index: int) -> int:
         if hasattr(part, "_samples"):
             return int(part._samples[index][1])
     raise RuntimeError(f"image {index} of {type(samples).__name__} cannot be opened, and its label is not known")
+
+
+def stored_integers(shard: Any, name: str) -> np.ndarray | None:
+    """(n,) a column of a shard, read without the rest of its samples; None unless it is of whole numbers, and the
+    shard's file lies here uncompressed and is what the index says.
+
+    Args:
+        shard: Streaming's reader.
+    """
+    path = Path(shard.dirname, shard.split or "", shard.raw_data.basename)
+    at = shard.column_names.index(name)
+    dtype = "int64" if shard.column_encodings[at] == "int" else shard.column_encodings[at]
+    if not re.fullmatch(r"u?int\d+", dtype) or not path.is_file() or path.stat().st_size != shard.raw_data.bytes:
+        return None
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    pages.madvise(mmap.MADV_RANDOM)  # else the system would read the images along
+    data = np.frombuffer(pages, np.uint8)
+    try:
+        begins = np.frombuffer(pages, "<u4", len(shard), 4).astype(np.int64)
+        # A sample is the sizes of its columns of variable size, then its columns in the order of the index.
+        heads = begins[:, None] + np.arange(4 * shard.column_sizes.count(None))
+        told = iter(np.ascontiguousarray(data[heads]).view("<u4").astype(np.int64).T)
+        offsets = begins + heads.shape[1]
+        for size in shard.column_sizes[:at]:
+            offsets = offsets + (next(told) if size is None else size)
+        return data[offsets[:, None] + np.arange(np.dtype(dtype).itemsize)].view(dtype)[:, 0]
+    except (ValueError, IndexError):  # bytes that are no shard: who reads its samples says so
+        return None
 
 
 class ImageLoader(DataLoader[Any]):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Evaluator
 from torch import nn
@@ -19,8 +20,8 @@ from clipcov_stream.build import transform_of
 from clipcov_stream.caption_sets import CaptionedImages, open_captions
 from clipcov_stream.captions import caption_of
 from clipcov_stream.config import EvalConfig, EvalSuiteConfig
-from clipcov_stream.eval_data import ImagesDataset, image_loader
-from clipcov_stream.guard import GuardedDataset
+from clipcov_stream.eval_data import ImagesDataset, image_loader, stored_integers
+from clipcov_stream.guard import GuardedDataset, check_least
 from clipcov_stream.image_sets import LabelledImages, image_folder
 from clipcov_stream.materialize import ImageTransform, Tokenizer
 from clipcov_stream.redact import redacted
@@ -41,6 +42,7 @@ def eval_sections(sections: Mapping[str, EvalConfig], suite: EvalSuiteConfig | N
     """
     if suite is None:
         return dict(sections)
+    check_numbers("eval_suite", suite)
     root = Path(suite.root).expanduser()
     wanted = tuple(SETS) if suite.sets is None else suite.sets
     if unknown := [name for name in wanted if name not in SETS]:
@@ -56,6 +58,12 @@ def eval_sections(sections: Mapping[str, EvalConfig], suite: EvalSuiteConfig | N
     if twice := sorted(set(added) & set(sections)):
         raise ValueError(f"eval.{twice[0]} and eval_suite both evaluate {twice[0]!r}; give one another label")
     return {**sections, **added}
+
+
+def check_numbers(key: str, section: EvalConfig | EvalSuiteConfig) -> None:
+    """Raise ValueError for a number that no loader can have."""
+    check_least(f"{key}.batch_size", section.batch_size, 1)
+    check_least(f"{key}.num_workers", section.num_workers, 0)
 
 
 def tasks_of(section: EvalConfig) -> tuple[str, ...]:
@@ -79,6 +87,7 @@ def build_evaluators(
     evaluators, prompts = [], {}
     for label, config in configs.items():
         tasks = tasks_of(config)
+        check_numbers(f"eval.{label}", config)
         if set(tasks) - set(TASKS) or not tasks:
             raise ValueError(f"eval.{label}.tasks={list(tasks)} must be some of {list(TASKS)}")
         opened = streamed_split if config.dataset is None else image_split
@@ -104,7 +113,7 @@ def streamed_split(
         )
     zeroshot, retrieval = "zeroshot" in tasks, "retrieval" in tasks
     try:
-        dataset = split_dataset(config, transform, tokenizer, zeroshot, retrieval)
+        dataset = split_dataset(label, config, transform, tokenizer, zeroshot, retrieval)
     except ValueError as error:
         raise ValueError(f"eval.{label}: {error}") from error
     prompts = None
@@ -116,6 +125,7 @@ def streamed_split(
                 "templates; tools/make_mds.py classes writes it"
             )
         prompts = Prompts(tokenize_prompts(classes["classnames"], classes["templates"], tokenizer))
+        check_labels(label, config, dataset, len(prompts.tokens))
     if retrieval and not caption_of(GuardedDataset.get_item(dataset, 0)[config.columns.caption]).strip():
         raise ValueError(
             f"eval.{label}.tasks has retrieval, but captions in {config.remote or config.local} are empty; "
@@ -124,8 +134,23 @@ def streamed_split(
     return pool_loader(dataset, config.batch_size, config.num_workers, drop_last=False), prompts
 
 
+def check_labels(label: str, config: EvalConfig, dataset: PairDataset, num_classes: int) -> None:
+    """Raise ValueError for a label that no class has, in the shards that lie here: of others each is looked at when
+    its batch is evaluated."""
+    first = 0
+    for shard in dataset.shards:
+        labels = stored_integers(shard, config.columns.label)
+        if labels is not None and len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+            raise ValueError(
+                f"eval.{label}: sample {first + wrong[0]} of {config.remote or config.local} has the label "
+                f"{labels[wrong[0]]} (eval.{label}.columns.label={config.columns.label!r}), but classes.json names "
+                f"{num_classes} classes, 0 to {num_classes - 1}"
+            )
+        first += len(shard)
+
+
 def split_dataset(
-    config: EvalConfig, transform: ImageTransform, tokenizer: Tokenizer, zeroshot: bool, retrieval: bool
+    label: str, config: EvalConfig, transform: ImageTransform, tokenizer: Tokenizer, zeroshot: bool, retrieval: bool
 ) -> PairDataset:
     """The samples of an MDS folder, with the columns that its tasks need; whatever else it has stays encoded."""
     return PairDataset(
@@ -142,6 +167,7 @@ def split_dataset(
         batch_size=config.batch_size,
         identify=retrieval,
         allow_pickle=None,
+        section=f"eval.{label}",
     )
 
 

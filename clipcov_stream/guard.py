@@ -58,6 +58,7 @@ class GuardedDataset(StreamingDataset):
         **options: Any,
     ) -> None:
         check_guards(timeout, on_bad_shard, max_bad_shards)
+        check_least("stream.num_canonical_nodes", options.get("num_canonical_nodes"), 0, ", Streaming's own number")
         if options.get("cache_limit") is not None and not stream.can_fetch:
             raise ValueError(
                 f"stream.cache_limit={options['cache_limit']!r} deletes shards that can be fetched again, but "
@@ -261,14 +262,19 @@ class GuardedDataset(StreamingDataset):
         return epoch, pools_per_epoch, -(-sample // global_pool_size)
 
 
+def check_least(key: str, value: float | None, least: float, what: str = "") -> None:
+    """Raise ValueError for a number of a recipe that is below the least it may be."""
+    if value is not None and not value >= least:
+        raise ValueError(f"{key}={value} must be at least {least}{what}")
+
+
 def check_guards(timeout: float, on_bad_shard: str, max_bad_shards: int) -> None:
     """Raise ValueError for a knob that cannot be."""
     if not 0 <= timeout < float("inf"):
         raise ValueError(f"stream.timeout={timeout} must be a number of seconds, or 0 to wait for ever")
     if on_bad_shard not in ON_BAD_SHARD:
         raise ValueError(f"stream.on_bad_shard={on_bad_shard!r} is not one of {list(ON_BAD_SHARD)}")
-    if max_bad_shards < 0:
-        raise ValueError(f"stream.max_bad_shards={max_bad_shards} must be at least 0")
+    check_least("stream.max_bad_shards", max_bad_shards, 0)
 
 
 def check_same_index(stream: CheckedStream) -> None:

@@ -83,12 +83,21 @@ class Sidecar:
         return {**vars(self), "mapped": {}}  # another process maps its own
 
     def check_source(self, index: bytes) -> None:
-        """Raise ValueError unless this is a sidecar of the folder whose index.json is given."""
+        """Raise ValueError unless this is the sidecar of the whole folder whose index.json is given."""
         own, other = self.record.get("source_index_sha1"), hashlib.sha1(index).hexdigest()
         if own != other:
             raise ValueError(
                 f"stream.sidecar {self.where!r} belongs to another folder than the stream: it was made from an "
                 f"index.json of sha1 {own}, the stream's has {other}. Make one with tools/embed_mds.py --sidecar"
+            )
+        sizes, wanted = ([len(shard) for shard in self.shards], [s["samples"] for s in json.loads(index)["shards"]])
+        if sizes != wanted:  # a part of one, whose embedder.json is the whole one's
+            at = next((at for at, pair in enumerate(zip(sizes, wanted, strict=False)) if pair[0] != pair[1]), None)
+            differ = "" if at is None else f", and shard {at} has {sizes[at]:,} samples, the stream's {wanted[at]:,}"
+            raise ValueError(
+                f"stream.sidecar {self.where!r} is not the whole sidecar of the stream: it has {sum(sizes):,} samples "
+                f"in {len(sizes)} shards, the stream {sum(wanted):,} in {len(wanted)}{differ}. A sidecar has all of a "
+                "folder's samples in their order; make one with tools/embed_mds.py --sidecar"
             )
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:

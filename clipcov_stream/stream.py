@@ -31,7 +31,7 @@ from clipcov_stream.batch import Normalize
 from clipcov_stream.captions import caption_of
 from clipcov_stream.checked import BadShard, CheckedStream
 from clipcov_stream.decode import MAX_PIXELS, MOST_PIXELS, UndecodableImage, decode_image, raw_image
-from clipcov_stream.guard import GuardedDataset, complete, named
+from clipcov_stream.guard import GuardedDataset, check_least, complete, named
 from clipcov_stream.identity import check_same_data
 from clipcov_stream.materialize import ImageTransform, Materializer, Tokenizer
 from clipcov_stream.mds_index import checked_index, pickled_columns, read_index
@@ -115,6 +115,7 @@ class PairDataset(GuardedDataset):
             wrote the shard; all others stay bytes. None is any column that is not read.
         max_pixels: an image of more counts as undecodable.
         timeout, on_bad_shard, max_bad_shards: as GuardedDataset's. A skipped sample is blank and not valid.
+        section: of the recipe, by which errors name its columns and its loader's numbers.
         kwargs: Streaming's other arguments (batch_size, shuffle, shuffle_seed, num_canonical_nodes, predownload, ...).
 
     Attributes:
@@ -148,6 +149,7 @@ class PairDataset(GuardedDataset):
         timeout: float = 600,
         on_bad_shard: str = "raise",
         max_bad_shards: int = 10,
+        section: str = "stream",
         **kwargs: Any,
     ) -> None:
         if not 1 <= max_pixels <= MOST_PIXELS:
@@ -183,7 +185,7 @@ class PairDataset(GuardedDataset):
             read = Path(stream.local, stream.split or "", "index.json").read_bytes()
             if read != where["index"]:
                 checked_index(read, repr(stream.local), allow_pickle, Path(stream.local, stream.split or ""))
-        self.columns = columns
+        self.columns, self.section = columns, section
         self.transform = transform
         self.max_pixels = max_pixels
         self.crop = transform.crop()
@@ -212,22 +214,28 @@ class PairDataset(GuardedDataset):
         for role, name in self.columns.names().items():
             if name not in present:
                 raise ValueError(
-                    f"stream {where!r} has no column {name!r} (stream.columns.{role}); it has {sorted(present)}"
+                    f"stream {where!r} has no column {name!r} ({self.section}.columns.{role}); it has {sorted(present)}"
                     + HOW_TO_GET.get(role, "")
                 )
         encoding = self.image_encoding = present[self.columns.image]
         if encoding not in IMAGE_ENCODINGS:
             raise ValueError(
-                f"column {self.columns.image!r} of {where!r} is encoded as {encoding!r}; an image column is one of "
-                f"{', '.join(IMAGE_ENCODINGS)}"
+                f"column {self.columns.image!r} of {where!r} ({self.section}.columns.image) is encoded as "
+                f"{encoding!r}; an image column is one of {', '.join(IMAGE_ENCODINGS)}"
             )
         for role, kind in (("caption", "str"), ("image_embedding", "ndarray"), ("text_embedding", "ndarray")):
             name = getattr(self.columns, role)
             if name is not None and present[name].partition(":")[0] != kind:
                 raise ValueError(
-                    f"column {name!r} of {where!r} (stream.columns.{role}) is encoded as {present[name]!r}; it must be "
-                    f"{kind!r}"
+                    f"column {name!r} of {where!r} ({self.section}.columns.{role}) is encoded as {present[name]!r}; it "
+                    f"must be {kind!r}"
                 )
+        label = self.columns.label
+        if label is not None and present[label] in ("str", *IMAGE_ENCODINGS):
+            raise ValueError(
+                f"column {label!r} of {where!r} ({self.section}.columns.label) is encoded as {present[label]!r}; it "
+                "must be 'int', the index of a class"
+            )
         self._leave_encoded(where)
 
     def _leave_encoded(self, where: str) -> None:
@@ -550,9 +558,12 @@ def pool_loader(
             itself, the loader normalizes: for a batch transform, or an algorithm before ClipCov, that reads them so.
 
     Raises:
-        ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank; a cache of
-            what is not fetched.
+        ValueError: a pool size that differs from the dataset's, or fewer samples than one pool per rank; a number out
+            of range; a cache of what is not fetched.
     """
+    numbers = {"num_workers": (num_workers, 0), "prefetch_factor": (prefetch_factor, 1)}
+    for name, (value, least) in {**numbers, "decode_threads": (decode_threads, 1)}.items():
+        check_least(f"{dataset.section}.{name}", value, least, ", or null" * (name == "decode_threads"))
     if dataset.batch_size != pool_size:
         raise ValueError(f"pool_size={pool_size} differs from the dataset's batch_size={dataset.batch_size}")
     if drop_last and len(dataset) < pool_size:

@@ -35,6 +35,7 @@ from clipcov_stream.checkpoints import (
 from clipcov_stream.cli import find_recipe
 from clipcov_stream.clock import check_duration, check_interval
 from clipcov_stream.config import TrainConfig, load_config
+from clipcov_stream.embed import check_resolution
 from clipcov_stream.gallery import Gallery
 from clipcov_stream.guard import SkippedShards
 from clipcov_stream.ledger import Ledger
@@ -143,6 +144,7 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     """The Trainer, which releases the locks when it is closed."""
     check_duration(config.max_duration, "max_duration")
     check_interval(config.eval_interval, "eval_interval")
+    build.check_compile(config.compile_config)
     scheduler = build.build_scheduler(config.scheduler, config.max_duration)
     loggers = build.build_named("loggers", config.loggers)
     callbacks = build.build_named("callbacks", config.callbacks)
@@ -171,7 +173,9 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
     # As it came out, for who reads the run's records.
     how = {"run_ahead": selection.run_ahead, "lag_delay": selection.lag_delay}
     config = replace(config, selection=replace(config.selection, **how))
-    towers_with_patches(model.towers if selection.proxy is None else selection.proxy, selection.embed_patch_dropout)
+    towers = model.towers if selection.proxy is None else selection.proxy
+    towers_with_patches(towers, selection.embed_patch_dropout)
+    check_resolution(towers, selection.embed_resolution)
     columns = config.selection.embed == "columns" and selection.uses_embeddings
     deferred = build.defers(config.stream, selection, build.image_size_of(model.towers))
     options = (config.seed, deferred, selection.scoring_size)

@@ -104,10 +104,25 @@ def test_the_embedder_alone_leaves_patches_out(tmp_path: Path, corpus: Path) -> 
     assert all(np.isfinite(values(memory, "selection/residual")))
 
 
-def test_a_resolution_that_does_not_fit_the_patches_is_refused(tmp_path: Path, corpus: Path) -> None:
-    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection={"embed_resolution": 12}))
-    with pytest.raises(ValueError, match=r"embed_resolution=12 must be a multiple of 8 for this embedder"):
-        trainer.fit()
+@pytest.mark.parametrize("embed", ["teacher", "proxy"])
+@pytest.mark.parametrize(("tower", "cell"), [("transformer", 8), ("resnet", 32)])
+def test_a_resolution_that_the_embedder_cannot_read_is_refused_before_training(
+    tmp_path: Path, corpus: Path, embed: str, tower: str, cell: int
+) -> None:
+    model = TINY_MODEL
+    if tower == "resnet":
+        vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+        model = {**TINY_MODEL, "embed_dim": 16, "vision_cfg": vision}
+    selection: dict[str, Any] = {"embed": embed, "embed_resolution": cell + 4}
+    if embed == "proxy":
+        torch.save(build_towers(config=model).state_dict(), tmp_path / "proxy.pt")
+        selection["proxy"] = {"config": model, "pretrained": str(tmp_path / "proxy.pt")}
+    tree = recipe(corpus, selection=selection, model={"config": model})
+    with pytest.raises(ValueError, match=rf"embed_resolution={cell + 4} must be a multiple of {cell} for this embedd"):
+        trainer_of(tmp_path, tree)
+    selection["embed_resolution"] = cell
+    trainer, _, _ = trainer_of(tmp_path, tree)
+    assert any(part.training for part in trainer.state.model.modules())
 
 
 def test_random_twin_shares_the_warmup_and_then_differs(tmp_path: Path, corpus: Path) -> None:

@@ -229,6 +229,17 @@ def test_a_subset_of_select_offline(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "of FOLDER has the uid" in said and "another folder" in said
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_part_of_a_sidecar_is_not_exported(
+    tmp_path: Path, bucket: Bucket, folder: Path, ledger: Path, capsys: pytest.CaptureFixture[str], remote: bool
+) -> None:
+    (folder / "embedder.json").write_text('{"fingerprint": 1, "logit_scale": 50, "sidecar": true}')
+    where = bucket.upload(folder, "mds") if remote else folder
+    said = fails(capsys, "mds", ledger, where, tmp_path / "out")
+    assert f"FOLDER={str(where)!r} is a sidecar" in said and not (tmp_path / "out").exists()
+    run(capsys, "table", ledger, where, tmp_path / "ids.csv")
+
+
 def test_from_the_store_to_the_store(tmp_path: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path / "mds")
     (folder / "embedder.json").write_text("{}")

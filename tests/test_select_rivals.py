@@ -111,6 +111,44 @@ def test_c_rho_takes_what_the_reference_matches_and_the_learner_does_not(folder:
     assert select("c_rho", folder, tmp_path / "out", "--num", "9", "--learner", str(learner)) == expected
 
 
+@pytest.mark.parametrize(
+    ("uid", "caption", "sha", "message"),
+    [
+        ("u7", "c7", "a", None),
+        ("u7", "recaptioned", "b", None),  # a learner may have read other captions of the same samples
+        ("u8", "c7", "a", "row 7 has the uid 'u8', FOLDER 'u7'"),
+        (None, "c8", "a", "row 7 has the caption 'c8', FOLDER 'c7'"),
+        (None, None, "a", None),
+        (None, None, "b", "was made from an index.json of sha1 b, FOLDER a"),
+    ],
+)
+def test_c_rho_takes_a_learner_of_the_same_samples_alone(
+    uid: str | None, caption: str | None, sha: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image, text = draw(0)
+    for name, seventh, made_from in (("pairs", {"uid": "u7", "caption": "c7"}, "a"), ("learner", {}, sha)):
+        other = {"uid": uid, "caption": caption}
+        texts = {key: seventh.get(key, value) for key, value in other.items() if value is not None}
+        columns = {**dict.fromkeys(texts, "str"), "image_embedding": "ndarray", "text_embedding": "ndarray"}
+        with MDSWriter(out=str(tmp_path / name), columns=columns) as writer:
+            for row, (x, y) in enumerate(zip(image, text, strict=True)):
+                own = {key: value if row == 7 else f"{key[0]}{row}" for key, value in texts.items()}
+                writer.write({**own, "image_embedding": x, "text_embedding": y})
+        record = {"logit_scale": 50, "source_index_sha1": made_from}
+        (tmp_path / name / "embedder.json").write_text(json.dumps(record))
+    argv = [
+        "c_rho",
+        str(tmp_path / "pairs"),
+        str(tmp_path / "out"),
+        "--num",
+        "3",
+        "--learner",
+        str(tmp_path / "learner"),
+    ]
+    assert select_rivals.main(argv) == (0 if message is None else 2)
+    assert message is None or message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("block", [1, 64, select_rivals.BLOCK])
 def test_redundancy_is_the_loop_over_those_before(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_rivals, "BLOCK", block)

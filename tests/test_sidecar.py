@@ -7,11 +7,14 @@ import pickle
 import shutil
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import embed_mds
 import numpy as np
 import pytest
+import select_offline
+import select_rivals
 import torch
 from corpora import draw_corpus, recipe, write_recipe
 from streaming import MDSWriter, StreamingDataset
@@ -190,6 +193,51 @@ def test_a_sidecar_of_another_folder_is_refused(tmp_path: Path, corpus: Path, em
     (tmp_path / "beside" / "embedder.json").unlink()
     with pytest.raises(ValueError, match=r"is not a sidecar: .*embedder.json"):
         trained(tmp_path, embedded / "mds", corpus, sidecar=str(tmp_path / "beside"))
+
+
+def without(shards: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    """A sidecar's shards, whole ones left out, or one of another's length."""
+    if part == "shorter":
+        return shards[:-1]
+    if part == "reordered":
+        return [*shards[1:], shards[0]]
+    return [*shards, shards[0] | {"raw_data": shards[0]["raw_data"] | {"basename": "more.mds"}}]
+
+
+@pytest.mark.parametrize("range_reads", [False, True])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("shorter", r"it has {fewer} samples in {less} shards, the stream 160 in {shards}\. A sidecar has all"),
+        ("reordered", r"160 samples in {shards} shards, .*, and shard \d+ has \d+ samples, the stream's \d+\."),
+        ("longer", r"it has {more} samples in \d+ shards, the stream 160 in {shards}\."),
+    ],
+)
+def test_a_part_of_the_streams_own_sidecar_is_refused(
+    tmp_path: Path, corpus: Path, embedded: Path, part: str, message: str, range_reads: bool
+) -> None:
+    beside = Path(shutil.copytree(embedded / "beside", tmp_path / "beside"))
+    index = json.loads((beside / "index.json").read_text())
+    shards = index["shards"]
+    first, last = shards[0]["samples"], shards[-1]["samples"]
+    assert first != last
+    figures = {"fewer": 160 - last, "more": 160 + first, "shards": len(shards), "less": len(shards) - 1}
+    (beside / "index.json").write_text(json.dumps({**index, "shards": without(shards, part)}))
+    with pytest.raises(ValueError, match="is not the whole sidecar of the stream: .*" + message.format(**figures)):
+        trained(tmp_path, embedded / "mds", corpus, sidecar=str(beside), range_reads=range_reads)
+
+
+@pytest.mark.parametrize("tool", [select_rivals, select_offline])
+def test_of_a_sidecar_ids_may_be_picked_and_no_part_written(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str], tool: ModuleType
+) -> None:
+    method = ["clip_score"] if tool is select_rivals else []
+    argv = [*method, str(embedded / "beside"), str(tmp_path / "out"), "--num", "20", "--clusters", "2"]
+    assert tool.main([*argv, "--mds"]) == 2
+    said = capsys.readouterr().err
+    assert "is a sidecar" in said and "leave --mds out" in said and not (tmp_path / "out").exists()
+    assert tool.main(argv) == 0
+    assert len((tmp_path / "out" / "subset.csv").read_text().splitlines()) == 21
 
 
 def test_a_shard_missing_from_a_sidecar_ends_the_run(tmp_path: Path, corpus: Path, embedded: Path) -> None:

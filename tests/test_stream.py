@@ -195,7 +195,10 @@ def test_an_undecodable_image_spoils_itself_alone(tmp_path: Path, encoding: str)
             r"no column 'jpg' \(stream\.columns\.image\); it has \['caption', 'i",
         ),
         ({"columns": Columns(label="y")}, r"no column 'y' \(stream\.columns\.label\)"),
-        ({"columns": Columns(image="caption")}, r"'caption' of '.*mds' is encoded as 'str'; an image column is one of"),
+        (
+            {"columns": Columns(image="caption")},
+            r"'caption' of '.*mds' \(stream\.columns\.image\) is encoded as 'str'; an image column is",
+        ),
     ],
 )
 def test_a_stream_that_cannot_be_read_says_which_knob(tmp_path: Path, options: dict, message: str) -> None:

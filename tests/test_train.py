@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_who_has_data_is_not_told_how_to_get_it(tmp_path: Path, corpus: Path) ->
             {"eval": {"x": {"remote": "s3://b/x"}}},
             r"eval.x.remote='s3://b/x' needs eval.x.local, the folder where shards",
         ),
+        ({"stream": {"num_workers": -1}}, "stream.num_workers=-1 must be at least 0"),
+        ({"stream": {"prefetch_factor": 0, "num_workers": 1}}, "stream.prefetch_factor=0 must be at least 1"),
+        ({"stream": {"prefetch_factor": -1}}, "stream.prefetch_factor=-1 must be at least 1"),
+        ({"stream": {"num_canonical_nodes": -1}}, "stream.num_canonical_nodes=-1 must be at least 0"),
+        ({"stream": {"decode_threads": 0}}, "stream.decode_threads=0 must be at least 1, or null"),
+        ({"stream": {"decode_threads": -1}}, "stream.decode_threads=-1 must be at least 1, or null"),
+        ({"eval": {"x": {"local": "nowhere", "batch_size": 0}}}, "eval.x.batch_size=0 must be at least 1"),
+        ({"eval": {"x": {"dataset": "folder", "root": "w", "num_workers": -1}}}, "eval.x.num_workers=-1 must be at l"),
+        ({"eval_suite": {"root": "nowhere", "batch_size": 0}}, "eval_suite.batch_size=0 must be at least 1"),
+        ({"compile_config": {"backend": "nope"}}, "compile_config={'backend': 'nope'} is not for torch.compile: Inv"),
+        ({"compile_config": {"nokey": 1}}, "compile_config={'nokey': 1} is not for torch.compile: .* 'nokey'"),
         ({"eval": {"x": {"tasks": ["segment"], "local": "nowhere"}}}, r"eval.x.tasks=\['segment'\] must be some of"),
     ],
 )
@@ -151,6 +163,34 @@ def test_bad_recipes_stop_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, **sections)))))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": "uid"}, r"'uid' of .* \(eval\.x\.columns\.label\) is encoded as 'str'; it must be 'int'"),
+        ({"image": "nope"}, r"^eval\.x: .* has no column 'nope' \(eval\.x\.columns\.image\)"),
+        ({"caption": "label"}, r"\(eval\.x\.columns\.caption\) is encoded as 'int'; it must be 'str'"),
+        (
+            {"label": "number"},
+            r"eval\.x: sample 6 of .* has the label 6 \(eval\.x\.columns\.label='number'\), but "
+            r"classes\.json names 6 classes, 0 to 5",
+        ),
+        ({"label": "below"}, r"eval\.x: sample 0 of .* has the label -1 "),
+    ],
+)
+def test_evaluation_columns_are_looked_at_before_training(
+    tmp_path: Path, corpus: Path, columns: dict[str, str], message: str
+) -> None:
+    kinds = {"image": "bytes", "caption": "str", "label": "int", "uid": "str", "number": "int16", "below": "int64"}
+    with MDSWriter(out=str(tmp_path / "split"), columns=kinds, size_limit=1000) as writer:
+        for number in range(9):
+            own = {"image": bytes(100 * number), "caption": "c" * number, "uid": f"u{number}", "label": number % 6}
+            writer.write({**own, "number": number, "below": number - 1})
+    shutil.copy(corpus / "eval" / "classes.json", tmp_path / "split")
+    split = {"tasks": ["zeroshot", "retrieval"], "local": str(tmp_path / "split"), "columns": columns}
+    with pytest.raises(ValueError, match=message):
+        build_trainer(load_config(str(write_recipe(tmp_path / "recipe.yaml", recipe(corpus, eval={"x": split})))))
 
 
 @pytest.mark.parametrize("interval", [0, 1, "1ep", "2000ba", "0.1dur"])

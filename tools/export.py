@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -32,13 +30,12 @@ import numpy as np
 from mds_folder import open_spool, write_source_json
 from remote_folder import output_folder, url_to_read
 from streaming.base.storage.upload import CloudUploader
-from subset_folder import PairFolder, VerbatimWriter, bar
+from subset_folder import PairFolder, VerbatimWriter, bar, refuse_sidecar
 from trained_on import TrainedOn, remote_pairs, trained_on
 
 from clipcov_stream.remote import is_remote, read_remote
+from clipcov_stream.sidecar import EMBEDDER_FILE
 
-BESIDE = ("embedder.json",)
-"""Files of an MDS folder that say what its columns are."""
 DATACOMP = np.dtype("u8,u8")
 FIGURES = ("times", "first_step", "last_step", "first_gain")
 """Of a sample, in a table (`TrainedOn`)."""
@@ -173,26 +170,36 @@ def run_mds(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, count
     out = Path(args.out).expanduser().resolve()
     if not is_remote(args.out) and (out == pairs.path or out in pairs.path.parents):
         raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
+    embedder = read_beside(args.folder, EMBEDDER_FILE)
+    refuse_sidecar(record_of(embedder), args.folder, "mds", "give")
     with output_folder(args.out, args.overwrite) as folder:
         write_mds(pairs, found, folder, args.order == "trained")
-        for name in BESIDE:
-            copy_beside(args.folder, folder, name)
+        if embedder is not None:  # which says what made the columns
+            (folder / EMBEDDER_FILE).write_bytes(embedder)
         paths = {"source": [Path(place) for place in args.source], "folder": Path(args.folder)}
         source = {"tool": "export.py", "arguments": {**paths, "order": args.order}}
         write_source_json(folder, source, counts)
 
 
-def copy_beside(source: str, folder: Path, name: str) -> None:
-    """Copy a file that lies beside the shards, if there is one."""
+def record_of(data: bytes | None) -> Any:
+    """What embedder.json says; None where there is none, or one that is copied as it is, because it is not JSON."""
+    try:
+        return json.loads(data or b"null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_beside(source: str, name: str) -> bytes | None:
+    """A file that lies beside the shards, if there is one."""
     if is_remote(source):
         try:
-            (folder / name).write_bytes(read_remote(f"{source.rstrip('/')}/{name}"))
+            return read_remote(f"{source.rstrip('/')}/{name}")
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
             raise ValueError(f"cannot tell whether {source!r} has {name}: {error}") from error
-    elif os.path.isfile(path := os.path.join(os.path.expanduser(source), name)):
-        shutil.copyfile(path, folder / name)
+    path = Path(source).expanduser() / name
+    return path.read_bytes() if path.is_file() else None
 
 
 def run_datacomp(args: argparse.Namespace, pairs: PairFolder, found: TrainedOn, counts: dict[str, Any]) -> None:

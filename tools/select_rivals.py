@@ -134,6 +134,31 @@ def scores_of(
     return aligned - (learner[0] * learner[1]).sum(1)
 
 
+def check_same_samples(pairs: PairFolder, other: PairFolder, learner: str) -> None:
+    """Raise ValueError unless `other`, that of --learner, has the samples of FOLDER in their order.
+
+    Told by their uids, or else captions; of folders that have neither in common, by the index.json that embedder.json
+    says they were made from.
+    """
+    if len(other) != len(pairs):
+        raise ValueError(f"--learner {learner!r} has {len(other)} samples, FOLDER has {len(pairs)}")
+    remedy = "c_rho compares row by row; embed one folder with both models (tools/embed_mds.py)"
+    names = [name for name in ("uid", "caption") if pairs.columns.get(name) == other.columns.get(name) == "str"]
+    if names:
+        rows = range(len(pairs))
+        both = zip(pairs.samples(rows), other.samples(rows), strict=True)
+        for row, (own, its) in enumerate(bar(both, "compare", "samples", total=len(pairs))):
+            if own[names[0]] != its[names[0]]:
+                its, own = (sample[names[0]].decode("utf-8", "replace")[:80] for sample in (its, own))
+                raise ValueError(
+                    f"--learner {learner!r}: row {row} has the {names[0]} {its!r}, FOLDER {own!r}; {remedy}"
+                )
+        return
+    its, own = ((folder.embedder or {}).get("source_index_sha1") for folder in (other, pairs))
+    if its != own and its and own:
+        raise ValueError(f"--learner {learner!r} was made from an index.json of sha1 {its}, FOLDER {own}; {remedy}")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line asks; returns the figures that are printed last.
 
@@ -149,8 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tables = pairs.embeddings(COLUMNS)
         if args.learner is not None:
             other = PairFolder(args.learner)
-            if len(other) != len(pairs):
-                raise ValueError(f"--learner {args.learner!r} has {len(other)} samples, FOLDER has {len(pairs)}")
+            check_same_samples(pairs, other, args.learner)
             tables += other.embeddings(COLUMNS)
         usable = torch.stack([usable_rows(table) for table in tables]).all(0)
         rows = usable.nonzero()[:, 0]

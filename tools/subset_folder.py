@@ -270,6 +270,15 @@ def write_subset(
             table.writerow([row, *([uids[row]] if has_uid else []), label, rank, score])
 
 
+def refuse_sidecar(embedder: Any, folder: str, what: str, instead: str) -> None:
+    """Raise ValueError if `folder` is a sidecar by its embedder.json: a part of one would pass for the whole."""
+    if isinstance(embedder, dict) and embedder.get("sidecar"):
+        raise ValueError(
+            f"FOLDER={folder!r} is a sidecar, which belongs to all samples of its source and has no images: {what} "
+            f"would write a part of it; {instead} the folder that it was made from, whose rows are the same"
+        )
+
+
 def add_subset_options(parser: argparse.ArgumentParser) -> None:
     """What every tool that picks a subset of a folder takes: FOLDER, OUT, the size and how to write it."""
     parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with embedding columns")
@@ -285,12 +294,14 @@ def open_pairs(args: argparse.Namespace) -> PairFolder:
     """FOLDER, once `add_subset_options`' arguments are found to make sense.
 
     Raises:
-        ValueError: a fraction outside (0, 1], or an OUT that is or holds FOLDER.
+        ValueError: a fraction outside (0, 1], an OUT that is or holds FOLDER, or --mds of a sidecar.
     """
     if args.num is None and not 0 < args.fraction <= 1:
         raise ValueError(f"--fraction {args.fraction} must be above 0 and at most 1")
     pairs, out = PairFolder(args.folder), Path(args.out).expanduser().resolve()
-    _ = pairs.embedder  # one that cannot be read is an error before anything is written
+    embedder = pairs.embedder  # one that cannot be read is an error before anything is written
+    if args.mds:
+        refuse_sidecar(embedder, args.folder, "--mds", "leave --mds out, and give OUT to tools/export.py mds with")
     if out == pairs.path or out in pairs.path.parents:
         raise ValueError(f"OUT={args.out!r} is or holds FOLDER={args.folder!r}; give a folder of its own")
     return pairs
