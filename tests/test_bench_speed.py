@@ -89,10 +89,13 @@ def test_objective_ratio_of_exact_picks_is_one(monkeypatch):
     assert bench_selection.objective_ratios(pools, state, 12) == pytest.approx([1.0, 1.0])
 
 
-def test_bad_sizes_are_named(capsys):
+def test_bad_sizes_are_named(tmp_path, capsys):
+    small = ["--pool", "16", "--survivors", "4", "--dim", "8", "--steps", "1", "--turns", "2", "--out", str(tmp_path)]
     for main, arguments, message in (
         (bench_selection.main, ["--pool", "8", "--survivors", "9"], "--survivors 9 must be from 1 to --pool 8"),
         (bench_overhead.main, ["--embeds", "oracle"], "--embeds: 'oracle' is not EMBED[-RESOLUTION][-bf16]"),
+        (bench_overhead.main, [*small, "--activation-chunk", "4"], "model.activation_chunk is not exact with batch n"),
+        (bench_overhead.main, [*small, "--precision", "amp_bf16"], "AMP_BF16 is not supported for CPU training"),
         (bench_overhead.main, ["--turns", "1"], "--turns 1 must be at least 2"),
         (bench_overhead.main, ["--survivors", "640"], "must be from 2 to less than --pool 640"),
     ):

@@ -173,6 +173,10 @@ def test_two_ranks_make_the_same_folder(tmp_path: Path, corpus: Path, mode: list
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--name", "ViT-B-32"], "give --name, an open_clip model, or --recipe"),
         (["--pretrained", "nowhere.pt"], "nowhere.pt"),
+        pytest.param(
+            *(["--device", "gpu"], "--device gpu needs a CUDA device"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_what_cannot_work_is_said(tmp_path: Path, corpus: Path, capsys, extra: list[str], message: str) -> None:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fuzz as fuzz_tool
+import hostile_input
 import pytest
 
 
@@ -18,10 +20,41 @@ def fuzz(tmp_path: Path, inputs: int, *options: str) -> dict[str, Any]:
 
 
 def test_the_fuzzer_feeds_every_target_and_finds_nothing(tmp_path: Path) -> None:
-    figures = fuzz(tmp_path, 800, "--batch", "300", "--out", str(tmp_path / "fuzz.md"))
+    figures = fuzz(tmp_path, 800, "--batch", "300", "--out", str(tmp_path / "new" / "fuzz.md"))
     assert (figures["returncode"], figures["inputs"], figures["failures"]) == (0, 800, 0), figures["first_failures"]
     assert len({name.split()[0] for name in figures["outcomes"]}) == 5
-    assert "800 inputs, 0 failures" in (tmp_path / "fuzz.md").read_text(encoding="utf-8")
+    page = (tmp_path / "new" / "fuzz.md").read_text(encoding="utf-8")
+    assert figures["command"] == "python tools/fuzz.py --inputs 800 --batch 300"
+    assert "800 inputs, 0 failures" in page and f"`{figures['command']}`" in page
+
+
+def test_an_input_may_take_less_than_a_second(tmp_path: Path) -> None:
+    figures = fuzz(tmp_path, 3, "--seconds", "1e-9")
+    assert (figures["returncode"], figures["failures"]) == (1, 3)
+    assert all("more than 1e-09 s" in text for _, text in figures["first_failures"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--inputs", "-1"], "--inputs -1 must be at least 1"),
+        (["--memory", "0"], "--memory 0 must be at least 1"),
+        (["--only", "-3"], "--only -3 must be at least 0"),
+        (["--seconds", "0"], "--seconds 0.0 must be above 0"),
+        (["--scratch", "/nonexist"], "--scratch '/nonexist' is not a folder"),
+        (["--out", "FILE/page.md"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_fed_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    argv = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    for tool in (fuzz_tool, hostile_input) if "--out" in options else (fuzz_tool,):
+        with pytest.raises(SystemExit):
+            tool.main(argv)
+        assert message in capsys.readouterr().err
 
 
 def test_the_fuzzer_reports_crashes_hangs_and_memory_with_their_input(tmp_path: Path) -> None:

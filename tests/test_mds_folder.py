@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import make_mds
 import pairs
 import pytest
 from corpora import draw_corpus
@@ -168,6 +169,11 @@ def test_writer_options_are_checked_before_anything_is_written(tmp_path, option,
     with pytest.raises(ValueError, match=message):
         write_numbers(tmp_path / "out", range(1), **{option: value})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_that_cannot_be_is_named(tmp_path, capsys):
+    assert make_mds.main(["synthetic", str(tmp_path / "out"), "--seed", "-1"]) == 2
+    assert "--seed -1 must be at least 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_sample_above_the_size_limit_gets_a_shard_of_its_own(tmp_path):

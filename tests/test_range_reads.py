@@ -210,11 +210,14 @@ def test_compressed_shards_and_sidecars_without_spans_or_of_others_are_refused(
     where = {"local": str(tmp_path / "zip"), "sidecar": str(tmp_path / "none")}
     with pytest.raises(ValueError, match=r"range_reads=true: the shards of .* are compressed \(zstd"):
         trainer_of(tmp_path, tree_of(embedded, **where))
-    shutil.copytree(tmp_path / "none", tmp_path / "spanless")
+    shutil.copytree(embedded / "beside", tmp_path / "spanless")
     record = json.loads((tmp_path / "spanless" / "embedder.json").read_text())
-    own = json.loads((embedded / "beside" / "embedder.json").read_text())["source_index_sha1"]
-    record["source_index_sha1"] = own
-    (tmp_path / "spanless" / "embedder.json").write_text(json.dumps(record))
+    index = json.loads((tmp_path / "spanless" / "index.json").read_text())
+    for shard in index["shards"]:
+        at = shard["column_names"].index("image_span")
+        for key in ("column_names", "column_encodings", "column_sizes"):
+            shard[key].pop(at)
+    (tmp_path / "spanless" / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"range_reads=true needs the column 'image_span' of stream\.sidecar"):
         trainer_of(tmp_path, tree_of(embedded, sidecar=str(tmp_path / "spanless")))
     with pytest.raises(ValueError, match=r"belongs to another folder than the stream"):

@@ -104,6 +104,21 @@ def test_what_was_not_run_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFi
     assert "max_duration=1ep of a cell must be in batches" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0 must be at least 1"),
+        (["max_duration=1ep"], "max_duration=1ep of a cell must be in batches"),
+    ],
+)
+def test_a_cell_that_cannot_train_does_nothing(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert reproduce.main(["run", "cc3m_5_random", "--dry-run", *options]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.out == ""
+
+
 def test_class_texts_are_the_mean_over_templates() -> None:
     torch.manual_seed(0)
     towers = build_towers(config=TINY_MODEL).eval()

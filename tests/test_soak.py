@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
 import soak
-from corpora import write_recipe
+from corpora import opened, write_recipe
+from ports import free_port
 
 from clipcov_stream.config import load_config
 from clipcov_stream.train import build_trainer
@@ -59,6 +61,7 @@ def test_growth_is_named() -> None:
         (["--steps", "50"], "--steps 50 must be at least 4 times --every 100"),
         (["--steps", "399"], "--steps 399 must be at least 4 times --every 100"),
         (["--every", "0"], "--every 0 must be at least 1"),
+        (["--samples", "31"], "--samples 31 must be at least 32, which a step streams"),
     ],
 )
 def test_a_run_too_short_to_compare_is_refused(
@@ -69,3 +72,33 @@ def test_a_run_too_short_to_compare_is_refused(
     with pytest.raises(SystemExit):
         soak.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**soak.CREDENTIALS, "S3_ENDPOINT_URL": "", "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr("sys.argv", ["soak.py", "--samples", "32", "--endpoint", endpoint])
+    with pytest.raises(SystemExit, match=f"error: --endpoint '{endpoint}' takes no folder: .*[Cc]onnect"):
+        soak.main()
+
+
+def test_what_others_have_in_shared_memory_is_not_counted(tmp_path: Path) -> None:
+    name = f"{os.getpid()}_{tmp_path.name}"
+    others, own = (soak.MEMORY / f"{kind}_{name}" for kind in ("other", "torch"))
+    before = soak.own_shared_memory({os.getpid()})
+    try:
+        others.touch()
+        assert soak.own_shared_memory({os.getpid()}) == before
+        own.touch()
+        assert soak.own_shared_memory({os.getpid()}) == before + 1
+    finally:
+        others.unlink(missing_ok=True)
+        own.unlink(missing_ok=True)
+
+
+def test_an_open_stream_is_counted(tmp_path: Path) -> None:
+    before = soak.own_shared_memory({os.getpid()})
+    soak.write_corpus(tmp_path / "corpus", 32)
+    dataset = opened(tmp_path / "corpus", tmp_path / "cache")
+    assert soak.own_shared_memory({os.getpid()}) > before + 1, dataset  # its claim, and Streaming's state

@@ -228,6 +228,12 @@ def test_a_pickled_column_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
 
 
+def test_a_column_of_no_images_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_mds.main([str(folder), "--image", "caption"]) == 1
+    said = capsys.readouterr().err
+    assert "--image 'caption' of" in said and "is encoded as 'str'; an image column is one of bytes, jpeg, png" in said
+
+
 def test_the_command_says_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     command = [sys.executable, verify_mds.__file__, str(tmp_path / "none")]

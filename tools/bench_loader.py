@@ -106,7 +106,7 @@ def write_folder(folder: Path, images: list[bytes], num: int, dim: int) -> None:
 
 
 def write_sidecar(folder: Path, source: Path) -> None:
-    """What tools/embed_mds.py --sidecar would write of a folder with embeddings, in one shard: pools are in order."""
+    """What tools/embed_mds.py --sidecar would write of a folder with embeddings, shard by shard."""
     pairs = PairFolder(str(source))
     columns = {name: kind for name, kind in pairs.columns.items() if name != "image"} | {SPAN_COLUMN: "ndarray:int64:3"}
     with VerbatimWriter(columns=columns, out=str(folder), size_limit=None) as writer:
@@ -115,6 +115,8 @@ def write_sidecar(folder: Path, source: Path) -> None:
             assert spans is not None
             for sample, span in zip(pairs.samples_of(number), spans, strict=True):
                 writer.write({**sample, SPAN_COLUMN: span.tobytes()})
+            writer.flush_shard()
+            writer._reset_cache()  # as a writer does once a shard is full
     index = hashlib.sha1((source / "index.json").read_bytes()).hexdigest()
     (folder / EMBEDDER_FILE).write_text(json.dumps({"sidecar": True, "source_index_sha1": index}), encoding="utf-8")
 

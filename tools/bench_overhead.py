@@ -298,7 +298,10 @@ def main(argv: list[str] | None = None) -> None:
     medians: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(args.turns):
         for variant in variants:
-            medians[variant].append(statistics.median(run(variant, args, towers, pools)))
+            try:
+                medians[variant].append(statistics.median(run(variant, args, towers, pools)))
+            except ValueError as error:  # of the model or the device, about an option, in the first turn
+                parser.error(str(error))
             print(f"turn {turn + 1} of {args.turns}: {variant:8} {medians[variant][-1]:8.1f} ms", flush=True)
     rows = []
     for variant in variants:

@@ -344,6 +344,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="fp32", choices=list(EMBED_PRECISIONS))
     parser.add_argument("--restart", action="store_true", help="forget what an interrupted run had finished")
     args = parser.parse_args(argv)
+    if args.device == "gpu" and not torch.cuda.is_available():
+        parser.error("--device gpu needs a CUDA device, and there is none; use cpu")
     dist.initialize_dist(get_device(args.device), timeout=3600)
     try:
         run(args)

@@ -32,6 +32,7 @@ from typing import Any
 
 import mutate
 import open_clip
+from pairs import command_of, make_parent
 from subset_folder import PairFolder
 from tqdm import tqdm
 
@@ -144,9 +145,13 @@ def run_batch(targets: Targets, args: argparse.Namespace, numbers: range, at: mm
     for number in numbers:
         struct.pack_into("<qd", at, 0, number, time.time())
         name, data, random_ = targets.make(args.seed, number)
-        start = time.process_time()
+        start, began = time.process_time(), time.monotonic()
         try:
             outcome = targets.feed(name, data, random_)
+            elapsed = time.monotonic() - began
+            if elapsed > args.seconds:  # which the parent, who looks once a second, need not have seen
+                outcome = "failed"
+                failures.append((number, f"it took {elapsed:.3f} s, more than {args.seconds} s"))
         except BaseException:  # whatever it is, it was not promised
             outcome = "failed"
             failures.append((number, traceback.format_exc(limit=-4)))
@@ -250,7 +255,7 @@ def markdown(figures: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [
         "# Fuzzing what others write",
         "",
-        f"`python tools/fuzz.py --inputs {args.inputs} --seed {args.seed}`, one core, {figures['seconds']:,.0f} s.",
+        f"`{figures['command']}`, one core, {figures['seconds']:,.0f} s.",
         "Each input is a seed (whole images of every format and mode, indices, shards, captions of many scripts) after",
         "one or more mutations, some of which know the format: tools/mutate.py. `refused` is the one error that its",
         "reader promises, `read` a result of the promised shape; anything else is a failure.",
@@ -288,7 +293,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scratch", help="where the shard's file is written; the default is TMPDIR")
     parser.add_argument("--out", type=Path, help="page of results to write")
     args = parser.parse_args(argv)
-    figures = run(args)
+    for name in ("inputs", "batch", "memory"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.only is not None and args.only < 0:
+        parser.error(f"--only {args.only} must be at least 0, the first input's number")
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds} must be above 0")
+    if args.scratch is not None and not Path(args.scratch).is_dir():
+        parser.error(f"--scratch {args.scratch!r} is not a folder")
+    make_parent(parser, args.out)
+    figures = {"command": command_of("fuzz.py", parser, args, "keep", "scratch", "out"), **run(args)}
     if args.out is not None:
         args.out.write_text(markdown(figures, args), encoding="utf-8")
     for number, text in figures["first_failures"]:

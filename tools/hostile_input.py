@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 from mutate import exif
+from pairs import make_parent
 from PIL import Image
 from streaming import MDSWriter
 from subset_folder import PairFolder
@@ -455,6 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="page of results to write")
     args = parser.parse_args(argv)
+    make_parent(parser, args.out)
     results = [(case, tried(case)) for case in all_cases()]
     if args.out is not None:
         args.out.write_text(markdown(results), encoding="utf-8")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,6 +205,24 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
     return int(text)
+
+
+def make_parent(parser: argparse.ArgumentParser, out: Path | None) -> None:
+    """Make the folder that --out lies in, before the work whose result goes there."""
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {str(out)!r} cannot be written: {error}")
+
+
+def command_of(tool: str, parser: argparse.ArgumentParser, args: argparse.Namespace, *without: str) -> str:
+    """How to run `tool` again, for its results: every option that is not its default, but those named."""
+    given = {name: value for name, value in vars(args).items() if name not in without}
+    options = [(name, value) for name, value in given.items() if value != parser.get_default(name)]
+    argv = [text for name, value in options for text in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["python", f"tools/{tool}", *argv])
 
 
 def add_source_options(parser: argparse.ArgumentParser, roles: Sequence[str]) -> None:

@@ -82,7 +82,9 @@ def run_cell(cell: Cell, places: Places, dry: bool) -> None:
     Raises:
         ValueError: a command failed.
     """
-    for step in cell.steps(places):
+    steps = cell.steps(places)
+    _ = [step.duration for step in steps]  # one that is no number of batches is an error before any work
+    for step in steps:
         typed = shlex.join(step.argv)
         if step.foreign and not dry:
             print(f"# in DataComp's environment:\n{typed}", flush=True)
@@ -154,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
             write_prompts(args)
             return 0
         names = [field.name for field in dataclasses.fields(Places) if hasattr(args, field.name)]
+        if getattr(args, "ranks", 1) < 1:
+            raise ValueError(f"--ranks {args.ranks} must be at least 1")
         where = Places(**{name: getattr(args, name) for name in names}, overrides=tuple(overrides))
         if args.command == "run":
             named = {cell.name: cell for cell in cells()}

@@ -3,9 +3,9 @@
     python tools/soak.py --steps 20000 --out tools/results
 
 What days of training could use up is measured every `--every` steps: resident memory of the training process and of
-its loader's workers, open files, threads, entries in /dev/shm and files in the shards' cache. The recipe has all of it
-at work: embedding columns, run-ahead, a worker, a cache far smaller than the folder (so that shards are fetched and
-evicted in every epoch), checkpoints, ledger and metrics file. Bound by the CPU: Python between tiny steps.
+its loader's workers, open files, threads, their own entries in /dev/shm and files in the shards' cache. The recipe has
+all of it at work: embedding columns, run-ahead, a worker, a cache far smaller than the folder (so that shards are
+fetched and evicted in every epoch), checkpoints, ledger and metrics file. Bound by the CPU: Python between tiny steps.
 
 The store is moto's S3 server in a process of its own, on loopback, unless `--endpoint` names another. Memory's slope is
 that of a least-squares line through the second half, the first being left to allocators and caches to fill. The last
@@ -34,12 +34,16 @@ import numpy as np
 import synthetic
 import torch
 import yaml
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
+from pairs import command_of
 from streaming import MDSWriter
 
 from clipcov_stream.config import load_config
+from clipcov_stream.shared_memory import MEMORY, claims, namespace
 from clipcov_stream.train import build_trainer
 
 BUCKET = "soak"
@@ -55,13 +59,15 @@ MODEL = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
+POOL = 32
+"""Samples that a step streams."""
 BOUNDED = ("files", "threads", "shared_memory")
 UNITS = {
     "memory_mb": "memory, MB",
     "workers_mb": "workers' memory, MB",
     "files": "open files",
     "threads": "threads",
-    "shared_memory": "entries in /dev/shm",
+    "shared_memory": "own entries in /dev/shm",
     "cached": "shards in the cache",
 }
 
@@ -91,9 +97,22 @@ def used(cache: Path) -> dict[str, float]:
         "workers_mb": round(sum(map(resident, map(int, children))), 2),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
-        "shared_memory": len(os.listdir("/dev/shm")),
+        "shared_memory": own_shared_memory({os.getpid(), *map(int, children)}),
         "cached": len(list(cache.glob("shard.*"))),
     }
+
+
+def own_shared_memory(pids: set[int]) -> int:
+    """Entries in /dev/shm of these processes: their claims, what lies there under a claim's number, torch's tensors.
+
+    What other processes of the machine have there comes and goes with them.
+    """
+    if not MEMORY.is_dir():
+        return 0
+    own = {path: said for path, said in claims().items() if said["pid"] in pids and said["namespace"] == namespace()}
+    prefixes = {said["prefix"] for said in own.values() if "prefix" in said} | {f"torch_{pid}_" for pid in pids}
+    named = {path.name for path in own}
+    return sum(name in named or name.startswith(tuple(prefixes)) for name in os.listdir(MEMORY))
 
 
 def resident(pid: int) -> float:
@@ -109,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
-    parser.add_argument("--samples", type=int, default=4096, help="of the folder; a step streams 32")
+    parser.add_argument("--samples", type=int, default=4096, help=f"of the folder; a step streams {POOL}")
     parser.add_argument("--endpoint", help="of an S3 server that takes moto's credentials; one is started by default")
     parser.add_argument("--out", help="folder for soak.json and soak.png")
     args = parser.parse_args()
@@ -117,17 +136,22 @@ def main() -> None:
         parser.error(f"--every {args.every} must be at least 1")
     if args.steps < 4 * args.every:
         parser.error(f"--steps {args.steps} must be at least 4 times --every {args.every}: a quarter is compared")
+    if args.samples < POOL:
+        parser.error(f"--samples {args.samples} must be at least {POOL}, which a step streams")
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="soak"))
     try:
         write_corpus(work / "corpus", args.samples)
         with server(args.endpoint) as endpoint:
             os.environ |= {**CREDENTIALS, "S3_ENDPOINT_URL": endpoint}
-            upload(work / "corpus", endpoint)
+            try:
+                upload(work / "corpus", endpoint)
+            except (BotoCoreError, ClientError, Boto3Error) as error:
+                raise SystemExit(f"error: --endpoint {endpoint!r} takes no folder: {error}") from error
             rows = soak(work, args.steps, args.every)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    result = summary(rows, f"python tools/soak.py --steps {args.steps} --samples {args.samples}")
+    result = summary(rows, command_of("soak.py", parser, args, "out"))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "soak.json").write_text(json.dumps({**result, "rows": rows}) + "\n", encoding="utf-8")
@@ -160,7 +184,7 @@ def recipe_of(remote: str, out: Path, steps: int) -> dict[str, Any]:
         "stream": {
             "remote": remote,
             "local": str(out / "cache"),
-            "global_pool_size": 32,
+            "global_pool_size": POOL,
             "num_workers": 1,
             # Shards come and go in turn: shuffled, each pool would wait for some that were just evicted.
             "shuffle": False,

@@ -336,6 +336,8 @@ def run(args: argparse.Namespace) -> None:
     """Draw both splits; OUT appears only when both are complete."""
     if args.samples < 1 or args.eval_per_class < 1:
         raise ValueError(f"--samples {args.samples} and --eval-per-class {args.eval_per_class} must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0")
     classes = draw_classes(args.classes, args.seed)
     corpus = Corpus(classes, args.tail, args.mismatched, args.duplicates, args.generic, args.hot, args.size, args.seed)
     options = {key: value for key, value in vars(args).items() if key not in ("run", "out", "overwrite", "command")}

@@ -23,7 +23,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -233,6 +233,12 @@ def remedy(found: Found, folder: str) -> str:
     )
 
 
+def kinds_of(shards: Iterable[dict[str, Any]], column: str) -> set[str]:
+    """How a column is encoded in the shards that have it."""
+    columns = [dict(zip(shard["column_names"], shard["column_encodings"], strict=False)) for shard in shards]
+    return {str(own[column]) for own in columns if column in own}
+
+
 def verify(options: Options, num_threads: int, show: bool = True) -> dict[str, Any]:
     """Check a folder and print what is wrong; the account, as the last line has it.
 
@@ -244,6 +250,11 @@ def verify(options: Options, num_threads: int, show: bool = True) -> dict[str, A
         options = replace(options, image=IMAGE)
     elif options.image not in columns:
         raise ValueError(f"--image {options.image!r} is not a column of {options.folder}; those are {columns}")
+    elif others := sorted(kinds_of(shards, options.image) - {"bytes", "pkl", *IMAGE_ENCODINGS}):
+        raise ValueError(
+            f"--image {options.image!r} of {options.folder} is encoded as {others[0]!r}; an image column is one of "
+            f"{', '.join(('bytes', *IMAGE_ENCODINGS))}"
+        )
     in_index = list(index_problems(shards))
     # A name that leads elsewhere is not followed.
     followed = [(number, shard) for number, shard in enumerate(shards) if not any(map(leads_out, names_of(shard)))]
