@@ -28,19 +28,28 @@ LATER: dict[str, Any] = {
 PROXIES = " (numbers that stand for the model; a run's about file, beside its metrics, has its width or config)"
 
 
+ELSEWHERE = {"global_pool_size": "stream.global_pool_size"}
+"""Arguments that are keys of another section than `selection` in a recipe."""
+ANEW = "load_weights_only=true (step, schedule and optimizer then start anew)"
+
+
+class OtherRun(ValueError):
+    """A checkpoint is not of this run. Some of it is known only when training begins."""
+
+
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming every difference, unless a checkpoint's arguments are this run's."""
+    """Raise OtherRun, naming every difference, unless a checkpoint's arguments are this run's."""
     saved = {**LATER, **saved}
     other = [
-        f"{name}={saved.get(name)!r}, not {now[name]!r}{PROXIES * (name == 'proxy')}"
+        f"{ELSEWHERE.get(name, f'selection.{name}')}={saved.get(name)!r}, not {now[name]!r}"
+        f"{PROXIES * (name == 'proxy')}"
         for name in now
         if saved.get(name) != now[name]
     ]
     if other:
-        raise ValueError(
-            f"the checkpoint's run began with selection.{'; selection.'.join(other)}. To go on, use its settings; to "
-            "start anew, another run_name or save_folder; to take its weights alone, both of these with load_path=... "
-            "and load_weights_only=true"
+        raise OtherRun(
+            f"the checkpoint's run began with {'; '.join(other)}. To go on, use its settings; to start anew, another "
+            f"run_name or save_folder; to take its weights alone, both of these with load_path=... and {ANEW}"
         )
 
 
@@ -64,7 +73,7 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint's run read {'; '.join(other)}. It stands at sample {saved.get('sample_in_epoch')} of an "
             "epoch: in another order samples would be lost and others trained twice, and from other columns its sketch "
-            "is none. To go on, use its settings; to take its weights alone, load_path=... and load_weights_only=true"
+            f"is none. To go on, use its settings; to take its weights alone, load_path=... and {ANEW}"
         )
 
 

@@ -38,6 +38,7 @@ from clipcov_stream.config import TrainConfig, load_config
 from clipcov_stream.embed import check_resolution
 from clipcov_stream.gallery import Gallery
 from clipcov_stream.guard import SkippedShards
+from clipcov_stream.identity import OtherRun
 from clipcov_stream.ledger import Ledger
 from clipcov_stream.metrics_file import MetricsFile
 from clipcov_stream.model import ClampLogitScale
@@ -276,6 +277,11 @@ def main(path: str | None = None, argv: Sequence[str] | None = None) -> None:
         trainer.close()
         leave_group()
         raise
+    except OtherRun as error:  # what only a first pool tells, on every rank
+        trainer.engine.close()
+        if os.environ.get("CLIPCOV_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {redacted(error)}") from error
     except SystemExit:  # of this rank: another may be where it does not meet a barrier
         trainer.engine.close()
         raise

@@ -187,6 +187,38 @@ def test_what_cannot_work_is_said(tmp_path: Path, corpus: Path, capsys, extra: l
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_says_which_model_it_is_of(tmp_path: Path, corpus: Path) -> None:
+    tree = recipe(corpus, run_name="own", save_folder=str(tmp_path / "own"), save_interval="3ba")
+    trainer = build_trainer(load_config(str(write_recipe(tmp_path / "train.yaml", tree))))
+    trainer.fit()
+    trainer.close()
+    folder = in_shards(corpus, tmp_path / "mds", rows=12)
+    for out, pretrained in (("run", "own"), ("file", "own/latest-rank0.pt")):
+        arguments = [str(folder), str(tmp_path / out), "--pretrained", str(tmp_path / pretrained)]
+        embed_mds.main([*arguments, "--device", "cpu"])
+    whole = ["--recipe", str(tmp_path / "train.yaml"), "--pretrained", str(tmp_path / "own" / "latest-rank0.pt")]
+    embed_mds.main([str(folder), str(tmp_path / "recipe"), *whole, "--device", "cpu"])
+    wanted = (tmp_path / "recipe" / "shard.00000.mds").read_bytes()
+    assert all((tmp_path / out / "shard.00000.mds").read_bytes() == wanted for out in ("run", "file"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "ViT-B-23"], "--name 'ViT-B-23' is not an open_clip model; did you mean ViT-B-32"),
+        (["--name", "ViT-B-32"], "--pretrained is missing"),
+        ([], "--pretrained is missing: a run's folder or a checkpoint, or open_clip's weights with --name"),
+        (["--pretrained", "nowhere"], "nowhere is neither a checkpoint nor a run's folder"),
+    ],
+)
+def test_a_model_that_is_none_is_said(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        embed_mds.main([str(corpus / "train"), str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_an_existing_out_or_an_embedded_folder_is_refused(tmp_path: Path, corpus: Path, capsys) -> None:
     arguments = options(tmp_path, in_shards(corpus, tmp_path / "mds"))
     embed_mds.main(arguments)

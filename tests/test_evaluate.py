@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import pickle
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from fake_sets import draw_root, picture, unchecked
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
+from s3 import Bucket
 from streaming import MDSWriter
 from subset_folder import PairFolder
 from torch import Tensor
@@ -34,6 +36,7 @@ with warnings.catch_warnings():
     import evaluation_table
 
     from clipcov_stream import prompts
+    from clipcov_stream.checkpoints import checkpoints_in
     from clipcov_stream.config import EvalSuiteConfig, load_config
     from clipcov_stream.evaluators import build_evaluators, eval_sections
     from clipcov_stream.image_sets import synsets
@@ -373,6 +376,40 @@ def test_a_checkpoint_says_which_model_it_is_of(world: World, tmp_path: Path) ->
         checkpoints.from_checkpoint(str(tmp_path / "weights.pt"))
 
 
+def test_a_run_in_a_store_is_its_newest_checkpoint_there(
+    world: World, bucket: Bucket, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run's URL, a checkpoint's, and from a local folder whose recipe says where they went."""
+    url = bucket.upload(world.run, "runs/tiny")
+    here = tmp_path / "here"
+    here.mkdir()
+    recipe_ = {"save_folder": f"{bucket.url}/runs/{{run_name}}", "run_name": "tiny"}
+    (here / "metrics.about.json").write_text(json.dumps({"recipe": recipe_}))
+    monkeypatch.chdir(tmp_path)
+    sets = ["--classes", f"shapes={world.corpus / 'eval'}"]
+    expected = expected_split(world.corpus / "eval", world.towers)
+    newest = next(iter(checkpoints_in(world.run))).name
+    for given, out, label in (
+        (f"{url}/", tmp_path / "evaluation" / "tiny", "tiny"),
+        (f"{url}/{newest}", tmp_path / "evaluation" / "tiny", f"tiny/{newest.removesuffix('.pt')}"),
+        (here, here / "evaluation", "here"),
+    ):
+        found, _ = run(capsys, given, *sets)
+        (model,) = found["models"]
+        assert model["sets"]["shapes"]["metrics"] == expected
+        assert (model["label"], model["source"]) == (label, f"{url}/{newest}")
+        assert json.loads((out / "evaluation.json").read_text()) == found
+        shutil.rmtree(out)
+    for place, message in (
+        (f"{bucket.url}/runs/none", "runs/none has no checkpoint"),
+        (f"{url}/ep0-ba9-rank0.pt", "ep0-ba9-rank0.pt cannot be read"),
+        ("s3://no-such-bucket/runs/x", "s3://no-such-bucket/runs/x' cannot be listed"),
+        ("ftp://host/x", "KIND one of s3, gs, oci, azure"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.from_checkpoint(place)
+
+
 def test_a_runs_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
     """What a run that was killed while it saved leaves: half a file, and the link to the one before."""
     for name in ("ep0-ba9-rank0.pt", "ep0-ba10-rank0.pt", ".partial-ep0-ba20-rank0.pt", "ep0-ba30-rank1.pt"):
@@ -393,6 +430,10 @@ def test_a_runs_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
         (["EMPTY", "--classes", "a=FOLDER"], "has no checkpoint (*-rank0.pt); train with save_folder="),
         (["RUN"], "give --root, --classes or --captions"),
         (["RUN", "--root", "EMPTY"], "none of its sets is there: imagenet: no imagenet/val in"),
+        (
+            ["RUN", "--root", "EMPTY"],
+            "error: data of your own are --classes NAME=FOLDER and --captions NAME=FOLDER",
+        ),
         (["RUN", "--root", "EMPTY", "--sets", "cifar11"], "--sets: 'cifar11' is not one of imagenet, "),
         (["RUN", "--sets", "cifar10"], "--root says where they are"),
         (["RUN", "--classes", "FOLDER"], "must be NAME=PATH, with a name of its own"),

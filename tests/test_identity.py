@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import TINY_MODEL, draw_corpus, recipe
+from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from runs import (
     Interrupt,
     algorithm_of,
@@ -20,7 +20,7 @@ from runs import (
     values,
 )
 
-from clipcov_stream import ClipCov
+from clipcov_stream import ClipCov, train
 from clipcov_stream.identity import LATER
 from clipcov_stream.model import build_towers
 from clipcov_stream.objective import SelectionState, Settings
@@ -129,8 +129,20 @@ def test_the_checkpoint_of_another_proxy_pool_or_version_is_refused(tmp_path: Pa
     first, *_ = run(tmp_path, recipe(corpus, max_duration="3ba"))
     second, *_ = trainer_of(tmp_path, recipe(corpus, stream={"global_pool_size": 64}))
     algorithm_of(second).load_state_dict(algorithm_of(first).state_dict())
-    with pytest.raises(ValueError, match="global_pool_size=32, not 64"):
+    with pytest.raises(ValueError, match=r"began with stream\.global_pool_size=32, not 64"):
         second.fit()
+
+
+def test_a_run_that_goes_on_with_other_pools_ends_with_an_error_of_one_line(tmp_path: Path, corpus: Path) -> None:
+    """Not with a traceback, though only its first pool tells."""
+    tree = recipe(corpus, run_name="own", save_folder=str(tmp_path / "own"), save_interval="3ba", autoresume=True)
+    path = str(write_recipe(tmp_path / "recipe.yaml", tree))
+    train.main(path, ["max_duration=3ba"])
+    with pytest.raises(SystemExit) as ended:
+        train.main(path, ["stream.global_pool_size=64"])
+    said = str(ended.value)
+    assert said.startswith("error: the checkpoint's run began with stream.global_pool_size=32, not 64. To go on, ")
+    assert said.endswith("load_weights_only=true (step, schedule and optimizer then start anew)")
 
 
 def test_a_selector_keeps_its_name_in_another_process() -> None:

@@ -255,6 +255,20 @@ def test_repeated_uids_are_counted(tmp_path, layout, capsys):
     assert len({s["uid"] for s in read(tmp_path / "out")}) == 5
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://b/cc12m", "is remote, .* copy it here first and give the copy: aws s3 sync s3://b/cc12m FOLDER$"),
+        ("s3://b/cc12m/*.tar", "aws s3 sync s3://b/cc12m FOLDER$"),
+        ("gs://b/cc12m/0.tar", "gcloud storage rsync -r gs://b/cc12m FOLDER$"),
+        ("hf://datasets/a/b", "copy it here first and give the copy$"),
+    ],
+)
+def test_a_source_in_a_store_is_to_be_copied_first(tmp_path, source, message):
+    with pytest.raises(ValueError, match=message):
+        make("pairs", source, tmp_path / "out")
+
+
 def test_a_tar_is_read_from_front_to_back(tmp_path):
     source = write_tar(tmp_path / "x.tar.gz", IMAGES)
     os.mkfifo(tmp_path / "pipe")  # which cannot seek

@@ -292,7 +292,7 @@ class TestOwnTrainer:
         clipcov = ClipCov(0.75, "teacher", warmup=0, image_key="pixels", text_key="words")
         options = {"run_name": "own", "device_train_microbatch_size": 8, "max_duration": "9ba"}
         other = own_trainer([clipcov], loader=Smaller(), load_path=str(tmp_path / "ep0-ba2-rank0.pt"), **options)
-        with pytest.raises(ValueError, match=r"selection\.global_pool_size=32, not 16"):
+        with pytest.raises(ValueError, match=r"began with stream\.global_pool_size=32, not 16"):
             other.fit()
 
     @pytest.mark.parametrize(

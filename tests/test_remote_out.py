@@ -134,7 +134,11 @@ def test_an_out_that_is_taken_or_cannot_be_written_to_is_said_before_any_work(bu
     for out, options_, message in (
         (f"{bucket.url}/out", {}, "has an index.json already; give another OUT"),
         (f"{bucket.url}/out", {"overwrite": True}, "--overwrite cannot replace the remote OUT"),
-        ("s3://no-such-bucket/out", {}, "OUT='s3://no-such-bucket/out' cannot be written to"),
+        (
+            "s3://no-such-bucket/out",
+            {},
+            r"OUT='s3://no-such-bucket/out' cannot be .*; make the bucket first \(no-such-b",
+        ),
         ("ftp://host/out", {}, "is none that Streaming uploads to"),
     ):
         with pytest.raises(ValueError, match=message), mds_folder(out, COLUMNS, **options_):

@@ -234,6 +234,12 @@ def test_a_column_of_no_images_is_refused(folder: Path, capsys: pytest.CaptureFi
     assert "--image 'caption' of" in said and "is encoded as 'str'; an image column is one of bytes, jpeg, png" in said
 
 
+def test_a_folder_of_tars_is_told_how_to_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "00000.tar").touch()
+    assert verify_mds.main([str(tmp_path)]) == 1
+    assert f"tools/make_mds.py writes one: make_mds.py pairs {tmp_path} OUT" in capsys.readouterr().err
+
+
 def test_the_command_says_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     command = [sys.executable, verify_mds.__file__, str(tmp_path / "none")]

@@ -1,7 +1,7 @@
 """Adds image and text embeddings to an MDS folder, for `selection.embed: columns`.
 
     python tools/embed_mds.py data/pairs data/pairs_b32 --name ViT-B-32 --pretrained laion2b_s34b_b79k
-    python tools/embed_mds.py data/pairs data/own --recipe yamls/clip_pairs.yaml --pretrained runs/x/latest-rank0.pt
+    python tools/embed_mds.py data/pairs data/own --pretrained runs/NAME       # a run, or a checkpoint, of this project
     python tools/embed_mds.py data/pairs data/pairs_b32 --sidecar ...          # without copying the images
     composer -n 8 tools/embed_mds.py ...                        # shards are shared out over ranks
 
@@ -29,6 +29,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import checkpoint_of, model_in, state_of
 from composer.utils import dist, get_device
 from mds_folder import write_json
 from streaming.base.format.mds.encodings import mds_encode
@@ -50,7 +52,8 @@ from clipcov_stream.decode import UndecodableImage, decode_image, raw_image
 from clipcov_stream.embed import EMBED_PRECISIONS, embed_with_towers
 from clipcov_stream.identity import fingerprint
 from clipcov_stream.materialize import ImageTransform
-from clipcov_stream.model import build_towers
+from clipcov_stream.model import build_towers, check_name
+from clipcov_stream.remote import is_remote
 from clipcov_stream.sidecar import EMBEDDER_FILE, SPAN_COLUMN
 from clipcov_stream.stream import Tokenizer
 
@@ -267,17 +270,32 @@ def check_staging(staging: Path, record: dict[str, Any], restart: bool) -> None:
         )
 
 
-def config_of(args: argparse.Namespace) -> ProxyConfig:
-    """The model asked for.
+@contextmanager
+def config_of(args: argparse.Namespace) -> Iterator[ProxyConfig]:
+    """The model asked for. Of a run, and of a checkpoint without --name and --recipe, the one that it records.
 
-    Raises: ValueError unless exactly one of --name and --recipe is given.
+    Raises: ValueError where that is none or several, or unknown.
     """
-    if (args.name is None) == (args.recipe is None):
+    if args.name is not None and args.recipe is not None:
         raise ValueError("give --name, an open_clip model, or --recipe, whose model it is")
-    if args.recipe is None:
-        return ProxyConfig(name=args.name, pretrained=args.pretrained)
-    model = load_config(args.recipe).model
-    return ProxyConfig(name=model.name, config=model.config, pretrained=args.pretrained, loss=model.loss)
+    if args.name is not None:
+        try:
+            check_name(args.name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.name=", "--name ")) from error
+        yield ProxyConfig(name=args.name, pretrained=args.pretrained)
+        return
+    if args.pretrained is None:
+        raise ValueError(
+            "--pretrained is missing: a run's folder or a checkpoint, or open_clip's weights with --name or --recipe"
+        )
+    if args.recipe is not None and not (is_remote(args.pretrained) or Path(args.pretrained).expanduser().is_dir()):
+        model = load_config(args.recipe).model
+        yield ProxyConfig(name=model.name, config=model.config, pretrained=args.pretrained, loss=model.loss)
+        return
+    with checkpoint_of(args.pretrained) as (file, where):
+        model, _ = model_in(state_of(file, where), where, args.recipe)
+        yield ProxyConfig(name=model.name, config=model.config, pretrained=str(file), loss=model.loss)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -292,7 +310,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     pairs = PairFolder(args.folder)
     device = get_device(args.device)
-    embedder = Embedder.of(config_of(args), torch.device(str(device.name).replace("gpu", "cuda")), args.precision)
+    with config_of(args) as config:
+        embedder = Embedder.of(config, torch.device(str(device.name).replace("gpu", "cuda")), args.precision)
     decoder = Decoder(pairs, args.image, args.caption, embedder, args.sidecar)
     kept = Kept(pairs, args)
     source = hashlib.sha1((pairs.path / "index.json").read_bytes()).hexdigest()
@@ -333,8 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="local MDS folder with images and captions")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--name", help="an open_clip model")
-    parser.add_argument("--recipe", help="a recipe whose model to use, instead of --name")
-    parser.add_argument("--pretrained", help="open_clip tag, or a checkpoint of open_clip or Composer")
+    parser.add_argument("--recipe", help="a recipe whose model to use, instead of --name; of runs their own")
+    parser.add_argument("--pretrained", help="open_clip tag, a checkpoint, or a run or its URL")
     parser.add_argument("--image", default="image", help="image column")
     parser.add_argument("--caption", default="caption", help="caption column")
     parser.add_argument("--sidecar", action="store_true", help="leave the images where they are: for stream.sidecar")

@@ -3,6 +3,7 @@
     python tools/evaluate.py runs/NAME --root DATA                     # every set of the suite that is below DATA
     python tools/evaluate.py runs/A runs/B --root DATA --sets cifar10,dtd --probe
     python tools/evaluate.py runs/NAME --classes mine=data/my_classes --captions mine_pairs=data/pairs
+    python tools/evaluate.py s3://bucket/runs/NAME --root DATA         # the newest in a store: s3, gs, oci or azure
     python tools/evaluate.py --name ViT-B-32 --pretrained laion2b_s34b_b79k --root DATA           # a yardstick
 
 The sets, where each lies below DATA, the figure that papers give of it and what is averaged: tools/README.md. A set
@@ -26,7 +27,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from clipcov_stream.embed import EMBED_PRECISIONS
 from clipcov_stream.eval_data import ImagesDataset
 from clipcov_stream.evaluators import build_evaluators, tasks_of
 from clipcov_stream.model import ClipModel
+from clipcov_stream.remote import is_remote
 from clipcov_stream.suite import AVERAGES, SETS, average
 from clipcov_stream.zeroshot import Prompts, ZeroShotAccuracy, class_embeddings, first_of_each, metrics_for
 
@@ -242,8 +244,13 @@ def plans_of(args: argparse.Namespace) -> tuple[dict[str, Plan], dict[str, str]]
             raise ValueError(f"--captions {name!r} is a name of --classes too")
         plans[name] = Plan(name, captioned(path, options), "image_to_text_r1")
     if not plans:
-        where = "give --root, --classes or --captions" if args.root is None else "none of its sets is there: "
-        raise ValueError(where + "; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+        if args.root is None:
+            raise ValueError("give --root, --classes or --captions")
+        holes = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise ValueError(
+            "data of your own are --classes NAME=FOLDER and --captions NAME=FOLDER; --root is for the suite's, and "
+            f"below {args.root!r} none of its sets is there: {holes}"
+        )
     return plans, missing
 
 
@@ -315,16 +322,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def out_folder(args: argparse.Namespace) -> Path:
-    """Where to write: as asked, else `evaluation` in the first run's folder, else in the working directory."""
+    """Where to write: as asked, else `evaluation` in the first run's folder, else in the working directory; there in a
+    folder of the run's name where that is in a store."""
     if args.out is not None:
         return Path(args.out).expanduser()
+    if args.models and is_remote(args.models[0]):
+        run = args.models[0].rstrip("/")
+        return Path("evaluation", PurePosixPath(run.rpartition("/")[0] if run.endswith(".pt") else run).name)
     first = Path(args.models[0]).expanduser() if args.models else Path()
     return (first if first.is_dir() else first.parent) / "evaluation"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint")
+    parser.add_argument(
+        "models", nargs="*", metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint; or its URL"
+    )
     parser.add_argument("--suite", choices=["clipcov"], default="clipcov", help="the paper's sets")
     parser.add_argument("--root", metavar="DATA", help="folder that the suite's sets lie in")
     parser.add_argument("--sets", metavar="A,B", help="of the suite; all that are there if not given")
@@ -335,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", help="an open_clip model, beside or instead of runs")
     parser.add_argument("--pretrained", help="its tag, or the file of its weights")
     parser.add_argument("--recipe", help="of checkpoints that do not record theirs")
-    parser.add_argument("--out", help="folder to write to; 'evaluation' in the run's if not given")
+    parser.add_argument("--out", help="folder to write to (RUN/evaluation; of a URL ./evaluation/NAME)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4, help="processes that decode images")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU if there is one")

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from mds_folder import open_spool, write_source_json
-from remote_folder import output_folder, url_to_read
+from remote_folder import not_writable, output_folder, url_to_read
 from streaming.base.storage.upload import CloudUploader
 from subset_folder import PairFolder, VerbatimWriter, bar, refuse_sidecar
 from trained_on import TrainedOn, remote_pairs, trained_on
@@ -140,7 +140,7 @@ def output_file(out: str, overwrite: bool) -> Iterator[Path]:
             try:
                 uploader = CloudUploader.get((scratch, out.rpartition("/")[0]), keep_local=True)
             except Exception as error:  # every client has its own kinds
-                raise ValueError(f"OUT={out!r} cannot be written to: {error!r}") from error
+                raise ValueError(not_writable(out, error)) from error
             yield Path(scratch, name)
             try:
                 uploader.upload_file(name)

@@ -6,6 +6,7 @@ was cut off leaves shards that nobody reads, and the same command writes them ag
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,14 @@ def _uploader(folder: str, out: str) -> Any:
     try:
         return CloudUploader.get((folder, out), keep_local=True)
     except Exception as error:  # no client library, no credentials, no bucket: every client has its own kinds
-        raise ValueError(f"OUT={out!r} cannot be written to: {error!r}") from error
+        raise ValueError(not_writable(out, error)) from error
+
+
+def not_writable(out: str, error: Exception) -> str:
+    """What to say of an OUT that a store's client refuses."""
+    missing = re.search(r"\b404\b|NoSuchBucket|NotFound|does not exist", f"{error!r} {error}")
+    hint = f"; make the bucket first ({urlparse(out).netloc})" if missing else ""
+    return f"OUT={out!r} cannot be written to: {error!r}{hint}"
 
 
 def _upload(uploader: Any, folder: Path) -> None:

@@ -115,14 +115,25 @@ def find_source(
 def _expand(given: Sequence[str]) -> list[Path]:
     paths = []
     for text in given:
+        if "://" in text:
+            raise ValueError(f"{text!r} is remote, and sources are read from a local disk; {how_to_copy(text)}")
         path = Path(text).expanduser()
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
-        if "://" in text or not matches:
+        if not matches:
             raise ValueError(
                 f"{text!r} does not exist here; give a local file or folder, or a pattern that matches some"
             )
         paths += matches
     return paths
+
+
+def how_to_copy(url: str) -> str:
+    """What to do with a source in a store."""
+    scheme, name = url.partition("://")[0], posixpath.basename(url)
+    folder = posixpath.dirname(url) if "*" in name or "." in name else url
+    commands = {"s3": f"aws s3 sync {folder} FOLDER", "gs": f"gcloud storage rsync -r {folder} FOLDER"}
+    command = f": {commands[scheme]}" if scheme in commands else ""
+    return f"copy it here first and give the copy{command}"
 
 
 def _look_into(tars: Sequence[Path]) -> tuple[Path, list[str], bool]:

@@ -33,6 +33,7 @@ import numpy as np
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
+from tar_source import TAR_ENDINGS
 from tqdm import tqdm
 
 from clipcov_stream.checked import check_header, decompressed
@@ -89,7 +90,11 @@ def read_index(folder: str) -> list[dict[str, Any]]:
         for shard in shards:
             reader_from_json(folder, None, shard)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever other JSON leads to
-        raise ValueError(f"FOLDER={folder!r} has no readable index.json: {type(error).__name__}: {error}") from error
+        said = f"FOLDER={folder!r} has no readable index.json: {type(error).__name__}: {error}"
+        if not is_remote(folder) and isinstance(error, FileNotFoundError) and Path(folder).is_dir():
+            tars = any(path.name.lower().endswith(TAR_ENDINGS) for path in Path(folder).iterdir())
+            said += f"; tools/make_mds.py writes one: make_mds.py pairs {folder if tars else 'SOURCE'} OUT"
+        raise ValueError(said) from error
     if not shards:
         raise ValueError(f"FOLDER={folder!r} has an index.json without shards")
     return shards
