@@ -258,6 +258,24 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     assert sum(HOSTILE in str(image["alt"]) for image in images) >= 2
 
 
+@pytest.mark.parametrize("content", ["whole", "{", "[]", '{"models": [{}]}'])
+def test_figures_of_an_evaluation_afterwards_are_shown(tmp_path: Path, content: str) -> None:
+    folder = write_run(tmp_path / "a", "clipcov", 0, [])
+    assert any("evaluations (eval.NAME.local" in what for what in read_run(folder / "metrics.jsonl").missing)
+    one = {"title": "CIFAR-10", "standard": "top1", "metrics": {"top1": 0.4321}, "images": 1234, "classes": 10}
+    model = {"label": HOSTILE, "selector": "clipcov", "samples_seen": 64, "samples_streamed": 640}
+    found = {"models": [{**model, "sets": {"cifar10": one}, "averages": {}}], "missing": {}}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(found) if content == "whole" else content)
+    html, missing = page_of(folder), read_run(folder / "metrics.jsonl").missing
+    if content == "whole":
+        said = Text.of(html).said
+        assert all(text in said for text in ("CIFAR-10", "1,234", "top-1 *", "0.4321", HOSTILE))
+        assert "<img src=x" not in html and not any("evaluat" in what for what in missing)
+    else:
+        assert any("evaluation.json cannot be read" in what for what in missing)
+
+
 def test_what_is_missing_is_named_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss/train/total": 3.0}\n')

@@ -316,6 +316,7 @@ def page(runs: Sequence[Run]) -> str:
         galleries=galleries(groups),
         who=who,
         times=step_times(groups),
+        evaluated=[(run.name, run.evaluation) for of in groups.values() for run in of if run.evaluation],
         recipes=recipes(groups),
         missing=[(run.name, run.missing) for of in groups.values() for run in of if run.missing],
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation_table import rows_of
+
 from clipcov_stream.records import GALLERY_FILE, about_path, read_gallery, read_metrics
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Run:
         gallery: records of steps; None where there is none.
         classes: names of the gallery's classes.
         ledger: all ranks' records; None where there is none.
+        evaluation: rows of tools/evaluate.py's table, the header first; None where there is none.
         missing: what is not there, and the key that records it.
     """
 
@@ -39,6 +42,7 @@ class Run:
     gallery: list[dict[str, Any]] | None = None
     classes: list[str] | None = None
     ledger: list[Record] | None = None
+    evaluation: list[list[str]] | None = None
     missing: tuple[str, ...] = ()
 
     @property
@@ -128,9 +132,24 @@ def read_run(metrics_file: Path) -> Run:
             missing.append("ledger of the samples trained on (ledger=runs/{run_name}/ledger records one)")
     except ValueError as error:
         missing.append(f"ledger of the samples trained on ({said(error, run)})")
-    if not any(key.startswith("metrics/") for row in rows for key in row):
-        missing.append("evaluations (eval.NAME.local=FOLDER)")
-    return Run(metrics_file, rows, about, gallery, classes, ledger, tuple(missing))
+    evaluation = None
+    try:
+        evaluation = evaluated(metrics_file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever other JSON leads to
+        missing.append(f"figures of tools/evaluate.py (evaluation.json cannot be read: {type(error).__name__})")
+    if evaluation is None and not any(key.startswith("metrics/") for row in rows for key in row):
+        missing.append("evaluations (eval.NAME.local=FOLDER, or afterwards tools/evaluate.py)")
+    return Run(metrics_file, rows, about, gallery, classes, ledger, evaluation, tuple(missing))
+
+
+def evaluated(metrics_file: Path) -> list[list[str]] | None:
+    """The table of the evaluation.json in a run's folder; None where there is none."""
+    parent = metrics_file.parent
+    folder = parent if metrics_file.stem == "metrics" else parent / metrics_file.stem
+    file = folder / "evaluation" / "evaluation.json"
+    if not file.is_file():
+        return None
+    return rows_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def said(error: ValueError, run: Run) -> str:
