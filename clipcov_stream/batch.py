@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
 
 from clipcov_stream.arguments import real_number
 from clipcov_stream.fused import brought
@@ -183,8 +183,6 @@ def size_of(loader: Any) -> int:
 
 
 def num_drawn(loader: Any) -> int:
-    """Samples of a loader's data set that its sampler draws in an epoch; 0 if it does not say."""
-    try:
-        return len(loader.sampler)
-    except Exception:  # it has none, or one without an end
-        return 0
+    """Samples of a loader's data set that its sampler draws, every epoch the same; 0 if that is not said, or all."""
+    sampler = getattr(loader, "sampler", None)
+    return len(sampler) if isinstance(sampler, SubsetRandomSampler) else 0

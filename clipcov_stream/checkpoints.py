@@ -43,9 +43,8 @@ PARTIAL = ".partial-"
 class WholeCheckpoints(CheckpointSaver):
     """Composer's CheckpointSaver for a local folder, whose files are whole if they are there.
 
-    A file is written beside its place, flushed to the disk and renamed: one fsync per checkpoint. Of a model that is
-    saved in pieces each checkpoint is a folder, and whole once the pieces' list is there. A resumed run counts what the
-    folder has among those of which `num_checkpoints_to_keep` are kept; Composer's own forgets them.
+    A file is written beside its place, flushed to the disk and renamed: one fsync per checkpoint. A resumed run counts
+    the folder's files among those of which `num_checkpoints_to_keep` are kept; Composer's own forgets them.
 
     Args:
         folder: local; `{run_name}` is filled in.
@@ -64,16 +63,9 @@ class WholeCheckpoints(CheckpointSaver):
             folder = folder_of(self.folder, state.run_name)
             for path in folder.glob(f"{PARTIAL}*"):
                 path.unlink()
-            remove_unfinished(folder)
             # Those that the checkpoint knows of, itself among them: others in the folder are another run's.
-            ours = [Path(name) for name in self.all_saved_checkpoints_to_timestamp]
-            if state.fsdp_sharded_state_dict_enabled:
-                names = {path.parent.name for path in ours}
-                found = [path / pieces.FIRST for path in pieces_in(folder) if path.name in names]
-            else:
-                names = {path.name for path in ours}
-                found = [path for path in checkpoints_in(folder) if path.name in names]
-            self.saved_checkpoints[:] = [str(path) for path in reversed(found)]
+            ours = {Path(name).name for name in self.all_saved_checkpoints_to_timestamp}
+            self.saved_checkpoints[:] = [str(path) for path in reversed(checkpoints_in(folder)) if path.name in ours]
 
     def place(self, run_name: str) -> str:
         """The folder, for messages."""
@@ -86,9 +78,6 @@ class WholeCheckpoints(CheckpointSaver):
             OSError: the folder cannot be looked at.
         """
         folder = folder_of(self.folder, state.run_name)
-        if state.fsdp_sharded_state_dict_enabled:  # Composer looks at files alone
-            newest = next((path.name for path in pieces_in(folder)), "")
-            return newest if pieces.order_of(newest)[0] > int(state.timestamp.batch) else ""
         try:
             ensure_folder_has_no_conflicting_files(folder, self.filename.filename, state.timestamp)
         except FileExistsError:
@@ -101,14 +90,37 @@ class WholeCheckpoints(CheckpointSaver):
         super()._rotate_checkpoints(sharding_enabled)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        if state.fsdp_sharded_state_dict_enabled:
-            # Where `overwrite` writes over one: until all pieces are new, it is none.
-            if dist.get_global_rank() == 0:
-                name = checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True))
-                Path(name).with_name(pieces.LIST).unlink(missing_ok=True)
-            dist.barrier()
         with whole_writes():
             super()._save_checkpoint(state, logger)
+
+
+class WholePieces(WholeCheckpoints):
+    """The same of a learner that is saved in pieces: each checkpoint is a folder, and whole once the list is there."""
+
+    # By which its state is found in checkpoints, and pieces are loaded with all that is asked for or not at all: so
+    # that those of Composer's own saver are, too.
+    __qualname__ = CheckpointSaver.__qualname__
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        super().fit_start(state, logger)
+        if dist.get_global_rank() == 0:
+            folder = folder_of(self.folder, state.run_name)
+            remove_unfinished(folder)
+            ours = {Path(name).parent.name for name in self.all_saved_checkpoints_to_timestamp}
+            found = [path / pieces.FIRST for path in reversed(pieces_in(folder)) if path.name in ours]
+            self.saved_checkpoints[:] = [str(path) for path in found]
+
+    def later(self, state: State) -> str:
+        newest = next((path.name for path in pieces_in(folder_of(self.folder, state.run_name))), "")
+        return newest if pieces.order_of(newest)[0] > int(state.timestamp.batch) else ""
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        # Where `overwrite` writes over one: until all pieces are new, it is none.
+        if dist.get_global_rank() == 0:
+            name = checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True))
+            Path(name).with_name(pieces.LIST).unlink(missing_ok=True)
+        dist.barrier()
+        super()._save_checkpoint(state, logger)
 
 
 class Generators(Callback):
@@ -279,11 +291,17 @@ def newest_whole(folder: str | Path, in_full: bool = True) -> Path | None:
         in_full: whether a checkpoint is one file, or a folder of pieces.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole; or the newest is of the other kind.
+        ValueError: there are checkpoints, and none is whole; or the newest is of the other kind; or the folder does not
+            let itself be read.
+
+    Costs: rank 0 reads the newest once, and torn ones; the others wait.
     """
     answer: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
-        answer = list(searched(Path(folder), in_full))
+        try:
+            answer = list(searched(Path(folder), in_full))
+        except OSError as error:
+            answer = [None, f"autoresume: {str(folder)!r} cannot be searched for checkpoints: {error}"]
     dist.broadcast_object_list(answer, src=0)
     path, error = answer
     if error is not None:

@@ -457,13 +457,19 @@ def copied(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with the model.
 
     A `forward` that was compiled, as Composer's `compile_config` has it, is the model's own function, and a copy of it
-    still passes through the model: the copy has the class's.
+    still passes through the model: the copy has the class's. (A module that `torch.compile` made has no other, and is
+    copied whole.)
     """
     found = copy.deepcopy(model)
     for module in found.modules():
-        if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+        is_compiled = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        if is_compiled and type(module).forward is not nn.Module.forward:
             del module.__dict__["forward"]
     return found
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 class Teacher:
@@ -504,11 +510,11 @@ class Teacher:
         weight = 1 - min(self.momentum, (1 + step) / (10 + step))
         average = [self.exact.get(name, p) for name, p in self.model.named_parameters()]
         pairs = list(zip(average, (p.detach() for p in learner.parameters()), strict=True))
-        moving = [(mine, theirs.to(mine.dtype)) for mine, theirs in pairs if mine.is_floating_point()]
+        moving = [(mine, theirs.to(mine.dtype)) for mine, theirs in pairs if is_continuous(mine)]
         if moving:
             torch._foreach_lerp_([mine for mine, _ in moving], [theirs for _, theirs in moving], weight)
         for mine, theirs in pairs:
-            if not mine.is_floating_point():  # quantized, say: of whole numbers there is no average
+            if not is_continuous(mine):  # quantized, say: of whole numbers there is no average
                 mine.copy_(theirs)
         self._round()
         for mine, theirs in zip(self.model.buffers(), learner.buffers(), strict=True):

@@ -19,6 +19,7 @@ NAME = re.compile(r"ep(\d+)-ba(\d+)")
 LIST = ".metadata"
 """The list of a checkpoint's pieces, which comes last."""
 
+PIECE = re.compile(r"__\d+_\d+\.distcp|\.metadata\.tmp")
 FIRST = "__0_0.distcp"
 """Rank 0's piece, by which Composer names a folder that it has written."""
 
@@ -36,9 +37,11 @@ def pieces_in(folder: Path) -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the folders of pieces that somebody was killed at writing, which have no list."""
+    """Remove the folders of pieces that somebody was killed at writing, which have no list, and nothing but pieces."""
     for path in folder.glob("ep*"):
-        if path.is_dir() and order_of(path.name)[0] >= 0 and not (path / LIST).exists():
+        if order_of(path.name)[0] < 0 or path.is_symlink() or not path.is_dir() or (path / LIST).exists():
+            continue
+        if all(PIECE.fullmatch(part.name) for part in path.iterdir()):
             shutil.rmtree(path)
 
 

@@ -98,7 +98,9 @@ def as_rows(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        if isinstance(value, (list, tuple)) and len(value) and not isinstance(value[0], (bool, int, float, list)):
+        if isinstance(value, (list, tuple)) and len(value) and isinstance(value[0], Tensor):
+            return torch.stack(list(value))
+        if isinstance(value, (list, tuple)) and len(value) and getattr(value[0], "ndim", 0):  # arrays
             return torch.stack([torch.as_tensor(row) for row in value])
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from clipcov_stream.checkpoints import WholeCheckpoints
+from clipcov_stream.checkpoints import WholeCheckpoints, WholePieces
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -127,7 +127,7 @@ class SaveOnSignal(Callback):
             saver._symlink_upload_wait_before_next_try_in_seconds = SOON
             # Composer's own write over what is there, remove what they kept once for each time it was written, and
             # upload nothing twice. Pieces are written over, too.
-            in_files = isinstance(saver, WholeCheckpoints) and not state.fsdp_sharded_state_dict_enabled
+            in_files = isinstance(saver, WholeCheckpoints) and not isinstance(saver, WholePieces)
             again = self._saved_at == int(state.timestamp.batch) and in_files
             if saver.last_checkpoint_batch != state.timestamp.batch or again:
                 saver._save_checkpoint(state, logger)

@@ -91,6 +91,8 @@ class Sidecar:
                 f"index.json of sha1 {own}, the stream's has {other}. Make one with tools/embed_mds.py --sidecar"
             )
         sizes, wanted = ([len(shard) for shard in self.shards], [s["samples"] for s in json.loads(index)["shards"]])
+        # Of a shard without samples, as MDSWriter leaves one before a first sample that is too large, there is none.
+        sizes, wanted = ([size for size in each if size] for each in (sizes, wanted))
         if sizes != wanted:  # a part of one, whose embedder.json is the whole one's
             at = next((at for at, pair in enumerate(zip(sizes, wanted, strict=False)) if pair[0] != pair[1]), None)
             differ = "" if at is None else f", and shard {at} has {sizes[at]:,} samples, the stream's {wanted[at]:,}"

@@ -25,6 +25,7 @@ from clipcov_stream.algorithm import ClipCov
 from clipcov_stream.alone import Alone
 from clipcov_stream.checkpoints import (
     WholeCheckpoints,
+    WholePieces,
     check_folder,
     check_kind,
     folder_of,
@@ -197,7 +198,8 @@ def assembled(config: TrainConfig, alone: Alone) -> Trainer:
         callbacks.append(StoredCheckpoints(config.save_folder, **saving))
     elif config.save_folder and saves_here(config):
         keep = config.save_num_checkpoints_to_keep
-        callbacks.append(WholeCheckpoints(config.save_folder, num_checkpoints_to_keep=keep, **saving))
+        kind = WholeCheckpoints if saves_in_full(config.fsdp_config) else WholePieces
+        callbacks.append(kind(config.save_folder, num_checkpoints_to_keep=keep, **saving))
     parallelism: dict[str, Any] = {} if fsdp is None else {"parallelism_config": {"fsdp": fsdp}}
     with checked_loading(), signal_files_of_nodes():
         trainer = Trainer(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from composer import Trainer
 from test_own_trainer import OwnModel, numbered, own_trainer
-from torch.utils.data import DataLoader, SubsetRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 
 from clipcov_stream import ClipCov
 from clipcov_stream.batch import num_drawn, size_of
@@ -84,6 +84,17 @@ def test_a_loader_that_shuffles_resumes_bit_for_bit(tmp_path: Path, step: int) -
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_compiled_layer_is_copied_with_its_model() -> None:
+    model = OwnModel()
+    model.image_tower = torch.compile(model.image_tower, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
+    teacher, images = Teacher(model, 0.5), torch.randn(3, 6)
+    before = teacher.model.encode_image(images)
+    assert torch.equal(before, model.encode_image(images))
+    with torch.no_grad():
+        model.image_tower.weight.zero_()
+    assert torch.equal(teacher.model.encode_image(images), before)
+
+
 def test_a_compiled_model_has_a_teacher_that_is_not_itself() -> None:
     class Through(OwnModel):
         """Its towers go through forward, as FSDP would have it."""
@@ -131,7 +142,8 @@ def test_what_a_loader_says_of_its_size() -> None:
     assert size_of(DataLoader(Counting(samples), 8)) == 64
     assert size_of(DataLoader(samples, batch_size=None)) == 0  # items are pools, for all that is known
     assert (size_of(DataLoader(samples, 8, sampler=half)), num_drawn(DataLoader(samples, 8, sampler=half))) == (64, 32)
-    assert (num_drawn(DataLoader(samples, 8)), num_drawn(SimpleNamespace())) == (64, 0)
+    others = (DataLoader(samples, 8), DataLoader(samples, 8, sampler=RandomSampler(samples, num_samples=9)))
+    assert [num_drawn(loader) for loader in (*others, SimpleNamespace())] == [0, 0, 0]
 
 
 def test_a_pass_is_what_the_sampler_draws() -> None:

@@ -11,6 +11,7 @@ from checkpoints import find_checkpoint, from_checkpoint
 from corpora import TINY_MODEL, draw_corpus, recipe, write_recipe
 from runs import assert_same, columns_recipe, proxy_section, run_ranks, trained_rows, trainer_of, write_columns
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from clipcov_stream.checkpoints import newest_whole
@@ -142,7 +143,11 @@ def test_torn_pieces_are_set_aside_and_old_ones_removed(tmp_path: Path, corpus: 
     straight = ranks_of(tmp_path / "straight", tree, 2)
     folder = tmp_path / "run"
     assert saved_in(folder) == ["ep0-ba4", "ep0-ba5", "ep0-ba6"]
+    names = FileSystemReader(folder / "ep0-ba4").read_metadata().state_dict_metadata
+    assert any(name.startswith("state.callbacks.CheckpointSaver.") for name in names)  # as of Composer's own
     (folder / "ep0-ba6.torn").mkdir()  # of an earlier stop
+    (folder / "ep0-ba1").mkdir()  # somebody's
+    (folder / "ep0-ba1" / "notes.txt").touch()
     for name in ("ep0-ba6", "ep0-ba5"):
         piece = folder / name / "__1_0.distcp"
         content, half = piece.read_bytes(), piece.stat().st_size // 2
@@ -161,11 +166,12 @@ def test_torn_pieces_are_set_aside_and_old_ones_removed(tmp_path: Path, corpus: 
     for got, want in zip(resumed[0]["batches"], straight[0]["batches"][4:], strict=False):
         assert_same(got, want)
     assert saved_in(folder) == ["ep0-ba5", "ep0-ba6", "ep1-ba7"]
+    assert (folder / "ep0-ba1" / "notes.txt").exists()
     assert [path.name for path in sorted(folder.glob("*.torn"))] == ["ep0-ba5.torn", "ep0-ba6.torn"]
 
 
 def saved_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("ep*-ba?") if path.is_dir())
+    return sorted(path.name for path in folder.glob("ep*-ba?") if path.is_dir() and path.name != "ep0-ba1")
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")

@@ -322,6 +322,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "source_index_sha1": source,
         "sidecar": args.sidecar,
     }
+    if any(each != record for each in dist.all_gather_object(record)):
+        raise ValueError(
+            f"--pretrained {args.pretrained!r} is not the same model on all ranks: give one checkpoint's file, a run "
+            "in training saves newer ones"
+        )
     staging = out.with_name(f".{out.name}.embedding")
     if dist.get_global_rank() == 0:
         check_staging(staging, record, args.restart)

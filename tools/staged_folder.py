@@ -7,6 +7,7 @@ removes it.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from clipcov_stream.mds_index import checked_index, names_of, read_index
 
-SPLITS = ("", "train", "eval", "held")
+HELD = "held"
+SPLITS = ("", "train", "eval", HELD)
 """Where in OUT a tool writes an MDS folder: OUT itself, the splits of a drawn corpus, a subset's samples, held-out
 pairs."""
 BESIDE = ("index.json", "source.json", "rejected.jsonl", "classes.json", "embedder.json", "subset.csv")
@@ -84,6 +86,14 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def _holds_out(out: Path) -> bool:
+    """Whether `make_mds.py pairs --hold-out` wrote the split of that name, and not somebody else."""
+    try:
+        return json.loads((out / HELD / "source.json").read_bytes())["arguments"]["hold_out"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check_free(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
@@ -114,7 +124,7 @@ def _names_of_ours(out: Path) -> set[str]:
 
     Raises: ValueError for an index.json that is not of an MDS folder.
     """
-    indices = {split: out / split / "index.json" for split in SPLITS}
+    indices = {split: out / split / "index.json" for split in SPLITS if split != HELD or _holds_out(out)}
     names: set[str] = set()
     for split, index in indices.items():
         if index.is_file():
