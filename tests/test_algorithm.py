@@ -121,7 +121,7 @@ def test_a_resolution_that_the_embedder_cannot_read_is_refused_before_training(
     with pytest.raises(ValueError, match=rf"embed_resolution={cell + 4} must be a multiple of {cell} for this embedd"):
         trainer_of(tmp_path, tree)
     selection["embed_resolution"] = cell
-    trainer, _, _ = trainer_of(tmp_path, tree)
+    trainer, _, _ = trainer_of(tmp_path, recipe(corpus, selection=selection, model={"config": model}))
     assert any(part.training for part in trainer.state.model.modules())
 
 
