@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipcov_stream.collectives import summed
 from clipcov_stream.copies import MEMORY, THUMBNAIL, log_copies, remembered
-from clipcov_stream.embed import Proxy, copied
+from clipcov_stream.embed import Proxy, copied, named_model
 from clipcov_stream.evidence import matching
 from clipcov_stream.fused import brought
 from clipcov_stream.pool import Pool, prepared, valid_of
@@ -160,9 +160,8 @@ class OnlineProxy:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # tensors that a hook computes, locks, handles of files
-            towers = proxy.towers if isinstance(proxy, Proxy) else proxy
             raise ValueError(
-                f"embed='online' cannot copy {type(towers).__name__} (selection.proxy), of which it keeps a moving "
+                f"embed='online' cannot copy {named_model(proxy)} (selection.proxy), of which it keeps a moving "
                 f"average: {error}. Give ClipCov another proxy=MODEL, or this one with embed='proxy'"
             ) from error
         self.lr, self.momentum = lr, momentum
@@ -267,7 +266,7 @@ class OnlineProxy:
             if not (x.requires_grad or y.requires_grad):
                 raise ValueError(
                     f"an online proxy learns by gradients, and neither encode_image nor encode_text of this "
-                    f"{type(self.trained).__name__} has any: take torch.no_grad and the like out of them, or use "
+                    f"{named_model(self.trained)} has any: take torch.no_grad and the like out of them, or use "
                     "embed='proxy'"
                 )
         scale, there = getattr(self.trained, "logit_scale", None), None

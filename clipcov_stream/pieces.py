@@ -20,6 +20,8 @@ LIST = ".metadata"
 """The list of a checkpoint's pieces, which comes last."""
 
 PIECE = re.compile(r"__\d+_\d+\.distcp|\.metadata\.tmp")
+"""The names of a rank's pieces, and of a list that is not finished."""
+
 FIRST = "__0_0.distcp"
 """Rank 0's piece, by which Composer names a folder that it has written."""
 

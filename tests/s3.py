@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3
+from local_store import CREDENTIALS
 from moto.server import ThreadedMotoServer
 
 
@@ -100,10 +101,7 @@ class Server:
         """What boto3 and Streaming read; credentials that only this server takes."""
         return {
             "S3_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
+            **CREDENTIALS,
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import importlib.util
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import numpy as np
 import synthetic
 import torch
 import yaml
+from local_store import CREDENTIALS, server
 from streaming import MDSWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -84,34 +80,16 @@ def write_corpus(folder: Path) -> None:
             writer.write({**sample, "image_embedding": image, "text_embedding": text})
 
 
-def begin_store() -> None:
-    """An empty store that speaks S3, in a process that ends with this one; its address is in the environment."""
-    if importlib.util.find_spec("moto") is None:
-        raise SystemExit("error: runs in a store need moto's server: pip install 'moto[server]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {
-        "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    me = os.getpid()
-    atexit.register(lambda: server.kill() if os.getpid() == me else None)
-    for _ in range(100):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            break
-        time.sleep(0.1)
-    client().create_bucket(Bucket=BUCKET)
+@contextmanager
+def store_of(names: Sequence[str]) -> Iterator[None]:
+    """An empty store while the block lasts, if one of the runs needs it; its address is in the environment."""
+    if not any(RUNS[name].stored for name in names):
+        yield
+        return
+    with server(None) as endpoint:
+        os.environ |= {**CREDENTIALS, "S3_ENDPOINT_URL": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        client().create_bucket(Bucket=BUCKET)
+        yield
 
 
 def client() -> Any:

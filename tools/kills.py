@@ -54,13 +54,13 @@ from killed_runs import (
     POOL,
     RUNS,
     STEPS,
-    begin_store,
     left_by,
     newest_step,
     place_of,
     recipe_of,
     same,
     shared_memory,
+    store_of,
     tear,
     write_corpus,
 )
@@ -242,15 +242,14 @@ def main() -> None:
     torch.set_num_threads(1)
     began, names, work = time.time(), args.run or list(RUNS), Path(tempfile.mkdtemp(prefix="kills"))
     try:
-        if any(RUNS[name].stored for name in names):
-            begin_store()
-        write_corpus(work / "corpus")
-        straight = {name: undisturbed(work, name) for name in names}
-        done: list[Trajectory] = []
-        while sum(len(each.kills) for each in done) < args.kills:
-            name = names[len(done) % len(names)]
-            done.append(trajectory(work, name, args.seed + len(done), args.per_run, *straight[name]))
-            print(line_of(done, args.kills, time.time() - began), file=sys.stderr, flush=True)
+        with store_of(names):
+            write_corpus(work / "corpus")
+            straight = {name: undisturbed(work, name) for name in names}
+            done: list[Trajectory] = []
+            while sum(len(each.kills) for each in done) < args.kills:
+                name = names[len(done) % len(names)]
+                done.append(trajectory(work, name, args.seed + len(done), args.per_run, *straight[name]))
+                print(line_of(done, args.kills, time.time() - began), file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     result = summary(done, args, time.time() - began)

@@ -19,13 +19,9 @@ import argparse
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
+from local_store import CREDENTIALS, server
 from pairs import command_of
 from streaming import MDSWriter
 
@@ -47,13 +44,6 @@ from clipcov_stream.shared_memory import MEMORY, claims, namespace
 from clipcov_stream.train import build_trainer
 
 BUCKET = "soak"
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-"""That moto takes, and no other store."""
 MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
@@ -200,33 +190,6 @@ def recipe_of(remote: str, out: Path, steps: int) -> dict[str, Any]:
         "metrics_file": str(out / "metrics.jsonl"),
         "ledger": str(out / "ledger"),
     }
-
-
-@contextmanager
-def server(endpoint: str | None) -> Iterator[str]:
-    """The endpoint given, or that of a server of our own while the block lasts."""
-    if endpoint is not None:
-        yield endpoint
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("error: moto's server does not start; is moto[server] installed?") from None
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def upload(folder: Path, endpoint: str) -> None:
